@@ -1,0 +1,94 @@
+"""Function signatures as configuration schemas: build an object from a dict, or say what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+class UserError(Exception):
+    """Bad input. The message names the field, the value and the remedy, on one line.
+
+    `main` prints it without a traceback and exits with status 2.
+    """
+
+
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """Returns ` (did you mean 'x'?)` for the choice most like `name`, or the list of choices."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(sorted(choices))}"
+
+
+def make(package: str, options: Mapping[str, Any], *args: Any, field: str) -> Any:
+    """Imports `{package}.{options['name']}` and calls its `make(*args, **rest)` after checking `rest`.
+
+    Args:
+      package: dotted package whose modules expose `make`.
+      options: `name` plus keyword options of that module's `make`.
+      args: positional arguments that come before the options.
+      field: the configuration field, for messages.
+
+    Raises:
+      UserError: unknown name, unknown key, missing key or value of the wrong type.
+    """
+    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+        raise UserError(f"config.{field}: expected a dict with a 'name', got {options!r}")
+    name, rest = options["name"], {key: value for key, value in options.items() if key != "name"}
+    names = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    if name not in names:
+        raise UserError(f"config.{field}.name={name!r}: no such module in {package}{nearest(name, names)}")
+    module = importlib.import_module(f"{package}.{name}")
+    if not hasattr(module, "make"):
+        raise UserError(f"config.{field}.name={name!r}: {package}.{name} has no make()")
+    return call(module.make, rest, *args, field=field)
+
+
+def call(function: Callable[..., Any], options: Mapping[str, Any], *args: Any, field: str) -> Any:
+    """Calls `function(*args, **options)` after checking names and types against its signature."""
+    check(function, options, field=field, positional=len(args))
+    return function(*args, **options)
+
+
+def check(function: Callable[..., Any], options: Mapping[str, Any], *, field: str, positional: int = 0) -> None:
+    """Raises UserError unless `options` fit the keyword parameters of `function`."""
+    parameters = list(inspect.signature(function).parameters.values())[positional:]
+    known = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    hints = typing.get_type_hints(function)
+    for key, value in options.items():
+        if key not in known:
+            raise UserError(f"config.{field}.{key}: unknown key{nearest(key, list(known))}")
+        if key in hints and not fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key])).replace("typing.", "")
+            raise UserError(f"config.{field}.{key}={value!r}: expected {wanted}, got {type(value).__name__}")
+    missing = [n for n, p in known.items() if p.default is inspect.Parameter.empty and n not in options]
+    if missing:
+        raise UserError(f"config.{field}.{missing[0]}: missing; give it a value of type {hints.get(missing[0])}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Returns whether `value` has the annotated type; an int is a float, a list is a tuple, a bool is no number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, (str, typing.TypeVar)):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, arm) for arm in args)
+    if origin is typing.Literal:
+        return value in args
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is None or hint is type(None):
+        return value is None
+    kind = origin or hint
+    if kind in (tuple, list, Sequence) or (isinstance(kind, type) and issubclass(kind, Sequence) and kind is not str):
+        return isinstance(value, (list, tuple)) and all(fits(v, args[0]) for v in value if args)
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return isinstance(value, Mapping)
+    return isinstance(value, kind) if isinstance(kind, type) else True
