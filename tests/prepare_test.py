@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,7 +197,7 @@ def test_a_killed_build_leaves_nothing_in_the_way(tmp_path):
         "prepare._publish = stop\n"
         "build(sys.argv[1])\n"
     )
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, cwd=Path(__file__).parent.parent)
     assert run.returncode == -9
     assert all(name.startswith(".") for name in os.listdir(tmp_path))
     assert len(build(tmp_path).train) > 0
