@@ -48,7 +48,7 @@ RULES: Rules = MappingProxyType(
         "embed": "fsdp",
         "heads": "tensor",
         "kv_heads": "tensor",
-        "head_dim": None,
+        "head": None,
         "mlp": "tensor",
         "expert": "expert",
         "layers": None,

@@ -96,7 +96,7 @@ def test_rules_can_be_changed_and_are_checked():
 
 def test_what_does_not_divide_is_copied_and_explained():
     mesh = meshes.make(data=1, fsdp=2, tensor=4)
-    assert meshes.spec(mesh, ("embed", "kv_heads", "head_dim"), (6, 1, 8)) == P("fsdp", None, None)
+    assert meshes.spec(mesh, ("embed", "kv_heads", "head"), (6, 1, 8)) == P("fsdp", None, None)
     lines = meshes.explain(mesh, {"a": {"k": ("embed", "kv_heads", None)}}, {"a": {"k": jnp.zeros((6, 1, 8))}})
     assert lines == ["a/k: dimension 1 (kv_heads) of size 1 is not divisible by tensor=4; cut over nothing"]
     both = {"x": ("data", "fsdp")}
