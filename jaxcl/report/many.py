@@ -191,8 +191,8 @@ def differences(comparison: Comparison) -> str:
     ]
     caption = f"Paired differences, method minus {escape(comparison.control.label)}"
     hint = (
-        "Seed by seed, over the seeds that both have; coloured where the 95 % interval excludes zero: green is better than"
-        " the control, red is worse."
+        "Seed by seed, over the seeds that both have; coloured where the 95 % interval excludes zero: green is better"
+        " than the control, red is worse."
     )
     return page.table(caption, ["method", *(NAMES[name] for name in names), "seeds"], rows, hint=hint)
 
