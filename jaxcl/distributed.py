@@ -24,8 +24,8 @@ def initialize() -> bool:
     """Joins the processes of a cluster and returns whether there is one.
 
     A cluster is there if JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID for launchers that
-    JAX does not know), if Slurm, Open MPI or a Kubernetes JobSet started more than one process, or if this is one of
-    several hosts of a Cloud TPU slice.
+    JAX does not know); if JAXCL_CLUSTER is set, as the launcher of a Cloud TPU slice does; if Slurm, Open MPI or a
+    Kubernetes JobSet started more than one process; or if the environment names several hosts of a TPU slice.
 
     Raises:
       RuntimeError: the other processes did not appear.
@@ -40,6 +40,7 @@ def initialize() -> bool:
     elif (
         "JAX_COORDINATOR_ADDRESS" in env
         or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or "JAXCL_CLUSTER" in env
         or "JOBSET_NAME" in env
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
         or any(int(env.get(name, "1")) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
