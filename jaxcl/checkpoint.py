@@ -237,12 +237,14 @@ class Checkpoints:
         self._barrier(step, "committed")
 
     def _prune(self) -> None:
-        """Removes what the keep options do not name; first the manifest, so that no half of one is taken for whole."""
+        """Removes what the keep options do not name, and what was cut short before the newest."""
         steps = self.steps()
-        for step in steps[: -self._keep]:
-            if self._keep_every is None or step % self._keep_every:
-                (self._directory / str(step) / MANIFEST).unlink()
-                (self._directory / str(step)).rmtree()
+        kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0)}
+        for step in _steps(self._directory):
+            if step not in kept and step < steps[-1]:
+                path = self._directory / str(step)
+                (path / MANIFEST).unlink(missing_ok=True)  # first, so that no half of one is taken for whole
+                path.rmtree()
 
     def _barrier(self, step: int, phase: str) -> None:
         """Waits for all processes, through the coordination service: no device takes part."""

@@ -29,7 +29,7 @@ def test_losses_and_states_are_bit_equal_on_every_layout(runs):
         for result in found:
             assert result["losses"] == reference[0]["losses"]
             assert result["leaves"] == reference[0]["leaves"]
-    assert reference[0]["losses"][0] > reference[0]["losses"][-1]
+    assert len(set(reference[0]["losses"])) == 6
 
 
 def test_no_process_reads_the_rows_of_another(runs):
