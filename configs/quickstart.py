@@ -1,37 +1,38 @@
 """Continual pre-training on three real domains with 25 % replay and Reptile meta-updates (MER).
 
-Claim:    a byte-level Llama of 1.1 M parameters learns Python's prose, then its library code, then C headers,
+Claim:    a byte-level Llama of 1.2 M parameters learns Python's prose, then library code, then C headers,
           and keeps most of what it knew.
 Command:  python -m jaxcl.main --config=configs/quickstart.py --workdir=runs/quickstart
-Expected: report.html in the workdir; time and numbers in experiments/quickstart/README.md.
+Expected: report.html in the workdir; numbers and time in experiments/quickstart/README.md.
 """
 
 from ml_collections import ConfigDict
 
+DOMAINS = ("prose", "code", "headers")
+
 
 def get_config():
     config = ConfigDict()
-    config.label = "quickstart"
+    config.label = "MER"
     config.seed = 0
 
-    config.model = ConfigDict(dict(name="transformer", preset="tiny", vocab=320))
-    config.tokenizer = ConfigDict(dict(name="byte"))
-    config.sources = ConfigDict()
-    for domain in ("prose", "code", "headers"):
-        config.sources[domain] = ConfigDict(dict(name="embedded", domain=domain, max_bytes=2_000_000))
+    config.model = ConfigDict({"name": "transformer", "preset": "small"})
+    config.tokenizer = ConfigDict({"name": "byte"})
+    config.sources = ConfigDict({d: {"name": "embedded", "domain": d, "max_bytes": 3_000_000} for d in DOMAINS})
+    config.packing = ConfigDict({"length": 256})
 
-    config.stream = ConfigDict(dict(length=256, batch=16, steps=250))
-    config.stream.stages = tuple(
-        dict(name=domain, mixture={domain: 1.0}) for domain in ("prose", "code", "headers")
-    )
-    config.stream.replay = ConfigDict(dict(fraction=0.25, mode="replace", over="earlier"))
+    config.stream = ConfigDict({"batch": 16, "steps": 250})
+    config.stream.stages = tuple({"name": d, "mixture": {d: 1.0}} for d in DOMAINS)
+    config.stream.replay = ConfigDict({"fraction": 0.25, "mode": "replace", "over": "earlier"})
 
     config.method = "reptile(every=10, keep=0.5)"
-    config.optim = ConfigDict(dict(name="adamw", b2=0.95, weight_decay=0.1, clip=1.0))
-    config.schedule = ConfigDict(dict(name="infinite", peak=3e-3))
-    config.guard = ConfigDict(dict(spike=10.0, warmup=20))
-    config.loss = ConfigDict(dict(z_loss=0.0))
-    config.evaluation = ConfigDict(dict(every=10, rows=16))
-    config.checkpoint = ConfigDict(dict(every_steps=100, every_minutes=1.0, keep=2))
-    config.mesh = ConfigDict(dict(data=1))
+    config.optim = ConfigDict({"name": "adamw", "weight_decay": 0.1, "clip": 1.0})
+    config.schedule = ConfigDict({"name": "infinite", "peak": 3e-3, "constant": 2e-3, "warmup": 25, "cooldown": 100})
+    config.loss = ConfigDict({"z_loss": 0.0})
+    config.guard = ConfigDict({"spike": 20.0})
+    config.microbatches = 1
+
+    config.evaluation = ConfigDict({"every": 10, "rows": 16})
+    config.checkpoint = ConfigDict({"every_steps": 100, "every_minutes": 1.0, "keep": 2})
+    config.mesh = ConfigDict({"data": 1})
     return config

@@ -63,12 +63,17 @@ def check(function: Callable[..., Any], options: Mapping[str, Any], *, field: st
     hints = typing.get_type_hints(function)
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"config.{field}.{key}: unknown key{nearest(key, list(known))}")
+            raise UserError(f"{dotted(field, key)}: unknown key{nearest(key, list(known))}")
         if key in hints and not fits(value, hints[key]):
-            raise UserError(f"config.{field}.{key}={value!r}: expected {spell(hints[key])}, got {type(value).__name__}")
+            raise UserError(f"{dotted(field, key)}={value!r}: expected {spell(hints[key])}, got {type(value).__name__}")
     missing = [n for n, p in known.items() if p.default is inspect.Parameter.empty and n not in options]
     if missing:
-        raise UserError(f"config.{field}.{missing[0]}: missing; give it a value: {spell(hints.get(missing[0], Any))}")
+        raise UserError(f"{dotted(field, missing[0])}: missing; give it a value: {spell(hints.get(missing[0], Any))}")
+
+
+def dotted(field: str, key: str) -> str:
+    """Returns `config.field.key`; the top level has the empty field."""
+    return f"config.{field}.{key}" if field else f"config.{key}"
 
 
 def spell(hint: Any) -> str:

@@ -12,15 +12,16 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxcl").rglob("*.py"))
 LAYERS = (
     {"types", "tree", "random", "schema"},
-    {"grad", "losses", "memory", "optim", "schedules", "mesh", "compose", "guard", "alignment"},
+    {"grad", "losses", "memory", "optim", "schedules", "mesh", "compose", "guard", "alignment", "probe"},
     {"models", "kernels"},
     {"methods"},
     {"data", "rl"},
-    {"forgetting", "evaluate", "metrics", "report", "checkpoint", "distributed", "hf"},
+    {"forgetting", "stability", "seeds", "flops", "evaluate", "metrics", "progress"},
+    {"folder", "report", "checkpoint", "distributed", "hf"},
     {"program", "train"},
     {"sweep", "main"},
 )
-IO_LAYERS = {"train", "program", "checkpoint", "metrics", "report", "distributed", "data", "hf", "main", "sweep"}
+IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf", "main", "sweep"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 

@@ -1,0 +1,1 @@
+"""Models: `make(...) -> Model` per architecture, and combinators from Model to Model."""

@@ -1,0 +1,54 @@
+"""The arithmetic of a transformer block as pure functions: norm, rotary embedding, gated unit, token lookup."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.models.config import RopeScaling
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Returns x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich 2019, eq. 4).
+
+    Statistics are float32; the result has the dtype of `x`.
+    """
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns silu(gate) * up (Shazeer 2020, eq. 6), any shape."""
+    return jax.nn.silu(gate) * up
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the rows of `table` [V, D] for int tokens [B, L]; a token outside the vocabulary becomes NaN."""
+    return jnp.take(table, tokens, axis=0, mode="fill")
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Returns the angular frequency of every rotated pair, float32 [K / 2] (Su et al. 2021, section 3.2.2)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None:
+        turns = scaling.original_max_position * frequencies / (2 * math.pi)  # over the original context
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rope_tables(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Returns cosine and sine of every angle, float32 [B, L, 1, K / 2], for int positions [B, L]."""
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.reshape(1, 1, 1, -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (x[i], x[i + K / 2]) of x [B, L, H, K] in float32; the half-rotation layout of Llama."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,309 @@
+"""Decoder-only transformer: Llama 2 and 3, Qwen 2, 2.5 and 3 as one stack of scanned layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxcl.kernels.attention import attention
+from jaxcl.models import presets
+from jaxcl.models.bridge import from_linen
+from jaxcl.models.config import Config, resolve
+from jaxcl.models.layers import apply_rope, lookup, rms_norm, rope_frequencies, rope_tables, swiglu
+from jaxcl.schema import UserError
+from jaxcl.types import Batch, Model, Output
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the past. All rows write to the same slots; a slot with segment 0 is never attended to."""
+
+    keys: jax.Array  # compute dtype [layers, B, S, G, K], rotated
+    values: jax.Array  # compute dtype [layers, B, S, G, K]
+    segments: jax.Array  # int32 [B, S]
+    positions: jax.Array  # int32 [B, S]
+    index: jax.Array  # int32 []: the next free slot
+
+
+class Rows(NamedTuple):
+    """What every layer needs to know of a batch."""
+
+    segments: jax.Array  # int32 [B, L]
+    positions: jax.Array  # int32 [B, L]
+    cos: jax.Array  # float32 [B, L, 1, K / 2]
+    sin: jax.Array  # float32 [B, L, 1, K / 2]
+    past: Cache | None = None  # slots to attend to besides the batch itself; its keys and values are passed by layer
+
+
+def make(
+    *,
+    preset: str | None = None,
+    vocab: int | None = None,
+    layers: int | None = None,
+    embed: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    mlp: int | None = None,
+    tied: bool | None = None,
+    qkv_bias: bool | None = None,
+    qk_norm: bool | None = None,
+    rope_theta: float | None = None,
+    rope_scaling: Mapping[str, float] | None = None,
+    norm_eps: float | None = None,
+    max_length: int | None = None,
+    init_std: float | None = None,
+    remat: str | None = None,
+    compute_dtype: str | None = None,
+    unroll: int | None = None,
+) -> Model:
+    """Returns a decoder as a Model; whatever is not None overrides the preset.
+
+    `apply(params, batch, cache=None)` takes tokens or embeddings as `batch.inputs`. `cache` is None, a Cache, or an
+    int: the number of slots of a new cache that the batch is written to (prefill).
+
+    Args:
+      preset: name of a shape in `jaxcl.models.presets`.
+      vocab: V, number of tokens.
+      layers: number of blocks.
+      embed: D, width of the residual stream.
+      heads: H, query heads.
+      kv_heads: G, key and value heads; divides `heads`, and equals it if not given.
+      head_dim: K, width of a head, even; `embed / heads` if not given.
+      mlp: F, hidden width of the gated unit.
+      tied: whether the head is the transposed embedding table.
+      qkv_bias: whether queries, keys and values have a bias (Qwen 2).
+      qk_norm: whether every query and key head is RMS-normalised before the rotation (Qwen 3).
+      rope_theta: base of the rotary wavelengths.
+      rope_scaling: factor, low_freq_factor, high_freq_factor, original_max_position (Llama 3); {} for none.
+      norm_eps: added to the mean square in every RMSNorm.
+      max_length: longest row (and cache) that is accepted.
+      init_std: standard deviation of the initial weights; that of the two projections back into the residual stream
+        is smaller by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
+      remat: what the backward pass finds stored: 'none' recomputes nothing, 'full' keeps only the input of every
+        block, 'dots' also results of matrix products, 'dots_no_batch' those without batch dimension (projections,
+        not attention scores), 'attention' the attention outputs.
+      compute_dtype: 'float32' or 'bfloat16'; parameters are float32 either way and are cast where they are used.
+      unroll: blocks per iteration of the loop over layers.
+
+    Raises:
+      UserError: unknown preset or option, missing field or impossible shape.
+    """
+    fields = {name: value for name, value in locals().items() if name != "preset" and value is not None}
+    return from_config(resolve(({} if preset is None else presets.fields(preset)) | fields))
+
+
+def from_config(config: Config) -> Model:
+    """Returns the Model of a resolved Config."""
+    return from_linen(Transformer(config), _shapes(1, 1))
+
+
+def init_cache(model: Model, batch: int, length: int) -> Cache:
+    """Returns an empty cache of `length` slots for `batch` rows: zeros, on the default device.
+
+    The loop that fills it must stop after `length` tokens per row, padding included; hidden states are NaN beyond.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda p, rows: model.apply(p, rows, cache=length).cache, params, _shapes(batch, 1))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def count(model: Model) -> int:
+    """Returns the number of parameters, without computing them."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+
+
+def _shapes(rows: int, length: int) -> Batch:
+    """Returns the shapes of a batch of tokens."""
+    row: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    weights: Any = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    task: Any = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return Batch(row, row, weights, row, row, task)
+
+
+def _weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None
+) -> jax.Array:
+    """Returns a float32 parameter: normal with standard deviation `std`, or ones for None, or zeros for 0."""
+    if std is None:
+        initial: Callable[..., Any] = nn.initializers.ones
+    else:
+        initial = nn.initializers.normal(std) if std else nn.initializers.zeros
+    value: Any = module.param(name, nn.with_logical_partitioning(initial, axes), shape, jnp.float32)
+    return value
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rows: Rows, past: Any) -> tuple[jax.Array, Any]:
+        """Maps x [B, L, D] to [B, L, D]; also returns the new keys and values, each [B, L, G, K]."""
+        c, dtype = self.config, x.dtype
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            kernel = _weight(self, name, (c.embed, heads, c.head_dim), ("embed", axis, "head"), c.init_std)
+            y = jnp.einsum("bld,dhk->blhk", x, kernel.astype(dtype))
+            if c.qkv_bias:
+                bias = _weight(self, f"{name}_bias", (heads, c.head_dim), (axis, "head"), 0.0)
+                y = y + bias.astype(dtype)[None, None]
+            if c.qk_norm and name != "value":
+                y = rms_norm(y, _weight(self, f"{name}_norm", (c.head_dim,), ("head",), None), c.norm_eps)
+            return y if name == "value" else apply_rope(y, rows.cos, rows.sin)
+
+        q = project("query", c.heads, "heads")
+        k = project("key", c.kv_heads, "kv_heads")
+        v = project("value", c.kv_heads, "kv_heads")
+        if rows.past is None:
+            mixed = attention(q, k, v, segments=rows.segments)
+        else:
+            at = (0, rows.past.index, 0, 0)
+            mixed = attention(
+                q,
+                jax.lax.dynamic_update_slice(past[0], k, at),
+                jax.lax.dynamic_update_slice(past[1], v, at),
+                segments=rows.segments,
+                kv_segments=rows.past.segments,
+                positions=rows.positions,
+                kv_positions=rows.past.positions,
+            )
+        mixed = checkpoint_name(mixed, "attention")
+        std = c.init_std / math.sqrt(2 * c.layers)
+        out = _weight(self, "out", (c.heads, c.head_dim, c.embed), ("heads", "head", "embed"), std)
+        return jnp.einsum("blhk,hkd->bld", mixed, out.astype(dtype)), (k, v)
+
+
+class Mlp(nn.Module):
+    """Gated unit: down(silu(gate(x)) * up(x))."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, L, D] to [B, L, D]."""
+        c, dtype = self.config, x.dtype
+        gate = _weight(self, "gate", (c.embed, c.mlp), ("embed", "mlp"), c.init_std)
+        up = _weight(self, "up", (c.embed, c.mlp), ("embed", "mlp"), c.init_std)
+        down = _weight(self, "down", (c.mlp, c.embed), ("mlp", "embed"), c.init_std / math.sqrt(2 * c.layers))
+        return swiglu(x @ gate.astype(dtype), x @ up.astype(dtype)) @ down.astype(dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: Config
+    keep: bool  # whether to return keys and values for a cache
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past: Any, rows: Rows) -> tuple[jax.Array, Any]:
+        """Maps x [B, L, D] to [B, L, D]; a step of the scan over layers."""
+        c = self.config
+        scale = _weight(self, "attention_norm", (c.embed,), ("embed",), None)
+        mixed, new = Attention(c, name="attention")(rms_norm(x, scale, c.norm_eps), rows, past)
+        x = x + mixed
+        scale = _weight(self, "mlp_norm", (c.embed,), ("embed",), None)
+        x = x + Mlp(c, name="mlp")(rms_norm(x, scale, c.norm_eps))
+        return x, new if self.keep else None
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm and head."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, batch: Batch, cache: Cache | int | None = None) -> Output:
+        """Returns hidden [B, L, D] after the last norm, the head [D, V] and the cache, if one was given."""
+        c, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+        rows, length = batch.segments.shape
+        slots = cache if isinstance(cache, int) else length if cache is None else cache.segments.shape[1]
+        if length > slots or slots > c.max_length:
+            raise UserError(
+                f"config.model.max_length={c.max_length}: rows of {length} tokens in {slots} slots; "
+                "use shorter rows, more slots or a larger max_length"
+            )
+        table = _weight(self, "embedding", (c.vocab, c.embed), ("vocab", "embed"), c.init_std)
+        tokens = jnp.issubdtype(batch.inputs.dtype, jnp.integer)
+        x = (lookup(table, batch.inputs) if tokens else batch.inputs).astype(dtype)  # [B, L, D]
+        cos, sin = rope_tables(batch.positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        if isinstance(cache, int):
+            # A new cache: the batch attends to itself, as without one, and is written to it afterwards.
+            store, context = _empty(c, rows, slots, dtype), Rows(batch.segments, batch.positions, cos, sin)
+        else:
+            store = cache
+            past = None if cache is None else _note(cache, batch)
+            context = Rows(batch.segments, batch.positions, cos, sin, past)
+        arrays = None if context.past is None or store is None else (store.keys, store.values)
+        x, new = self._stack(store is not None)(x, arrays, context)
+        if store is not None:
+            x = jnp.where(store.index + length <= slots, x, jnp.nan)  # a full cache must not pass unnoticed
+            store = _write(store, batch, *new)
+        x = rms_norm(x, _weight(self, "final_norm", (c.embed,), ("embed",), None), c.norm_eps)
+        head = table.T if c.tied else _weight(self, "head", (c.embed, c.vocab), ("embed", "vocab"), c.init_std)
+        return Output(x, head.astype(dtype), store)
+
+    def _stack(self, keep: bool) -> nn.Module:
+        """Returns the blocks as one scanned module with parameters stacked along a first axis named 'layers'."""
+        c, block = self.config, Block
+        if c.remat != "none":
+            # Inside a loop nothing can merge the recomputation with the forward pass; without a loop it could.
+            block = nn.remat(Block, policy=_policy(c.remat), prevent_cse=c.unroll >= c.layers)
+        axes: Any = (0, nn.broadcast)
+        return nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=axes,
+            length=c.layers,
+            unroll=c.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, keep, name="layers")
+
+
+def _policy(name: str) -> Callable[..., bool] | None:
+    """Returns the checkpoint policy of a remat name other than 'none'."""
+    policies = jax.checkpoint_policies
+    return {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_saveable,
+        "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names("attention"),
+    }[name]
+
+
+def _empty(c: Config, rows: int, slots: int, dtype: Any) -> Cache:
+    """Returns a cache of zeros."""
+    store = jnp.zeros((c.layers, rows, slots, c.kv_heads, c.head_dim), dtype)
+    row = jnp.zeros((rows, slots), jnp.int32)
+    return Cache(store, store, row, row, jnp.zeros((), jnp.int32))
+
+
+def _note(cache: Cache, batch: Batch) -> Cache:
+    """Returns `cache` with the segments and positions of `batch` written to its next slots."""
+    at = (0, cache.index)
+    return dataclasses.replace(
+        cache,
+        segments=jax.lax.dynamic_update_slice(cache.segments, batch.segments, at),
+        positions=jax.lax.dynamic_update_slice(cache.positions, batch.positions, at),
+    )
+
+
+def _write(cache: Cache, batch: Batch, keys: jax.Array, values: jax.Array) -> Cache:
+    """Returns `cache` after the batch, whose keys and values are [layers, B, L, G, K]."""
+    at = (0, 0, cache.index, 0, 0)
+    return dataclasses.replace(
+        _note(cache, batch),
+        keys=jax.lax.dynamic_update_slice(cache.keys, keys, at),
+        values=jax.lax.dynamic_update_slice(cache.values, values, at),
+        index=cache.index + batch.segments.shape[1],
+    )

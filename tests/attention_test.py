@@ -1,0 +1,114 @@
+"""Attention against a float64 NumPy transcription, and its limiting cases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcl.kernels.attention import reference
+
+
+def oracle(q, k, v, *, segments, kv_segments, allowed, scale):
+    """float64: one query at a time; `allowed(b, i, j)` says what causality permits."""
+    rows, length, heads, _ = q.shape
+    share = heads // k.shape[2]
+    out = np.zeros(q.shape, np.float64)
+    for b in range(rows):
+        for i in range(length):
+            seen = [
+                j
+                for j in range(k.shape[1])
+                if segments[b, i] > 0 and segments[b, i] == kv_segments[b, j] and allowed(b, i, j)
+            ]
+            for h in range(heads if seen else 0):
+                scores = scale * (k[b, seen, h // share].astype(np.float64) @ q[b, i, h].astype(np.float64))
+                weights = np.exp(scores - scores.max())
+                out[b, i, h] = (weights / weights.sum()) @ v[b, seen, h // share]
+    return out
+
+
+def draw(*, length=7, slots=7, heads=6, groups=2, width=4, rows=2, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(rows, length, heads, width), (rows, slots, groups, width), (rows, slots, groups, width)]
+    return [rng.normal(size=s).astype(np.float32) for s in shapes]
+
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0], [3, 1, 1, 1, 1, 0, 0]], np.int32)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_packed_rows_follow_the_definition(causal, groups):
+    q, k, v = draw(groups=groups)
+    got = reference.attention(q, k, v, segments=SEGMENTS, causal=causal)
+    want = oracle(
+        q, k, v, segments=SEGMENTS, kv_segments=SEGMENTS, allowed=lambda b, i, j: j <= i or not causal, scale=0.5
+    )
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert not np.any(np.asarray(got)[SEGMENTS == 0])
+
+
+def test_without_segments_the_row_is_one_document():
+    q, k, v = draw()
+    one = np.ones((2, 7), np.int32)
+    got = reference.attention(q, k, v, scale=0.3)
+    want = oracle(q, k, v, segments=one, kv_segments=one, allowed=lambda b, i, j: j <= i, scale=0.3)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert np.isfinite(reference.attention(q, k, v, causal=False)).all()
+
+
+def test_a_cache_is_causal_by_position():
+    q, k, v = draw(length=2, slots=9)
+    kv_segments = np.array([[1, 1, 1, 0, 0, 1, 1, 0, 0], [2, 2, 0, 0, 2, 2, 2, 2, 0]], np.int32)
+    kv_positions = np.array([[0, 1, 2, 0, 0, 3, 4, 0, 0], [0, 1, 0, 0, 2, 3, 4, 5, 0]], np.int32)
+    segments = np.array([[1, 1], [2, 0]], np.int32)
+    positions = np.array([[3, 4], [4, 0]], np.int32)
+    got = reference.attention(
+        q, k, v, segments=segments, kv_segments=kv_segments, positions=positions, kv_positions=kv_positions
+    )
+    want = oracle(
+        q,
+        k,
+        v,
+        segments=segments,
+        kv_segments=kv_segments,
+        scale=0.5,
+        allowed=lambda b, i, j: kv_positions[b, j] <= positions[b, i],
+    )
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_gradients_are_finite_and_blind_to_other_documents():
+    q, k, v = draw()
+
+    def first_document(q, k, v):
+        return jnp.sum(reference.attention(q, k, v, segments=jnp.asarray(SEGMENTS))[0, :3] ** 2)
+
+    grads = jax.grad(first_document, argnums=(0, 1, 2))(q, k, v)
+    for g in grads:
+        assert np.isfinite(g).all()
+        assert np.any(np.asarray(g)[0, :3])
+        assert not np.any(np.asarray(g)[0, 3:])
+        assert not np.any(np.asarray(g)[1])
+
+
+def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
+    q, k, v = draw(length=64, slots=64)
+    q = q * 8
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    got = reference.attention(*narrow)
+    want = reference.attention(*[x.astype(jnp.float32) for x in narrow])
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    q, k, v = draw(length=2, slots=7)
+    with pytest.raises(ValueError, match="needs kv_positions"):
+        reference.attention(q, k, v)
+    with pytest.raises(ValueError, match="not a multiple"):
+        reference.attention(q[:, :, :5], k, v, causal=False)
+    with pytest.raises(ValueError, match="without segments"):
+        reference.attention(q, k, v, kv_segments=SEGMENTS, causal=False)
+    with pytest.raises(ValueError, match="give kv_segments"):
+        reference.attention(q, k, v, segments=SEGMENTS[:, :2], causal=False)
