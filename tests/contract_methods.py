@@ -13,14 +13,14 @@ import numpy as np
 import optax
 import pytest
 import toys
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcl.methods
 from jaxcl import compose, tree
+from jaxcl import mesh as meshes
 from jaxcl.guard import guard
 
 # Sizes at which an option does something within a few steps of the toy, by the name of the option.
-SMALL = {"every": 2, "capacity": 5, "batch": 2, "chunk": 4, "steps": 2}
+SMALL = {"every": 2, "capacity": 8, "batch": 2, "chunk": 4, "steps": 2}
 NAMES = sorted(module.name for module in pkgutil.iter_modules(jaxcl.methods.__path__))
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the cost here
 MAKE = {name: importlib.import_module(f"jaxcl.methods.{name}").make for name in NAMES}
@@ -177,36 +177,27 @@ def constants(jaxpr):
                     yield from constants(inner)
 
 
-def sharding_of(mesh, name, leaf):
-    """Shards `rows` like a batch and parameters, with all that is shaped like them, over the second axis."""
-    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
-    if "/rows/" in f"/{name}":
-        return PartitionSpec(("data", "tensor")) if leaf.shape[0] % 8 == 0 else PartitionSpec()
-    for axis in reversed(range(leaf.ndim)):
-        if leaf.shape[axis] % sizes["tensor"] == 0 and leaf.shape[axis] > 2:
-            return PartitionSpec(*[None] * axis, "tensor")
-    return PartitionSpec()
+MESHES = {"8 data": {"data": 8}, "2 fsdp x 4 tensor": {"fsdp": 2, "tensor": 4, "data": 1}}
+SPREAD = [("everything", "8 data"), *[(case, "2 fsdp x 4 tensor") for case in ["everything", "cpt", *APART]]]
 
 
-@pytest.mark.parametrize(
-    ("case", "shape"), [("everything", (8, 1)), *[(case, (2, 4)) for case in ["everything", "cpt", *APART]]]
-)
-def test_topology_does_not_matter(case, shape):
-    """The same losses on one device and with the batch, the parameters and the memory spread over eight."""
-    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    method = built(case)[0]
-    rows = NamedSharding(mesh, PartitionSpec(("data", "tensor")))
-    state = built(case)[1](params())
-    specs = tree.map_named(lambda name, leaf: NamedSharding(mesh, sharding_of(mesh, name, leaf)), state)
+@pytest.mark.parametrize(("case", "sizes"), SPREAD)
+def test_topology_does_not_matter(case, sizes):
+    """The same losses on one device and with rows, parameters and what is shaped like them spread over eight."""
+    mesh = meshes.make(**MESHES[sizes])
+    method, init = built(case)[:2]
+    state = init(params())
+    specs = meshes.state_shardings(mesh, toys.language_model().axes, state)
+    split = [name for name, spec in tree.named_leaves(specs) if any(spec.spec)]
+    assert any("/rows/" in name for name in split) or not any("/rows/" in n for n, _ in tree.named_leaves(state))
     state = jax.device_put(state, specs)
-    whole = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(method.step, out_shardings=(specs, whole), compiler_options=QUICK)
+    step = jax.jit(method.step, out_shardings=(specs, meshes.replicated(mesh)), compiler_options=QUICK)
     losses = []
     for i in range(3):
-        state, metrics = step(state, jax.device_put(toys.text(i, task=i // 2), rows), key(i))
+        batch = jax.device_put(toys.text(i, task=i // 2), meshes.batch_sharding(mesh))
+        state, metrics = step(state, batch, key(i))
         losses.append(float(metrics["loss"]))
-    expected = reference_losses(case)
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import optax
 from jaxcl.compose import Setting
 from jaxcl.types import Batch, Model, Output
 
-V, L, B, T = 11, 6, 8, 3
+V, L, B, T = 12, 6, 8, 3
 
 
 def language_model(width=8, hidden=16, dtype=jnp.float32):
@@ -29,7 +29,7 @@ def language_model(width=8, hidden=16, dtype=jnp.float32):
         h = jnp.concatenate([now, past], -1) @ params["mlp"]["w"]
         return Output(jnp.tanh(h + jnp.broadcast_to(params["mlp"]["b"], h.shape)), params["head"], cache)
 
-    axes = {"embed": ("vocab", "embed"), "mlp": {"w": ("embed", "mlp"), "b": ("mlp",)}, "head": ("mlp", "vocab")}
+    axes = {"embed": ("vocab", "embed"), "mlp": {"w": ("embed", "mlp"), "b": ("mlp",)}, "head": ("embed", "vocab")}
     return Model(init, apply, axes)
 
 
