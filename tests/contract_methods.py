@@ -22,7 +22,6 @@ from jaxcl.guard import guard
 # Sizes at which an option does something within a few steps of the toy, by the name of the option.
 SMALL = {"every": 2, "capacity": 8, "batch": 2, "chunk": 4, "steps": 2}
 NAMES = sorted(module.name for module in pkgutil.iter_modules(jaxcl.methods.__path__))
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the cost here
 MAKE = {name: importlib.import_module(f"jaxcl.methods.{name}").make for name in NAMES}
 
 
@@ -69,9 +68,9 @@ def built(case):
             traces[name] += 1
             return getattr(method, name)(*args)
 
-        return jax.jit(function, donate_argnums=0, compiler_options=QUICK)
+        return toys.quick(function, donate_argnums=0)
 
-    return method, jax.jit(method.init), counted("step"), counted("end_task"), traces
+    return method, toys.quick(method.init), counted("step"), counted("end_task"), traces
 
 
 def params():
@@ -191,7 +190,7 @@ def test_topology_does_not_matter(case, sizes):
     split = [name for name, spec in tree.named_leaves(specs) if any(spec.spec)]
     assert any("/rows/" in name for name in split) or not any("/rows/" in n for n, _ in tree.named_leaves(state))
     state = jax.device_put(state, specs)
-    step = jax.jit(method.step, out_shardings=(specs, meshes.replicated(mesh)), compiler_options=QUICK)
+    step = toys.quick(method.step, out_shardings=(specs, meshes.replicated(mesh)))
     losses = []
     for i in range(3):
         batch = jax.device_put(toys.text(i, task=i // 2), meshes.batch_sharding(mesh))
