@@ -133,21 +133,32 @@ def test_wrappers_apply_in_the_order_given():
 
 def test_a_part_sees_the_step_it_settles():
     """`settle` gets the rows trained on, the rows that came in, both sets of parameters and the gradient."""
+
+    def settle(memory, taken):
+        rate = jax.tree.map(lambda a, b, g: (a - b) / g, taken.before, taken.after, taken.grads)
+        return {
+            "rate": rate,
+            "came": taken.batch.task.shape[0] + jnp.zeros_like(memory["came"]),
+            "rows": taken.rows.task,
+        }
+
     doubled = Part(
-        init=lambda params: jax.tree.map(jnp.zeros_like, params),
+        init=lambda params: {
+            "rate": jax.tree.map(jnp.zeros_like, params),
+            "came": jnp.zeros((), jnp.int32),
+            "rows": jnp.zeros(8, jnp.int32),
+        },
         recall=lambda memory, rows, key: jax.tree.map(lambda x: jnp.concatenate([x, x]), rows),
-        settle=lambda memory, taken: jax.tree.map(
-            lambda a, b, g: (a - b) / g + 0 * (taken.rows.task.shape[0] - taken.batch.task.shape[0]),
-            taken.before,
-            taken.after,
-            taken.grads,
-        ),
+        settle=settle,
         metrics=lambda memory, rows: {"rows": jnp.float32(rows.task.shape[0])},
     )
     method = compose.compose([("doubled", doubled)], setting(optax.sgd(0.25)))
-    state, metrics = toys.quick(method.step)(method.init(PARAMS), batch(0), key(0))
+    state, metrics = toys.quick(method.step)(method.init(PARAMS), batch(0, task=2), key(0))
     assert float(metrics["doubled/rows"]) == 8.0
-    np.testing.assert_allclose(state.memory["doubled"]["w"], 0.25, rtol=1e-5)
+    memory = state.memory["doubled"]
+    assert int(memory["came"]) == 4
+    np.testing.assert_array_equal(memory["rows"], np.full(8, 2))
+    np.testing.assert_allclose(memory["rate"]["w"], 0.25, rtol=1e-5)
 
 
 def test_inner_and_outer_undo_each_other():

@@ -120,6 +120,14 @@ def test_state_is_closed(case):
     assert_closed(built(case)[0])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_no_buffer_is_held_twice(case):
+    """Two leaves that share a buffer cannot both be donated."""
+    state = built(case)[0].init(params())
+    leaves = jax.tree.leaves(state)
+    assert len({id(leaf) for leaf in leaves}) == len(leaves)
+
+
 @pytest.mark.parametrize("entry", list(variants()))
 def test_every_choice_of_an_option_is_closed(entry):
     assert_closed(compose.make([entry], toys.setting()))

@@ -66,14 +66,15 @@ def test_good_steps_are_untouched(options):
 
 
 def test_bad_steps_leave_no_trace():
-    clean, _ = run(NOISE, warmup=4)
+    clean, _ = run(NOISE, warmup=4, window=16)
     values = list(NOISE)
     for position, bad in zip((0, 3, 10, 11, 30), BAD, strict=True):
         values.insert(position, bad)
     values.insert(20, 50.0)  # an outlying loss
     values.insert(25, (2.0, 90.0))  # an outlying gradient norm
-    state, told = run(values, warmup=4)
-    assert told[-1][0] == 7
+    values += [float("nan"), 60.0]  # the window is full: a value stored now would push a good one out
+    state, told = run(values, warmup=4, window=16)
+    assert told[-1][0] == 9
     assert int(state.step) == len(values)
     for name in ("params", "opt_state"):
         np.testing.assert_array_equal(

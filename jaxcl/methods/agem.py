@@ -19,8 +19,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcl import grad, tree
 from jaxcl import memory as store
-from jaxcl import tree
 from jaxcl.compose import Part, Setting, Taken
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Memory, Params
@@ -62,6 +62,5 @@ def make(
 
 def conflict_free(grads: Params, reference: Params) -> Params:
     """Returns `grads` without its component against `reference`; unchanged if there is none."""
-    inner, square = tree.dot(grads, reference), tree.dot(reference, reference)
-    scale = jnp.where((inner < 0) & (square > 0), inner / jnp.where(square > 0, square, 1.0), 0.0)
+    scale = jnp.minimum(grad.mean(tree.dot(grads, reference), tree.dot(reference, reference)), 0.0)
     return jax.tree.map(lambda g, r: jnp.where(scale < 0, g - (scale * r).astype(g.dtype), g), grads, reference)
