@@ -56,8 +56,8 @@ def from_linen(module: nn.Module, example: Batch, *, arguments: Arguments | None
 def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module], *, arguments: Arguments | None = None) -> Model:
     """Wraps an NNX module, given as a function from `nnx.Rngs` to the module.
 
-    Axes come from the `sharding_names` metadata of its parameters, None for every dimension without.
-    The module must hold no variables but `nnx.Param` (and the counters of its Rngs, which are dropped).
+    Axes come from `nnx.with_partitioning`; a parameter without it gets None for every dimension.
+    The module must hold no variables but `nnx.Param`: no running statistics, no streams of random numbers.
 
     Args:
       factory: builds the module; called under jit.
@@ -66,26 +66,31 @@ def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module], *, arguments: Arguments 
     Raises:
       UserError: the module holds variables that are no parameters.
     """
-    abstract = nnx.eval_shape(lambda: factory(nnx.Rngs(params=0)))
-    graph, parameters, streams, rest = nnx.split(abstract, nnx.Param, nnx.RngState, ...)
-    leftover = nnx.to_flat_state(rest)
-    if len(leftover):
-        path = "/".join(str(part) for part in leftover[0][0])
-        raise UserError(f"config.model: {path} is not a parameter; use a module whose only variables are nnx.Param")
+
+    def build(key: Key) -> nnx.Module:
+        # The names are logical, so NNX must not look for mesh axes of that name.
+        with nnx.use_eager_sharding(False):
+            return factory(nnx.Rngs(params=key))
+
+    abstract = nnx.eval_shape(build, jax.random.key(0))
+    graph, parameters, rest = nnx.split(abstract, nnx.Param, ...)
+    for path, _ in nnx.to_flat_state(rest):
+        name = "/".join(str(part) for part in path)
+        raise UserError(f"config.model: {name!r} is not a parameter; use a module whose only variables are nnx.Param")
 
     def init(key: Key) -> Params:
-        state = nnx.state(factory(nnx.Rngs(params=key)), nnx.Param)
-        return _text_keys(nnx.to_pure_dict(state))
+        return _text_keys(nnx.to_pure_dict(nnx.state(build(key), nnx.Param)))
 
     def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
-        state = jax.tree.map(lambda variable: variable, parameters)
-        nnx.replace_by_pure_dict(state, _like(params, nnx.to_pure_dict(state)))
-        module = nnx.merge(graph, state, streams)
+        state = jax.tree.map(lambda shape: shape, parameters)  # a copy: the next line writes to it
+        nnx.replace_by_pure_dict(state, _own_keys(params, nnx.to_pure_dict(state)))
+        module: Any = nnx.merge(graph, state)
         if arguments is None:
-            return _output(module(batch, cache))  # type: ignore[operator]
-        return _output(module(*arguments(_without_cache(batch, cache))))  # type: ignore[operator]
+            return _output(module(batch, cache))
+        return _output(module(*arguments(_without_cache(batch, cache))))
 
-    return Model(jax.jit(init), apply, {})
+    flat = [(path, _nnx_names(variable)) for path, variable in nnx.to_flat_state(parameters)]
+    return Model(jax.jit(init), apply, _text_keys(nnx.traversals.unflatten_mapping(dict(flat))))
 
 
 def _output(value: Any) -> Output:
@@ -107,11 +112,17 @@ def _names(leaf: Any) -> tuple[str | None, ...]:
     return (None,) * leaf.ndim
 
 
+def _nnx_names(variable: Any) -> tuple[str | None, ...]:
+    """Returns one logical axis name (or None) for every dimension of an abstract nnx.Param."""
+    names = variable.get_metadata().get("out_sharding")
+    return tuple(names) if names else (None,) * len(variable.shape)
+
+
 def _text_keys(tree: Any) -> Any:
     """Returns nested dicts with string keys; NNX lists have integer ones."""
     return {str(key): _text_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _like(tree: Any, model: Any) -> Any:
+def _own_keys(tree: Any, model: Any) -> Any:
     """Undoes `_text_keys`, given a tree with the original keys."""
-    return {key: _like(tree[str(key)], value) for key, value in model.items()} if isinstance(model, dict) else tree
+    return {key: _own_keys(tree[str(key)], value) for key, value in model.items()} if isinstance(model, dict) else tree

@@ -103,9 +103,7 @@ def make(
 
 def from_config(config: Config) -> Model:
     """Returns the Model of a resolved Config."""
-    row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    weights = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    return from_linen(Transformer(config), Batch(row, row, weights, row, row, jax.ShapeDtypeStruct((1,), jnp.int32)))
+    return from_linen(Transformer(config), _shapes(1, 1))
 
 
 def init_cache(model: Model, batch: int, length: int) -> Cache:
@@ -113,17 +111,22 @@ def init_cache(model: Model, batch: int, length: int) -> Cache:
 
     The loop that fills it must stop after `length` tokens per row, padding included; hidden states are NaN beyond.
     """
-    row = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    weights = jax.ShapeDtypeStruct((batch, 1), jnp.float32)
-    example = Batch(row, row, weights, row, row, jax.ShapeDtypeStruct((batch,), jnp.int32))
     params = jax.eval_shape(model.init, jax.random.key(0))
-    shapes = jax.eval_shape(lambda p, rows: model.apply(p, rows, cache=length).cache, params, example)
+    shapes = jax.eval_shape(lambda p, rows: model.apply(p, rows, cache=length).cache, params, _shapes(batch, 1))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def count(model: Model) -> int:
     """Returns the number of parameters, without computing them."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+
+
+def _shapes(rows: int, length: int) -> Batch:
+    """Returns the shapes of a batch of tokens."""
+    row: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    weights: Any = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    task: Any = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return Batch(row, row, weights, row, row, task)
 
 
 def _weight(
@@ -134,7 +137,8 @@ def _weight(
         initial: Callable[..., Any] = nn.initializers.ones
     else:
         initial = nn.initializers.normal(std) if std else nn.initializers.zeros
-    return module.param(name, nn.with_logical_partitioning(initial, axes), shape, jnp.float32)
+    value: Any = module.param(name, nn.with_logical_partitioning(initial, axes), shape, jnp.float32)
+    return value
 
 
 class Attention(nn.Module):
@@ -254,11 +258,12 @@ class Transformer(nn.Module):
         if c.remat != "none":
             # Inside a loop nothing can merge the recomputation with the forward pass; without a loop it could.
             block = nn.remat(Block, policy=_policy(c.remat), prevent_cse=c.unroll >= c.layers)
+        axes: Any = (0, nn.broadcast)
         return nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=axes,
             length=c.layers,
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
