@@ -10,22 +10,7 @@ from typing import Any
 
 from jaxcl import report, train
 from jaxcl.report import terminal
-from jaxcl.schema import UserError, nearest
-
-
-def assign(config: dict[str, Any], key: str, value: Any) -> None:
-    """Sets `a.b.c` in nested dicts; the parent must exist.
-
-    Raises:
-      UserError: no such parent.
-    """
-    *parents, last = key.split(".")
-    here = config
-    for i, name in enumerate(parents):
-        if not isinstance(here.get(name), dict):
-            raise UserError(f"config.{'.'.join(parents[: i + 1])}: no such section{nearest(name, list(here))}")
-        here = here[name]
-    here[last] = value
+from jaxcl.schema import UserError, assign
 
 
 def expand(config: Mapping[str, Any]) -> list[dict[str, Any]]:
