@@ -40,7 +40,7 @@ p { margin: 6px 0 12px; max-width: 68ch; }
 .tiles dd small { display: block; font-size: 0.78rem; font-weight: 400; line-height: 1.35; color: var(--soft); }
 figure, .card { background: var(--surface); border: 1px solid var(--rule); border-radius: 10px; padding: 16px;
   margin: 14px 0; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 14px;
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 14px;
   margin: 14px 0; }
 .pairs figure { margin: 0; min-width: 0; }
 figcaption, .hint { color: var(--soft); font-size: 0.87rem; margin: 8px 0 0; max-width: 78ch; }
