@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl import report, train
+from jaxcl.report import terminal
 from jaxcl.schema import UserError, nearest
 
 
@@ -78,5 +79,6 @@ def run(config: Mapping[str, Any], workdir: str) -> int:
         status = train.run(one, str(place), final=False)
         if status:
             return status
-    report.write([str(place) for place in folders], out=str(Path(workdir) / "report.html"), control=config.get("control"))
+    target = Path(workdir) / "report.html"
+    terminal.show(report.write([str(place) for place in folders], out=target, control=config.get("control")), target)
     return 0

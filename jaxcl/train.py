@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxcl import checkpoint, distributed, folder, mesh, metrics, program, progress, report, schema
+from jaxcl.report import terminal
 from jaxcl.types import Batch, Metrics, TrainState
 
 AHEAD = 2  # batches that are read and placed while the device works
@@ -30,7 +30,7 @@ class Loop(NamedTuple):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; the state is saved."""
+    """A signal asked the run to stop; the state is saved. The argument names the signal."""
 
 
 class BadSteps(Exception):
@@ -114,7 +114,7 @@ class Session:
         self.clock = time.perf_counter()
         return message
 
-    def train(self, stop: list[int]) -> None:
+    def train(self, stopped: Callable[[int], str | None]) -> None:
         """Trains to the end of the stream; rolls back once if steps stay bad.
 
         Raises:
@@ -123,7 +123,7 @@ class Session:
         """
         while True:
             try:
-                return self.run_steps(stop)
+                return self.run_steps(stopped)
             except BadSteps as bad:
                 if self.rolled_back:
                     raise
@@ -131,16 +131,16 @@ class Session:
                 self.restore()
                 self.event("rollback", f"{bad}; back to step {self.step}")
 
-    def run_steps(self, stop: list[int]) -> None:
+    def run_steps(self, stopped: Callable[[int], str | None]) -> None:
         """Trains from the present step to the end of the stream."""
         flow = self.made.stream
         if self.step == 0:
             self.evaluate(boundary=-1)
         with contextlib.closing(Feeder(self.made, self.step)) as feeder, jax.transfer_guard("disallow"):
             while self.step < flow.total_steps:
-                if distributed.any_process(bool(stop)):
+                if reason := stopped(self.step):
                     self.save()
-                    raise Stopped(f"step {self.step} of {flow.total_steps} is saved")
+                    raise Stopped(reason)
                 self.state, values = self.made.step(self.state, feeder.get())
                 self.account(self.step)
                 self.step += 1
@@ -218,7 +218,7 @@ class Session:
 
     def close(self) -> None:
         """Waits for the last checkpoint and closes the files."""
-        self.checkpoints.close()
+        self.checkpoints.wait()
         self.out.close()
 
 
@@ -238,25 +238,35 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     """
     loop, pieces = split(config)
     place = Path(workdir)
-    distributed.initialise()
+    distributed.initialize()
+    status = 0
     if folder.finished(place, config):
-        print(f"{place} is finished: {place / 'report.html'}", flush=True)
+        print(f"{place}: finished before")
     else:
-        with signals() as stop:
+        with distributed.stop_on_signal() as stopped:
             made = program.build(**pieces)
             folder.claim(place, config, made.facts)
-            try:
-                with contextlib.closing(Session(made, loop, place)) as session:
-                    session.train(stop)
-            except Stopped as stopped:
-                print(f"stopped: {stopped}; the same command continues", flush=True)
-                return 130 if signal.SIGINT in stop else 0
-            except BadSteps as bad:
-                print(f"error: {bad}", flush=True)
-                return 3
-        folder.finish(place)
-    if jax.process_index() == 0:
-        report.write([str(place)], quiet=not final)
+            status = supervise(made, loop, place, stopped)
+    if status == 0 and folder.about(place)["finished"] and jax.process_index() == 0:
+        results = report.write([str(place)])
+        if final:
+            terminal.show(results, place / "report.html")
+    distributed.shutdown()
+    return status
+
+
+def supervise(made: program.Program, loop: Loop, place: Path, stopped: Callable[[int], str | None]) -> int:
+    """Trains to the end and returns the exit status of `run`."""
+    try:
+        with contextlib.closing(Session(made, loop, place)) as session:
+            session.train(stopped)
+    except Stopped as reason:
+        print(f"stopped by {reason}: the state is saved in {place}; the same command continues", flush=True)
+        return 130 if str(reason) == "SIGINT" else 0
+    except BadSteps as bad:
+        print(f"error: {bad}", flush=True)
+        return 3
+    folder.finish(place)
     return 0
 
 
@@ -272,22 +282,3 @@ def split(config: Mapping[str, Any]) -> tuple[Loop, dict[str, Any]]:
     schema.check(program.build, rest, field="")
     return loop, rest
 
-
-@contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list instead of dying of them; a second one of a kind has its usual effect."""
-    received: list[int] = []
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(kind: int, frame: Any) -> None:
-        del frame
-        received.append(kind)
-        signal.signal(kind, before[signal.Signals(kind)])
-
-    for kind in before:
-        signal.signal(kind, note)
-    try:
-        yield received
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
