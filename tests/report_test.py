@@ -103,6 +103,7 @@ def test_page_of_a_run_says_it_in_words(one):
     for part in ("now, bits per byte", "parameters 1,123,456", "prose train 900, held_out 16", "reptile/distance"):
         assert part in text
     assert "Domains that no task trains on" in text
+    assert "versions jax 0.10.2" in text
     assert str(one.parent) not in (one / "report.html").read_text()
 
 

@@ -178,7 +178,8 @@ def ledger(run: Run) -> str:
     if not largest:
         return ""
     rows = []
-    for source, row in run.ledger.items():
+    for source in sorted(run.ledger, key=lambda s: run.domains.index(s) if s in run.domains else len(run.domains)):
+        row = run.ledger[source]
         new, old = row.get("new_tokens", 0), row.get("replayed_tokens", 0)
         widths = (("new", 100 * new / largest), ("old", 100 * old / largest))
         bar = "".join(f'<i class="{kind}" style="width:{width:.1f}%"></i>' for kind, width in widths)
@@ -246,8 +247,10 @@ def events(run: Run) -> str:
 def appendix(run: Run) -> str:
     """Returns configuration and version."""
     text = escape(json.dumps(run.config, indent=2, sort_keys=True, ensure_ascii=False))
-    facts = {**run.about.get("facts", {}), **run.about.get("versions", {})}
-    rows = [[escape(str(name)), f'<td class="text">{escape(_plain(value))}</td>'] for name, value in facts.items()]
+    facts = {**run.about.get("facts", {}), "versions": run.about.get("versions")}
+    rows = [
+        [escape(str(name)), f'<td class="text">{escape(_plain(value))}</td>'] for name, value in facts.items() if value
+    ]
     return (
         f"{page.table('Size, machine and versions', ['', ''], rows)}"
         f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
