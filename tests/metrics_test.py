@@ -91,6 +91,18 @@ def test_truncate_keeps_the_restored_step_and_counts(tmp_path):
     assert metrics.truncate(tmp_path / "none.jsonl", 2) == 0
 
 
+def test_a_writer_that_is_open_follows_the_file_that_truncate_put_in_its_place(tmp_path):
+    """A rollback cuts the file while the run goes on writing to it."""
+    path = tmp_path / "m.jsonl"
+    writer = metrics.Jsonl(path)
+    for step in (1, 2, 3):
+        writer.write(train(step))
+    metrics.truncate(path, 1)
+    writer.write(train(2, loss=9.0))
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in metrics.read(path)] == [(1, 0.5), (2, 9.0)]
+
+
 def test_truncate_replaces_the_file_atomically(tmp_path, monkeypatch):
     path = written(tmp_path / "m.jsonl", [train(1), train(2)])
     whole = path.read_bytes()
