@@ -10,16 +10,17 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toys
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcl.methods
 from jaxcl import compose, tree
+from jaxcl import mesh as meshes
 from jaxcl.guard import guard
 
 # Sizes at which an option does something within a few steps of the toy, by the name of the option.
-SMALL = {"every": 2, "capacity": 5, "batch": 2, "chunk": 4, "steps": 2}
+SMALL = {"every": 2, "capacity": 8, "batch": 2, "chunk": 4, "steps": 2}
 NAMES = sorted(module.name for module in pkgutil.iter_modules(jaxcl.methods.__path__))
 MAKE = {name: importlib.import_module(f"jaxcl.methods.{name}").make for name in NAMES}
 
@@ -50,14 +51,15 @@ def everything():
     return [options_of(name) for name in parts + wrappers if name not in rules[1:]]
 
 
-CASES = [pytest.param(name, id=name) for name in [*NAMES, "everything", "guard"]]
+CASES = [*NAMES, "everything", "guard"]
+APART = [name for name in NAMES if name not in {entry["name"] for entry in everything()}]
 
 
 @functools.cache
 def built(case):
     """Returns the method of a case, its jitted functions (donating the state) and how often they were traced."""
     options = {"everything": everything, "guard": lambda: everything()[-1]}.get(case, lambda: options_of(case))()
-    method = compose.make(options, toys.setting())
+    method = compose.make(options, toys.setting(tx=optax.sgd(0.1, momentum=0.9)))
     method = guard(method, warmup=1, window=4) if case in ("everything", "guard") else method
     traces = {"step": 0, "end_task": 0}
 
@@ -66,9 +68,9 @@ def built(case):
             traces[name] += 1
             return getattr(method, name)(*args)
 
-        return jax.jit(function, donate_argnums=0)
+        return toys.quick(function, donate_argnums=0)
 
-    return method, jax.jit(method.init), counted("step"), counted("end_task"), traces
+    return method, toys.quick(method.init), counted("step"), counted("end_task"), traces
 
 
 def params():
@@ -174,38 +176,27 @@ def constants(jaxpr):
                     yield from constants(inner)
 
 
-MESHES = [pytest.param((8, 1), id="8x1"), pytest.param((2, 4), id="2x4")]
+MESHES = {"8 data": {"data": 8}, "2 fsdp x 4 tensor": {"fsdp": 2, "tensor": 4, "data": 1}}
+SPREAD = [("everything", "8 data"), *[(case, "2 fsdp x 4 tensor") for case in ["everything", "cpt", *APART]]]
 
 
-def sharding_of(mesh, name, leaf):
-    """Shards `rows` like a batch and parameters, with all that is shaped like them, over the second axis."""
-    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
-    if "/rows/" in f"/{name}":
-        return PartitionSpec(("data", "tensor")) if leaf.shape[0] % 8 == 0 else PartitionSpec()
-    for axis in reversed(range(leaf.ndim)):
-        if leaf.shape[axis] % sizes["tensor"] == 0 and leaf.shape[axis] > 2:
-            return PartitionSpec(*[None] * axis, "tensor")
-    return PartitionSpec()
-
-
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("case", CASES)
-def test_topology_does_not_matter(case, shape):
-    """The same losses on one device and with the batch, the parameters and the memory spread over eight."""
-    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    method = built(case)[0]
-    rows = NamedSharding(mesh, PartitionSpec(("data", "tensor")))
-    state = built(case)[1](params())
-    specs = tree.map_named(lambda name, leaf: NamedSharding(mesh, sharding_of(mesh, name, leaf)), state)
+@pytest.mark.parametrize(("case", "sizes"), SPREAD)
+def test_topology_does_not_matter(case, sizes):
+    """The same losses on one device and with rows, parameters and what is shaped like them spread over eight."""
+    mesh = meshes.make(**MESHES[sizes])
+    method, init = built(case)[:2]
+    state = init(params())
+    specs = meshes.state_shardings(mesh, toys.language_model().axes, state)
+    split = [name for name, spec in tree.named_leaves(specs) if any(spec.spec)]
+    assert any("/rows/" in name for name in split) or not any("/rows/" in n for n, _ in tree.named_leaves(state))
     state = jax.device_put(state, specs)
-    whole = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(method.step, out_shardings=(specs, whole))
+    step = toys.quick(method.step, out_shardings=(specs, meshes.replicated(mesh)))
     losses = []
     for i in range(3):
-        state, metrics = step(state, jax.device_put(toys.text(i, task=i // 2), rows), key(i))
+        batch = jax.device_put(toys.text(i, task=i // 2), meshes.batch_sharding(mesh))
+        state, metrics = step(state, batch, key(i))
         losses.append(float(metrics["loss"]))
-    expected = reference_losses(case)
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
 
 
 @functools.cache
