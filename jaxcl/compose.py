@@ -29,6 +29,7 @@ class Taken(NamedTuple):
     """One step as a part sees it afterwards."""
 
     batch: Batch  # the incoming rows, before any part changed them
+    rows: Batch  # the rows trained on
     before: Params
     after: Params
     grads: Params
@@ -39,38 +40,57 @@ class Part(NamedTuple):
     """A term or a gradient rule of a gradient method; leave out what it does not do.
 
     `recall` may replace, append or annotate rows. `loss` is added to the training loss as sum / weight, where the
-    weight must not depend on the parameters; a penalty returns (penalty, 1). `project` changes the gradient
-    (at most one part of a method may have it). `settle` remembers, once the step is taken. `end_task` gets K
-    batches of the task just ended, stacked [K, B, ...].
+    weight must not depend on the parameters; a penalty returns (penalty, 1). `project` changes the gradient, given
+    the incoming rows and a function from rows to the gradient of the training loss alone (at most one part of a
+    method may have it).
+    `settle` remembers, once the step is taken. `end_task` gets K batches of the task just ended, stacked [K, B, ...].
+    `metrics` names scalars of the rows trained on; they are reported as `part/name`.
     """
 
     init: Callable[[Params], Memory] = lambda params: ()
     recall: Callable[[Memory, Batch, Key], Batch] | None = None
     loss: Callable[[Memory, Params, Output, Batch], tuple[jax.Array, jax.Array]] | None = None
-    project: Callable[[Memory, Params, Params, Callable[[Batch], Params], Key], Params] | None = None
+    project: Callable[[Memory, Params, Batch, Callable[[Batch], Params], Key], Params] | None = None
     settle: Callable[[Memory, Taken], Memory] | None = None
     end_task: Callable[[Memory, Params, Batch, Key], Memory] | None = None
+    metrics: Callable[[Memory, Batch], Metrics] | None = None
 
 
 class Wrapper(NamedTuple):
-    """A transformation of a whole method, such as Reptile or an average of weights."""
+    """A transformation of a whole method, such as Reptile or an average of weights.
+
+    Its memory is a dict with its own entries and, under `inner`, the memory of the method it wraps.
+    """
 
     wrap: Callable[[Method], Method]
 
 
-def make(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], setting: Setting) -> Method:
-    """Builds the method that `config.method` describes: one dict with a `name`, or a list of them.
+def inner(state: TrainState) -> TrainState:
+    """Returns the state of the method inside a wrapper, given the wrapper's."""
+    return TrainState(state.step, state.params, state.opt_state, state.memory["inner"])
+
+
+def outer(state: TrainState, **own: Memory) -> TrainState:
+    """Returns the wrapper's state, given that of the method inside it and the wrapper's own memory."""
+    return TrainState(state.step, state.params, state.opt_state, {**own, "inner": state.memory})
+
+
+def make(options: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], setting: Setting) -> Method:
+    """Builds the method that `config.method` describes: `'er(rows=4) + reptile'`, a dict with a `name`, or a list.
 
     Raises:
       UserError: unknown method or option, or parts that do not go together.
     """
-    entries = [options] if isinstance(options, Mapping) else list(options)
-    if not entries:
-        raise schema.UserError("config.method: empty list; name at least one method, e.g. dict(name='cpt')")
+    options = schema.parse(options, field="method") if isinstance(options, str) else options
+    if not isinstance(options, (Mapping, Sequence)):
+        raise schema.UserError(
+            f"config.method={options!r}: write it as in 'er(rows=4) + reptile' or as a list of dicts"
+        )
+    single = isinstance(options, Mapping)
     parts = []
-    for i, entry in enumerate(entries):
-        field = "method" if isinstance(options, Mapping) else f"method[{i}]"
-        parts.append((entry.get("name"), schema.make("jaxcl.methods", entry, setting, field=field)))
+    for i, entry in enumerate([options] if single else options):
+        part = schema.make("jaxcl.methods", entry, setting, field="method" if single else f"method[{i}]")
+        parts.append((entry["name"], part))
     return compose(parts, setting)
 
 
@@ -78,9 +98,12 @@ def compose(parts: Sequence[tuple[str, Part | Wrapper | Method]], setting: Setti
     """Joins named parts into one method: terms first, then the wrappers in the order given.
 
     Raises:
-      UserError: a part listed twice, two gradient rules, or terms beside a method that has no gradient.
+      UserError: no part, a part listed twice, two gradient rules, terms beside a method that has no gradient, or
+        rows that the microbatches do not divide.
     """
     names = [name for name, _ in parts]
+    if not names:
+        raise schema.UserError("config.method: empty list; name at least one method, e.g. dict(name='cpt')")
     for name in names:
         if names.count(name) > 1:
             raise schema.UserError(f"config.method: {name!r} is listed twice; list every part once")
@@ -90,9 +113,11 @@ def compose(parts: Sequence[tuple[str, Part | Wrapper | Method]], setting: Setti
     if len(rules) > 1:
         raise schema.UserError(f"config.method: {' and '.join(rules)} both change the gradient; keep one of them")
     if len(whole) > 1 or (whole and terms):
-        others = [name for name in names if name not in whole] or list(whole)[1:]
+        first, *others = [*whole, *terms]
+        raise schema.UserError(f"config.method: {first!r} is a complete method of its own; remove {', '.join(others)}")
+    if whole and setting.microbatches > 1:
         raise schema.UserError(
-            f"config.method: {next(iter(whole))!r} is a complete method of its own; remove {', '.join(others)}"
+            f"config.microbatches={setting.microbatches}: {next(iter(whole))!r} makes its own passes; set it to 1"
         )
     method = next(iter(whole.values())) if whole else gradient_method(terms, setting)
     for _, part in parts:
@@ -103,41 +128,45 @@ def compose(parts: Sequence[tuple[str, Part | Wrapper | Method]], setting: Setti
 
 def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
     """Returns the method that takes one optimiser step on the training loss plus the losses of `parts`."""
+    _check_rows(parts, setting)
 
     def init(params: Params) -> TrainState:
         memory = {name: part.init(params) for name, part in parts.items()}
         return TrainState(jnp.zeros((), jnp.int32), params, setting.tx.init(params), memory)
 
-    def losses_of(memory: Memory, params: Params, rows: Batch) -> grad.Losses:
-        output = setting.model.apply(params, rows)
-        terms = {name: part.loss(memory[name], params, output, rows) for name, part in parts.items() if part.loss}
-        return {"loss": setting.loss(output, rows), **terms}
+    def plain(params: Params, rows: Batch) -> grad.Losses:
+        return {"loss": setting.loss(setting.model.apply(params, rows), rows)}
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
-        memory, rows = state.memory, batch
-        for name, part in parts.items():
-            if part.recall:
-                rows = part.recall(memory[name], rows, named(key, f"{name}/recall"))
+        memory, rows = state.memory, _recall(parts, state.memory, batch, key)
 
-        def gradient(b: Batch, count: int = setting.microbatches) -> tuple[grad.Losses, Params]:
-            return grad.value_and_grad(lambda p, piece: losses_of(memory, p, piece), state.params, b, count)
+        def losses(params: Params, piece: Batch) -> grad.Losses:
+            output = setting.model.apply(params, piece)
+            terms = {name: part.loss(memory[name], params, output, piece) for name, part in parts.items() if part.loss}
+            return {"loss": setting.loss(output, piece), **terms}
 
-        values, grads = gradient(rows)
+        values, grads = grad.value_and_grad(losses, state.params, rows, setting.microbatches)
         for name, part in parts.items():
             if part.project:
                 grads = part.project(
-                    memory[name], grads, state.params, lambda b: gradient(b, 1)[1], named(key, f"{name}/project")
+                    memory[name],
+                    grads,
+                    batch,
+                    lambda other: grad.value_and_grad(plain, state.params, other)[1],
+                    named(key, f"{name}/project"),
                 )
         updates, opt_state = setting.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        memory = dict(memory)
-        for name, part in parts.items():
-            if part.settle:
-                taken = Taken(batch, state.params, params, grads, named(key, f"{name}/settle"))
-                memory[name] = part.settle(memory[name], taken)
         metrics = {name: grad.mean(total, weight) for name, (total, weight) in values.items()}
         metrics |= {"grad_norm": tree.norm(grads), "weight": values["loss"][1]}
-        return TrainState(state.step + 1, params, opt_state, memory), metrics
+        after = dict(memory)
+        for name, part in parts.items():
+            if part.metrics:
+                metrics |= {f"{name}/{k}": v for k, v in part.metrics(memory[name], rows).items()}
+            if part.settle:
+                taken = Taken(batch, rows, state.params, params, grads, named(key, f"{name}/settle"))
+                after[name] = part.settle(memory[name], taken)
+        return TrainState(state.step + 1, params, opt_state, after), metrics
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         memory = dict(state.memory)
@@ -147,3 +176,28 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
         return TrainState(state.step, state.params, state.opt_state, memory)
 
     return Method(init, step, end_task)
+
+
+def _recall(parts: Mapping[str, Part], memory: Memory, batch: Batch, key: Key) -> Batch:
+    """Returns the rows to train on."""
+    for name, part in parts.items():
+        if part.recall:
+            batch = part.recall(memory[name], batch, named(key, f"{name}/recall"))
+    return batch
+
+
+def _check_rows(parts: Mapping[str, Part], setting: Setting) -> None:
+    """Raises UserError unless the microbatches divide the rows trained on. Shapes only: nothing is computed."""
+
+    def rows(key: Key, batch: Batch) -> Batch:
+        params = setting.model.init(key)
+        return _recall(parts, {name: part.init(params) for name, part in parts.items()}, batch, key)
+
+    count = setting.example.task.shape[0]
+    if any(part.recall for part in parts.values()):
+        count = jax.eval_shape(rows, jax.eval_shape(lambda: jax.random.key(0)), setting.example).task.shape[0]
+    if count % setting.microbatches:
+        raise schema.UserError(
+            f"config.microbatches={setting.microbatches}: does not divide the {count} rows of a step "
+            f"({setting.example.task.shape[0]} incoming, the rest replayed); choose a divisor of {count}"
+        )

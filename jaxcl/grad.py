@@ -43,6 +43,7 @@ def value_and_grad(
 
     Means are taken over the batch, not over the microbatches, so the result does not depend on how
     padding and short rows fall into them. Peak memory is that of one microbatch plus one gradient.
+    With one microbatch `losses` is traced once; with more, twice, but its forward pass is computed once.
 
     Args:
       losses: maps (params, rows) to named (sum, weight) pairs. Weights must not depend on `params`.
@@ -50,30 +51,78 @@ def value_and_grad(
       batch: leaves [B, ...].
       microbatches: number of passes; divides B.
     """
-    pieces = split(batch, microbatches)
-    rows = [jax.tree.map(lambda x, i=i: x[i], pieces) for i in range(microbatches)]
-    # Only the weights are used here: the forward passes behind the unused sums are dead code to the compiler.
-    weights = _weights(losses, params, rows)
 
-    def objective(p: Params, piece: Batch) -> tuple[jax.Array, Losses]:
-        values = losses(p, piece)
-        return sum(mean(s, weights[name]) for name, (s, _) in values.items()), values  # type: ignore[return-value]
+    def objective(p: Params, rows: Batch, weights: dict[str, jax.Array] | None) -> tuple[jax.Array, Losses]:
+        values = losses(p, rows)
+        divisors = {name: weight for name, (_, weight) in values.items()} if weights is None else weights
+        means = [mean(total, jax.lax.stop_gradient(divisors[name])) for name, (total, _) in values.items()]
+        return sum(means[1:], means[0]), values
 
     gradient = jax.grad(objective, has_aux=True)
     if microbatches == 1:
-        grads, values = gradient(params, rows[0])
+        grads, values = gradient(params, batch, None)
         return values, grads
 
-    def accumulate(carry: tuple[Params, Any], piece: Batch) -> tuple[tuple[Params, Any], None]:
-        return jax.tree.map(jnp.add, carry, gradient(params, piece)), None
+    pieces = split(batch, microbatches)
+    weights = _weights(losses, jax.lax.stop_gradient(params), pieces)
 
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, rows[0]))
-    (grads, values), _ = jax.lax.scan(accumulate, empty, pieces)
+    def accumulate(carry: PyTree, piece: Batch) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, carry, gradient(params, piece, weights)), None
+
+    (grads, values), _ = jax.lax.scan(accumulate, _zeros(gradient, params, _first(pieces), weights), pieces)
     return values, grads
 
 
-def _weights(losses: Callable[[Params, Batch], Losses], params: Params, rows: list[Batch]) -> dict[str, jax.Array]:
-    """Returns the total weight of each loss over all microbatches."""
-    fixed = jax.lax.stop_gradient(params)
-    parts = [{name: weight for name, (_, weight) in losses(fixed, piece).items()} for piece in rows]
-    return jax.lax.stop_gradient(jax.tree.map(lambda *w: sum(w[1:], w[0]), *parts))
+def squares(
+    loss: Callable[[Params, Batch], tuple[jax.Array, jax.Array]], params: Params, batch: Batch, chunk: int
+) -> Params:
+    """Returns the mean over rows of the squared gradient of each row's own loss sum.
+
+    This is the diagonal of the empirical Fisher matrix if `loss` is a negative log-likelihood and a row is an
+    example. The gradient of a batch, squared, is another quantity: it shrinks with the batch size.
+    Rows without weight do not count.
+
+    Args:
+      loss: maps (params, rows) to (sum, weight); called on one row at a time, leaves [1, ...].
+      params: tree of arrays.
+      batch: leaves [B, ...].
+      chunk: rows whose gradients are held at a time; divides B. Costs `chunk` copies of `params`.
+    """
+
+    def of_row(row: Batch) -> tuple[Params, jax.Array]:
+        rows = jax.tree.map(lambda x: x[None], row)
+        grads, weight = jax.grad(lambda p: loss(p, rows), has_aux=True)(params)
+        return jax.tree.map(jnp.square, grads), (weight > 0).astype(jnp.float32)
+
+    def of_chunk(carry: PyTree, rows: Batch) -> tuple[PyTree, None]:
+        found = jax.tree.map(lambda x: jnp.sum(x, 0), jax.vmap(of_row)(rows))
+        return jax.tree.map(jnp.add, carry, found), None
+
+    pieces = split(batch, jax.tree.leaves(batch)[0].shape[0] // chunk)
+    (total, count), _ = jax.lax.scan(of_chunk, _zeros(of_row, jax.tree.map(lambda x: x[0], _first(pieces))), pieces)
+    return jax.tree.map(lambda x: x / jnp.maximum(count, 1.0), total)
+
+
+def _weights(losses: Callable[[Params, Batch], Losses], params: Params, pieces: Batch) -> dict[str, jax.Array]:
+    """Returns the total weight of each loss over all microbatches.
+
+    Weights do not depend on the forward pass, so the compiler drops it here as dead code.
+    """
+
+    def add(carry: dict[str, jax.Array], piece: Batch) -> tuple[dict[str, jax.Array], None]:
+        return {name: carry[name] + weight for name, (_, weight) in losses(params, piece).items()}, None
+
+    def of_piece(piece: Batch) -> dict[str, jax.Array]:
+        return {name: weight for name, (_, weight) in losses(params, piece).items()}
+
+    total, _ = jax.lax.scan(add, _zeros(of_piece, _first(pieces)), pieces)
+    return jax.lax.stop_gradient(total)
+
+
+def _first(pieces: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[0], pieces)
+
+
+def _zeros(function: Callable[..., Any], *args: Any) -> PyTree:
+    """Returns zeros shaped like what `function(*args)` would return."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))

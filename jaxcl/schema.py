@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
@@ -62,13 +63,28 @@ def check(function: Callable[..., Any], options: Mapping[str, Any], *, field: st
     hints = typing.get_type_hints(function)
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"config.{field}.{key}: unknown key{nearest(key, list(known))}")
+            raise UserError(f"{dotted(field, key)}: unknown key{nearest(key, list(known))}")
         if key in hints and not fits(value, hints[key]):
-            wanted = getattr(hints[key], "__name__", str(hints[key])).replace("typing.", "")
-            raise UserError(f"config.{field}.{key}={value!r}: expected {wanted}, got {type(value).__name__}")
+            raise UserError(f"{dotted(field, key)}={value!r}: expected {spell(hints[key])}, got {type(value).__name__}")
     missing = [n for n, p in known.items() if p.default is inspect.Parameter.empty and n not in options]
     if missing:
-        raise UserError(f"config.{field}.{missing[0]}: missing; give it a value of type {hints.get(missing[0])}")
+        raise UserError(f"{dotted(field, missing[0])}: missing; give it a value: {spell(hints.get(missing[0], Any))}")
+
+
+def dotted(field: str, key: str) -> str:
+    """Returns `config.field.key`; the top level has the empty field."""
+    return f"config.{field}.{key}" if field else f"config.{key}"
+
+
+def spell(hint: Any) -> str:
+    """Returns an annotation as a user would say it: `int`, `'a' or 'b'`, `tuple[str, ...] or None`."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(spell, typing.get_args(hint)))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -92,3 +108,31 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return isinstance(value, Mapping)
     return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def parse(text: str, *, field: str) -> list[dict[str, Any]]:
+    """Reads `er(rows=256) + reptile(every=10, keep=0.5)` as a list of dicts with a `name` and options.
+
+    Only names, literals and `+` are understood: nothing is evaluated.
+
+    Raises:
+      UserError: the text is anything else.
+    """
+
+    def parts(node: ast.expr) -> list[dict[str, Any]]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return parts(node.left) + parts(node.right)
+        if isinstance(node, ast.Name):
+            return [{"name": node.id}]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            options = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg}
+            if len(options) == len(node.keywords):
+                return [{"name": node.func.id, **options}]
+        raise ValueError(ast.unparse(node))
+
+    try:
+        return parts(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"config.{field}={text!r}: write it as in 'er(rows=256) + reptile(every=10, keep=0.5)'"
+        ) from error

@@ -1,0 +1,36 @@
+# The two commands of the README, and what a developer runs besides.
+PYTHON ?= python3
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: run test lint bench report clean
+
+run: $(VENV)/run.stamp
+	$(BIN)/python -m jaxcl.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python experiments/benchmarks/overhead.py
+	$(BIN)/python experiments/benchmarks/train_step.py $(if $(PEER),--peer=$(PEER))
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/run.stamp: pyproject.toml
+	@echo "Installing into $(VENV) (once; a minute or two) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	@echo "Installing what the tests need into $(VENV) (once) ..."
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,130 @@
+"""Packed rows: what a stream reads, wherever the rows lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxcl.types import Batch
+
+Columns = dict[str, np.ndarray]  # inputs, targets, weights, segments, positions; the leading axis counts rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A random-access table of rows.
+
+    `fetch` returns the columns of a `Batch` for any row numbers, so that a stream does not care
+    whether a row is text, an image or something else.
+    """
+
+    tokens: np.ndarray  # int64 [N] targets of each row that count in the loss
+    fetch: Callable[[np.ndarray], Columns]  # row numbers int64 [n] -> columns [n, ...]
+    fingerprint: str  # sha256 of the content: equal rows, equal fingerprint
+    bytes_per_token: float | None = None  # UTF-8 bytes of text per token, to report bits per byte
+    words: Callable[[np.ndarray], np.ndarray] | None = None  # packed rows uint32 [n, width(L)], if they are text
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def width(length: int) -> int:
+    """Returns the number of uint32 words of a packed row of `length` targets: count, tokens, start bits."""
+    return 1 + (length + 1) + -(-(length + 1) // 32)
+
+
+def pack(tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Packs rows into words.
+
+    Args:
+      tokens: uint32 [n, L + 1].
+      starts: bool [n, L + 1], True where a document begins.
+      counts: int [n], tokens in use; the rest is padding.
+
+    Returns:
+      uint32 [n, width(L)].
+    """
+    bits = np.zeros((len(tokens), -(-tokens.shape[1] // 32) * 4), np.uint8)
+    packed = np.packbits(starts, axis=1, bitorder="little")
+    bits[:, : packed.shape[1]] = packed
+    return np.concatenate([counts.astype("<u4")[:, None], tokens.astype("<u4"), bits.view("<u4")], axis=1)
+
+
+def unpack(words: np.ndarray, length: int) -> Columns:
+    """Returns the columns of packed rows.
+
+    Targets are the inputs shifted by one within the row. A target has weight 1 if it belongs to the same document
+    as its input and 0 otherwise: the first token of the next document is never predicted. Positions
+    restart at 0 with every document, and at the beginning of the row for one that continues from the row before.
+
+    Args:
+      words: uint32 [n, width(L)].
+      length: L.
+
+    Returns:
+      inputs, targets, segments, positions int32 [n, L]; weights float32 [n, L].
+    """
+    tokens = words[:, 1 : length + 2].astype(np.int32)  # [n, L + 1]
+    bits = np.ascontiguousarray(words[:, length + 2 :]).view(np.uint8)
+    starts = np.unpackbits(bits, axis=1, bitorder="little", count=length + 1)
+    starts[:, 0] = 1
+    place = np.arange(length + 1, dtype=np.int32)
+    used = place < words[:, :1].astype(np.int32)
+    segments = np.cumsum(starts, axis=1, dtype=np.int32) * used
+    begun = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+    positions = np.where(used, place - begun, 0).astype(np.int32)
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": same.astype(np.float32),
+        "segments": segments[:, :-1],
+        "positions": positions[:, :-1],
+    }
+
+
+def from_words(words: np.ndarray, length: int) -> Rows:
+    """Returns rows that lie in memory, packed, uint32 [N, width(L)]."""
+    words = np.ascontiguousarray(words, "<u4")
+    tokens = unpack(words, length)["weights"].sum(axis=1).astype(np.int64)
+    fingerprint = hashlib.sha256(f"{length}/".encode() + words.tobytes()).hexdigest()
+    return Rows(tokens, lambda index: unpack(words[index], length), fingerprint, words=lambda index: words[index])
+
+
+def from_columns(columns: Columns) -> Rows:
+    """Returns rows that lie in memory as columns [N, ...], such as images with their labels."""
+    weights = columns["weights"].reshape(len(columns["weights"]), -1)
+    digest = hashlib.sha256()
+    for name in sorted(columns):
+        digest.update(f"{name}/{columns[name].dtype}/{columns[name].shape}/".encode() + columns[name].tobytes())
+    tokens = (weights > 0).sum(axis=1).astype(np.int64)
+    return Rows(tokens, lambda index: {k: v[index] for k, v in columns.items()}, digest.hexdigest())
+
+
+def batches(rows: Rows, *, size: int, task: int = 0, limit: int | None = None) -> Iterator[Batch]:
+    """Yields rows once in order, `size` at a time, for evaluation; the last batch is filled with rows of weight 0.
+
+    Args:
+      rows: the table.
+      size: B.
+      task: number that every row carries.
+      limit: stop after this many rows.
+    """
+    total = len(rows) if limit is None else min(limit, len(rows))
+    for start in range(0, total, size):
+        columns = rows.fetch(np.arange(start, min(start + size, total)))
+        yield batch_of(columns, np.full(size, task, np.int32))
+
+
+def batch_of(columns: Columns, task: np.ndarray, extra: Columns | None = None) -> Batch:
+    """Returns a batch of B = len(task) rows: the columns, then rows of zeros as far as needed."""
+    missing = len(task) - len(columns["inputs"])
+
+    def fill(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x
+
+    names = ("inputs", "targets", "weights", "segments", "positions")
+    return Batch(*(fill(columns[name]) for name in names), task, extra or {})  # type: ignore[arg-type]

@@ -1,0 +1,341 @@
+"""The training stream: every batch is a function of (seed, step, stage table).
+
+    rows = {"wiki": corpus.train, "code": other.train}                  # prepare.make(...) or rows.from_words(...)
+    stages = [Stage("first", 1000, {"wiki": 1.0}), Stage("second", 1000, {"wiki": 0.1, "code": 0.9})]
+    stream = make(rows, stages, batch=16, seed=0, replay=dict(fraction=0.25, mode="replace", over="earlier"))
+    stream.at(1234)                   # Batch of NumPy arrays; extra["replayed"] marks the replayed rows
+    stream.at(1234, slice(4, 8))      # the rows 4..7 of the same batch, and nothing else is read
+    stream.index(1234)                # which rows those are; reads no data
+    stream.account(1234)              # {"wiki": {"new_rows": 1, "new_tokens": 256, "replayed_rows": 4, ...}, ...}
+    stream.stage_of(1234), stream.boundaries, stream.total_steps, stream.width
+
+Nothing is stored: a resume needs the step alone, any number of hosts assembles the same batch, and the past does not
+change when a later stage is edited, added or removed. New rows: slot n of a stage belongs to a source by exact
+counts (`mixture.py`); each source walks through its rows in an order shuffled anew every epoch (`permutation.py`)
+and goes on in later stages where it stopped. Replay is an index transform over exactly the rows seen so far:
+
+  over="earlier"  the distinct rows that were new in earlier stages, none twice until all have come
+  over="seen"     all distinct rows before this step, drawn anew each step, none twice in a step
+  mode="replace"  the batch stays at B rows and replayed rows take the place of new ones (compute-equivalent replay;
+                  Ibrahim et al., TMLR 2024)
+  mode="extend"   all B new rows stay and replayed ones are added until they are `fraction` of the rows;
+                  the batch has a fixed width, filled with rows of weight 0 where the count alternates
+
+The number of replayed rows is rounded with error diffusion: over any prefix of a stage it is within half a row of the
+fraction. The stream's `replay` holds from the second stage on; a stage with its own `replay` overrides it, also in the
+first stage, where it can only be over="seen". `fraction=0` takes the same new rows as no replay at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxcl import schema
+from jaxcl.data import mixture
+from jaxcl.data.permutation import fold_in, key_of, permute
+from jaxcl.data.rows import Columns, Rows, batch_of
+from jaxcl.schema import UserError
+from jaxcl.types import Batch
+
+_FORMAT = 1  # enters every key and fingerprint: raise it when the order of rows changes
+
+
+class Stage(NamedTuple):
+    """A stretch of the stream with one mixture; its number is the task number of the rows that are new in it."""
+
+    name: str
+    steps: int
+    mixture: Mapping[str, float]  # source -> weight, need not sum to 1
+    replay: Mapping[str, Any] | None = None  # overrides the stream's: fraction, mode, over
+
+
+class Replay(NamedTuple):
+    """Which share of the rows is replayed, how, and out of what."""
+
+    fraction: Fraction
+    mode: str
+    over: str
+
+
+class Index(NamedTuple):
+    """What the rows of a batch are: new rows first, then replayed ones, then padding. Each column is [width]."""
+
+    source: np.ndarray  # int32, position in `Stream.sources`; -1 = padding
+    row: np.ndarray  # int64, row number within the source
+    replayed: np.ndarray  # bool
+    task: np.ndarray  # int32, stage in which the row was new for the first time
+
+
+class Plan(NamedTuple):
+    """A stage, ready for arithmetic."""
+
+    start: int  # first step
+    mixture: mixture.Mixture
+    replay: Replay
+    rate: Fraction  # replayed rows per step
+    delay: int  # steps at the beginning without replay, because nothing has been seen
+    base: np.ndarray  # int64 [K] rows of each source consumed before the stage, repeats included
+
+
+class Stream(NamedTuple):
+    """See the module's docstring; made by `make`."""
+
+    rows: tuple[Rows, ...]
+    sources: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    plans: tuple[Plan, ...]
+    boundaries: tuple[int, ...]  # first step after each stage
+    batch: int
+    width: int  # rows of a batch, padding included: the leading axis of every leaf
+    seed: int
+    sizes: np.ndarray  # int64 [K]
+    bases: np.ndarray  # int64 [T + 1, K] rows consumed before each stage and after the last
+    keys: np.ndarray  # uint64 [K]
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of all stages."""
+        return self.boundaries[-1]
+
+    def stage_of(self, step: int) -> int:
+        """Returns the number of the stage that `step` belongs to.
+
+        Raises:
+          IndexError: the stream has no such step.
+        """
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} is outside the stream of {self.total_steps} steps")
+        return int(np.searchsorted(self.boundaries, step, side="right"))
+
+    def index(self, step: int) -> Index:
+        """Returns the rows of the batch at `step` without reading them."""
+        s = self.stage_of(step)
+        plan, local = self.plans[s], step - self.plans[s].start
+        first, after = _new(plan, self.batch, local), _new(plan, self.batch, local + 1)
+        source, before = mixture.locate(plan.mixture, np.arange(first, after))
+        count = _replayed(plan, local + 1) - _replayed(plan, local)
+        old_source, old_position = self._replay(s, step, first, local, count)
+        sources = np.concatenate([source, old_source])
+        row = self._row(sources, np.concatenate([plan.base[source] + before, old_position]))
+        task = np.full(self.width, s, np.int32)
+        task[len(source) : len(row)] = (self.bases[1:, old_source] <= old_position).sum(axis=0)
+        place, pad = np.arange(self.width), self.width - len(row)
+        return Index(
+            np.concatenate([sources, np.full(pad, -1)]).astype(np.int32),
+            np.concatenate([row, np.zeros(pad, np.int64)]),
+            (place >= len(source)) & (place < len(row)),
+            task,
+        )
+
+    def at(self, step: int, rows: slice | None = None) -> Batch:
+        """Returns the batch at `step`, or the given rows of it; every leaf is a NumPy array [width, ...].
+
+        `extra["replayed"]` is float32 [width]: 1 for replayed rows, else 0.
+        """
+        return self.read(self.index(step), rows)
+
+    def read(self, index: Index, rows: slice | None = None) -> Batch:
+        """Reads the rows of an index, or a slice of them: the part that a process holds."""
+        source, row, replayed, task = (column[rows or slice(None)] for column in index)
+        columns: Columns = {}
+        for k in np.unique(source[source >= 0]):
+            mine = np.flatnonzero(source == k)
+            for name, values in self.rows[k].fetch(row[mine]).items():
+                if name not in columns:
+                    columns[name] = np.zeros((len(source), *values.shape[1:]), values.dtype)
+                columns[name][mine] = values
+        if not columns:  # a slice of padding alone: any row gives the shapes
+            k = int(self.plans[0].mixture.order[0])
+            columns = {name: np.zeros_like(v[:0]) for name, v in self.rows[k].fetch(np.zeros(1, np.int64)).items()}
+        return batch_of(columns, task, {"replayed": replayed.astype(np.float32)})
+
+    def account(self, step: int) -> dict[str, dict[str, int]]:
+        """Returns new and replayed rows and tokens (targets in the loss) of each source at `step`."""
+        index, out = self.index(step), {}
+        for k, name in enumerate(self.sources):
+            row = {kind: index.row[(index.source == k) & (index.replayed == (kind == "replayed"))] for kind in _KINDS}
+            counts = {f"{kind}_rows": len(row[kind]) for kind in _KINDS}
+            out[name] = counts | {f"{kind}_tokens": int(self.rows[k].tokens[row[kind]].sum()) for kind in _KINDS}
+        return out
+
+    def ledger(self, step: int) -> dict[str, dict[str, int]]:
+        """Returns the sum of `account` over the steps before `step`; takes time in proportion to `step`."""
+        total: dict[str, dict[str, int]] = {name: {} for name in self.sources}
+        for s in range(step):
+            for name, counts in self.account(s).items():
+                total[name] = {key: total[name].get(key, 0) + value for key, value in counts.items()}
+        return total
+
+    def consumed(self, step: int) -> dict[str, int]:
+        """Returns how many new rows of each source the steps before `step` took; over N it is the number of epochs."""
+        s = min(int(np.searchsorted(self.boundaries, step, side="right")), len(self.stages) - 1)
+        plan, local = self.plans[s], step - self.plans[s].start
+        counts = plan.base + mixture.counts(plan.mixture, _new(plan, self.batch, local), len(self.rows))
+        return dict(zip(self.sources, counts.tolist(), strict=True))
+
+    def fingerprint(self, step: int | None = None) -> str:
+        """Returns a hash of all that decides the rows before `step` (default: of the whole stream).
+
+        Equal fingerprints mean equal batches, so a checkpoint that stores `fingerprint(step)` notices on
+        resume that a corpus, the seed or a past stage is no longer what it was; later stages may change freely.
+        """
+        end = self.total_steps if step is None else step
+        past = [i for i, plan in enumerate(self.plans) if plan.start < end]
+        table = []
+        for i in past:
+            weights = {name: str(mixture.exact(w)) for name, w in sorted(self.stages[i].mixture.items()) if w}
+            replay = [str(x) for x in self.plans[i].replay] if self.plans[i].replay.fraction else None
+            table.append([min(self.boundaries[i], end) - self.plans[i].start, weights, replay])
+        used = sorted({name for _, weights, _ in table for name in weights})
+        content = {name: self.rows[self.sources.index(name)].fingerprint for name in used}
+        text = json.dumps([_FORMAT, self.seed, self.batch, table, content])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _row(self, source: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Returns the row number at a position of a source's endless walk; epochs are shuffled one by one."""
+        epoch, place = np.divmod(position, self.sizes[source])
+        return permute(place, self.sizes[source], fold_in(self.keys[source], epoch))
+
+    def _replay(self, s: int, step: int, new: int, local: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns source and position (within the first epoch, which has every row once) of the replayed rows."""
+        plan, seen = self.plans[s], self.plans[s].base
+        if plan.replay.over == "earlier":
+            draws, key = np.arange(count) + _replayed(plan, local), key_of(_FORMAT, self.seed, "replay", s)
+        else:
+            seen = seen + mixture.counts(plan.mixture, new, len(self.rows))
+            draws, key = np.arange(count), key_of(_FORMAT, self.seed, "replay", s, step)
+        ends = np.cumsum(np.minimum(seen, self.sizes))
+        if not count:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        rounds, place = np.divmod(draws, ends[-1])
+        pick = permute(place, int(ends[-1]), fold_in(key, rounds))
+        source = np.searchsorted(ends, pick, side="right")
+        return source, pick - np.concatenate([[0], ends])[source]
+
+
+_KINDS = ("new", "replayed")
+
+
+def _replayed(plan: Plan, steps: int) -> int:
+    """Returns the number of replayed rows in the first `steps` steps of a stage."""
+    return int(mixture.rounded(max(steps - plan.delay, 0), plan.rate.numerator, plan.rate.denominator))
+
+
+def _new(plan: Plan, batch: int, steps: int) -> int:
+    """Returns the number of new rows in the first `steps` steps of a stage."""
+    return steps * batch - (_replayed(plan, steps) if plan.replay.mode == "replace" else 0)
+
+
+def make(
+    rows: Mapping[str, Rows],
+    stages: Sequence[Stage | Mapping[str, Any]],
+    *,
+    batch: int,
+    seed: int = 0,
+    replay: Mapping[str, Any] | None = None,
+    multiple: int = 1,
+) -> Stream:
+    """Returns the stream of the stages, one after another.
+
+    Args:
+      rows: source name -> rows; sources that no stage uses are allowed.
+      stages: the stage table; a mapping stands for `Stage(**mapping)`.
+      batch: B rows per step (new rows per step with mode="extend").
+      seed: of every shuffle.
+      replay: `fraction` in [0, 1), `mode` ("replace" or "extend") and `over` ("earlier" or "seen"), or None.
+      multiple: with mode="extend", the width is rounded up to a multiple of this (devices x microbatches).
+
+    Raises:
+      UserError: empty or inconsistent stage table, unknown source, bad weight, fraction or batch.
+    """
+    stages = [
+        stage if isinstance(stage, Stage) else schema.call(Stage, stage, field=f"stages[{i}]")
+        for i, stage in enumerate(stages)
+    ]
+    _check(rows, stages, batch, multiple)
+    sources = tuple(sorted(rows))  # by name: neither the order given nor a source added later may move a row
+    sizes = np.array([len(rows[name]) for name in sources], np.int64)
+    plans: list[Plan] = []
+    start, base, bases = 0, np.zeros(len(sources), np.int64), [np.zeros(len(sources), np.int64)]
+    for i, stage in enumerate(stages):
+        weights = {sources.index(name): weight for name, weight in stage.mixture.items() if weight}
+        chosen = _replay_of(stage, i, replay)
+        ratio = chosen.fraction if chosen.mode == "replace" else chosen.fraction / (1 - chosen.fraction)
+        plan = Plan(start, mixture.make(weights), chosen, batch * ratio, 1 if i == 0 else 0, base)
+        start, base = (
+            start + stage.steps,
+            base + mixture.counts(plan.mixture, _new(plan, batch, stage.steps), len(sources)),
+        )
+        plans.append(plan)
+        bases.append(base)
+    extra = max([-(-p.rate.numerator // p.rate.denominator) for p in plans if p.replay.mode == "extend"], default=0)
+    keys = np.array([key_of(_FORMAT, seed, "rows", name) for name in sources], np.uint64)
+    return Stream(
+        tuple(rows[name] for name in sources),
+        sources,
+        tuple(stages),
+        tuple(plans),
+        tuple(np.cumsum([stage.steps for stage in stages]).tolist()),
+        batch,
+        -(-(batch + extra) // multiple) * multiple if extra else batch,
+        seed,
+        sizes,
+        np.stack(bases),
+        keys,
+    )
+
+
+def _check(rows: Mapping[str, Rows], stages: Sequence[Stage], batch: int, multiple: int) -> None:
+    """Raises UserError unless the stage table and the sources fit together."""
+    if batch < 1 or multiple < 1:
+        raise UserError(f"config.batch={batch}, multiple={multiple}: both must be at least 1")
+    if not stages:
+        raise UserError("config.stages: empty; give at least one stage with a name, steps and a mixture")
+    for i, stage in enumerate(stages):
+        field = f"config.stages[{i}]"
+        if stage.steps < 1:
+            raise UserError(f"{field}.steps={stage.steps}: must be at least 1")
+        for name, weight in stage.mixture.items():
+            if name not in rows:
+                raise UserError(f"{field}.mixture.{name}: no such source{schema.nearest(name, list(rows))}")
+            if not (np.isfinite(weight) and weight >= 0):
+                raise UserError(f"{field}.mixture.{name}={weight}: a weight is a finite number >= 0")
+        used = {name: len(rows[name]) for name, weight in stage.mixture.items() if weight}
+        if not used:
+            raise UserError(f"{field}.mixture={dict(stage.mixture)}: no source has a weight above 0")
+        for name, count in used.items():
+            if not count:
+                raise UserError(f"{field}.mixture.{name}: the source has no rows; add text or shorten the rows")
+        if sum(used.values()) < batch:
+            raise UserError(
+                f"{field}: {', '.join(used)} hold {sum(used.values())} rows, less than one batch of {batch}; "
+                f"add text, shorten the rows or lower the batch"
+            )
+
+
+def _replay_options(
+    *, fraction: float, mode: Literal["replace", "extend"] = "replace", over: Literal["earlier", "seen"] = "earlier"
+) -> Replay:
+    """Returns the checked replay of a stage; its signature is the schema."""
+    return Replay(mixture.exact(fraction).limit_denominator(10**6), mode, over)
+
+
+def _replay_of(stage: Stage, i: int, default: Mapping[str, Any] | None) -> Replay:
+    """Returns the replay that holds in stage i."""
+    field = "replay" if stage.replay is None else f"stages[{i}].replay"
+    options = dict(default or {"fraction": 0.0}) if stage.replay is None else {**(default or {}), **stage.replay}
+    schema.check(_replay_options, options, field=field)
+    if not 0 <= options["fraction"] < 1:
+        raise UserError(f"config.{field}.fraction={options['fraction']}: must be at least 0 and less than 1")
+    chosen = _replay_options(**options)
+    if i == 0 and stage.replay is None:
+        return chosen._replace(fraction=Fraction(0))
+    if i == 0 and chosen.fraction and chosen.over == "earlier":
+        raise UserError(f"config.{field}.over='earlier': nothing comes before the first stage; use over='seen'")
+    return chosen

@@ -1,0 +1,52 @@
+"""Model FLOPs utilisation: FLOPs of a token, peak of a device, and their ratio at a measured speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets (without sparsity), by the beginning of
+# `device_kind`; the first match counts. TPU v2 and v3 list two devices per chip, so half a chip each.
+PEAKS: tuple[tuple[str, float], ...] = (
+    ("TPU v2", 22.5e12),
+    ("TPU v3", 61.5e12),
+    ("TPU v4 lite", 138e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6", 918e12),
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA L4", 121e12),
+    ("NVIDIA A10G", 70e12),
+)
+
+
+def per_token(params: int, layers: int = 0, length: int = 0, width: int = 0, *, causal: bool = False) -> float:
+    """Returns the FLOPs of training on one token, forward and backward: 6 N + 12 layers x length x width.
+
+    Chowdhery et al. 2022 (PaLM), appendix B. The second term is the attention; by convention it is not halved for
+    causal masks, so that figures compare with published ones.
+
+    Args:
+      params: N, parameters that take part in a matrix product per token (active ones; without a plain embedding).
+      layers: attention layers.
+      length: tokens per row.
+      width: H x K, the width of all heads together.
+      causal: halve the attention term, which a causal mask does not need.
+    """
+    return 6.0 * params + 12.0 * layers * length * width * (0.5 if causal else 1.0)
+
+
+def peak(device: Any) -> float | None:
+    """Returns the peak FLOP/s of a `jax.Device` in bfloat16, or None if its kind is not known (as for a CPU)."""
+    kind = getattr(device, "device_kind", str(device))
+    return next((value for prefix, value in PEAKS if kind.startswith(prefix)), None)
+
+
+def utilisation(tokens_per_s: float, flops_per_token: float, devices: int, peak_flops: float | None) -> float | None:
+    """Returns the share of the peak of all devices that useful work takes, 0 to 1; None if the peak is not known."""
+    return None if not peak_flops else tokens_per_s * flops_per_token / (devices * peak_flops)

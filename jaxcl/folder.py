@@ -1,0 +1,104 @@
+"""The folder of a run: which config it belongs to, and whether it is finished."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcl.schema import UserError
+
+# What may differ between two starts of one run. The rows of past stages are checked against the checkpoint itself.
+FREE = ("checkpoint", "rollback", "tensorboard", "wandb", "stream.stages", "stream.steps", "packing.directory")
+PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def about(place: Path) -> dict[str, Any]:
+    """Returns run.json: config, id, facts, versions, finished.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    path = place / "run.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{place}: not the folder of a run, it has no run.json") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged; remove the folder to start anew") from None
+
+
+def finished(place: Path, config: Mapping[str, Any]) -> bool:
+    """Returns whether the run of `config` has finished here.
+
+    Raises:
+      UserError: `place` holds the run of another config, or something that is no run.
+    """
+    if not place.exists() or not any(place.iterdir()):
+        return False
+    if not place.is_dir():
+        raise UserError(f"--workdir={place}: is a file; name a folder")
+    known = about(place)
+    plain = json.loads(json.dumps(config))
+    for key in sorted({**dict(flat(known["config"])), **dict(flat(plain))}):
+        old, new = dict(flat(known["config"])).get(key, "absent"), dict(flat(plain)).get(key, "absent")
+        if old != new and not any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE):
+            raise UserError(
+                f"--workdir={place}: belongs to a run with config.{key}={old!r}, not {new!r}; "
+                "choose another --workdir, or set it back"
+            )
+    return known["finished"] and known["config"] == plain
+
+
+def claim(place: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Writes run.json and config.json for a run that starts or continues. Process 0 only."""
+    if jax.process_index():
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    identity = about(place)["id"] if (place / "run.json").exists() else uuid.uuid4().hex[:12]
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    record = {"id": identity, "finished": False, "facts": facts, "versions": versions, "config": config}
+    write(place / "config.json", config)
+    write(place / "run.json", record)
+
+
+def finish(place: Path) -> None:
+    """Marks the run as finished. Process 0 only."""
+    if jax.process_index() == 0:
+        write(place / "run.json", about(place) | {"finished": True})
+
+
+def write(path: Path, value: Any) -> None:
+    """Writes JSON so that a crash leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) for every leaf of nested dicts and lists."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)) and value:
+        for i, item in enumerate(value):
+            yield from flat(item, f"{name}[{i}]")
+    else:
+        yield name, value
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Continual-learning methods: one algorithm per file, each with `make(setting, **options)`."""

@@ -1,0 +1,279 @@
+"""From a config to the pieces of a run: everything is built and checked here, before any compute is spent."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl import compose, losses, schedules, schema, tree
+from jaxcl import evaluate as scores
+from jaxcl import guard as guards
+from jaxcl import mesh as meshes
+from jaxcl import optim as optimisers
+from jaxcl.data import prepare
+from jaxcl.data import rows as tables
+from jaxcl.data import stream as streams
+from jaxcl.data import tokenizer as tokenizers
+from jaxcl.random import key_for
+from jaxcl.schema import UserError
+from jaxcl.types import Batch, Method, Metrics, Model, Params, TrainState
+
+VOCAB_SLACK = 512  # a vocabulary may be padded by this much beyond the tokenizer's, for the sake of round shapes
+TASK_BATCHES = 4  # batches of a task that `end_task` sees when the task is over
+
+
+class Program(NamedTuple):
+    """The pieces of one run. `step` and `end_task` are compiled at their first call and donate the state."""
+
+    stream: streams.Stream
+    schedule: schedules.Schedule
+    abstract: TrainState  # shapes, dtypes and shardings of the state
+    create: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    end_task: Callable[[TrainState, Batch], TrainState]
+    evaluate: Callable[[Params], dict[str, dict[str, float]]]  # loss (nats per token) and bits_per_byte by domain
+    evaluate_every: int  # steps
+    place: Callable[[int], Batch]  # step -> the global batch on the devices
+    place_task: Callable[[int], Batch]  # stage -> its last batches without replayed rows, stacked [K, B, ...]
+    facts: dict[str, Any]  # for the report: parameters, devices, rows
+
+
+class Packing(NamedTuple):
+    """How text becomes rows."""
+
+    length: int  # L, tokens per row
+    held_out: float = 0.05  # share of the documents that is only evaluated on
+    directory: str = "~/.cache/jaxcl"  # folder of packed rows
+
+
+class Evaluation(NamedTuple):
+    """When and on what to evaluate."""
+
+    every: int = 50  # steps
+    rows: int = 64  # held-out rows per domain, at the most
+
+
+def build(
+    *,
+    model: dict[str, Any],
+    sources: dict[str, Any],
+    packing: dict[str, Any],
+    stream: dict[str, Any],
+    optim: dict[str, Any],
+    schedule: dict[str, Any],
+    method: Any = "cpt",
+    tokenizer: dict[str, Any] | None = None,
+    loss: dict[str, Any] | None = None,
+    guard: dict[str, Any] | None = None,
+    mesh: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
+    microbatches: int = 1,
+    seed: int = 0,
+) -> Program:
+    """Builds a run. The parameters are the keys of a config file; each section is checked against its own function.
+
+    Args:
+      model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
+      sources: domain -> `name` of a source of documents, and its options.
+      packing: see `Packing`.
+      stream: see `stream_of`.
+      optim: see `jaxcl.optim.make`; the learning rate is the schedule's.
+      schedule: see `jaxcl.schedules.make`.
+      method: an expression such as "er(capacity=256) + reptile(every=10, keep=0.5)", or a dict, or a list of dicts.
+      tokenizer: see `jaxcl.data.tokenizer.make`.
+      loss: options of `jaxcl.losses.cross_entropy`.
+      guard: options of `jaxcl.guard.guard`; None = no step is ever skipped.
+      mesh: sizes of the mesh axes, see `jaxcl.mesh.make`.
+      evaluation: see `Evaluation`.
+      microbatches: passes per step; divides the batch.
+      seed: of everything that is random.
+
+    Raises:
+      UserError: whatever is wrong, with the field and the remedy.
+    """
+    devices = schema.call(meshes.make, mesh or {}, field="mesh")
+    chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
+    check_names(schedule, optim)
+    corpora, words = corpora_of(sources, tokenizer or {}, schema.call(Packing, packing, field="packing"))
+    train = {name: corpus.train for name, corpus in corpora.items()}
+    multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
+    flow = schema.call(stream_of, stream, train, seed, multiple, field="stream")
+    rate = schedules.make(ends=flow.boundaries, **schedule)
+    network = network_of(model, words)
+    setting = compose.Setting(
+        model=network,
+        tx=optimisers.make(lr=rate, **optim),
+        example=jax.eval_shape(lambda: jax.tree.map(jnp.asarray, flow.at(0))),
+        tasks=len(flow.stages),
+        loss=loss_of(loss or {}),
+        microbatches=microbatches,
+    )
+    learner = learner_of(method, setting, guard)
+    rows = {name: list(tables.batches(c.held_out, size=flow.width, limit=chosen.rows)) for name, c in corpora.items()}
+    ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()}
+    pieces = compiled(devices, network, learner, flow, seed)
+    return Program(
+        stream=flow,
+        schedule=rate,
+        evaluate=evaluator(devices, network, rows, ratio),
+        evaluate_every=chosen.every,
+        facts=facts(devices, pieces["abstract"], corpora),
+        **pieces,
+    )
+
+
+def check_names(schedule: Mapping[str, Any], optim: Mapping[str, Any]) -> None:
+    """Raises UserError for what the signatures of optimiser and schedule cannot say."""
+    if not isinstance(schedule.get("name"), str):
+        raise UserError("config.schedule.name: missing; choose from constant, cosine, rewarm_cosine, wsd, infinite")
+    for key in ("lr", "field"):
+        if key in optim:
+            raise UserError(f"config.optim.{key}: unknown key; the learning rate is config.schedule.peak")
+
+
+def corpora_of(
+    sources: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, Any], packing: Packing
+) -> tuple[dict[str, prepare.Corpus], tokenizers.Tokenizer]:
+    """Returns the packed rows of every domain, and the tokenizer that made them."""
+    if not sources:
+        raise UserError("config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))")
+    words = schema.call(tokenizers.make, tokenizer, field="tokenizer")
+    made = {name: schema.make("jaxcl.data.sources", s, field=f"sources.{name}") for name, s in sources.items()}
+    corpora = {name: prepare.make(source, words, name=name, **packing._asdict()) for name, source in made.items()}
+    return corpora, words
+
+
+def stream_of(
+    rows: Mapping[str, tables.Rows],
+    seed: int,
+    multiple: int,
+    *,
+    batch: int,
+    stages: Sequence[dict[str, Any]],
+    steps: int | None = None,
+    replay: dict[str, Any] | None = None,
+) -> streams.Stream:
+    """Returns the stream of a stage table.
+
+    Args:
+      rows: domain -> packed rows.
+      seed: of every shuffle.
+      multiple: of which the number of rows must be one: shards x microbatches.
+      batch: B, rows per step.
+      stages: dicts with name, mixture (domain -> weight), and optionally steps and replay; one task each.
+      steps: of every stage that does not say.
+      replay: fraction, mode and over; see `jaxcl.data.stream`.
+    """
+    table = []
+    for i, stage in enumerate(stages):
+        filled = ({} if steps is None else {"steps": steps}) | dict(stage)
+        table.append(schema.call(streams.Stage, filled, field=f"stream.stages[{i}]"))
+    if batch % multiple:
+        raise UserError(f"config.stream.batch={batch}: must be a multiple of {multiple}, shards x microbatches")
+    return streams.make(rows, table, batch=batch, seed=seed, replay=replay, multiple=multiple)
+
+
+def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer) -> Model:
+    """Returns the model.
+
+    Raises:
+      UserError: its vocabulary does not fit the tokenizer.
+    """
+    network = schema.make("jaxcl.models", options, field="model")
+    shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
+    row = jax.eval_shape(lambda: jnp.zeros((1, 1), jnp.int32))
+    weights = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    task = jax.ShapeDtypeStruct((1,), jnp.int32)
+    vocab = jax.eval_shape(
+        lambda p, b: network.apply(p, b).logits, shapes, Batch(row, row, weights, row, row, task)
+    ).shape[-1]
+    if not words.vocab <= vocab <= words.vocab + VOCAB_SLACK:
+        fault = "smaller" if vocab < words.vocab else f"more than {VOCAB_SLACK} larger"
+        raise UserError(
+            f"config.model.vocab={vocab}: {fault} than that of the tokenizer {words.name!r}, "
+            f"which has {words.vocab} tokens; set config.model.vocab={-(-words.vocab // 8) * 8}"
+        )
+    return network
+
+
+def loss_of(options: Mapping[str, Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Returns the training loss: (output, batch) -> (sum, weight)."""
+    schema.check(losses.cross_entropy, options, field="loss", positional=2)
+    return functools.partial(losses.cross_entropy, **options)
+
+
+def learner_of(method: Any, setting: compose.Setting, guard: Mapping[str, Any] | None) -> Method:
+    """Returns the method, inside its guard if there is one."""
+    parts = schema.parse(method, field="method") if isinstance(method, str) else method
+    learner = compose.make(parts, setting)
+    return learner if guard is None else schema.call(guards.guard, guard, learner, field="guard")
+
+
+def compiled(mesh: jax.sharding.Mesh, network: Model, learner: Method, flow: streams.Stream, seed: int) -> dict[str, Any]:
+    """Returns the compiled functions of a Program, with the state sharded like its parameters."""
+
+    def create() -> TrainState:
+        return learner.init(network.init(key_for(seed, "init")))
+
+    shapes = jax.eval_shape(create)
+    shardings = meshes.state_shardings(mesh, network.axes, shapes)
+    copied = meshes.replicated(mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return learner.step(state, batch, key_for(seed, "step", state.step))
+
+    def end_task(state: TrainState, batch: Batch) -> TrainState:
+        return learner.end_task(state, batch, key_for(seed, "end_task", state.step))
+
+    def place(number: int) -> Batch:
+        index = flow.index(number)
+        return meshes.place(mesh, lambda part: flow.read(index, part), rows=flow.width)
+
+    def place_task(stage: int) -> Batch:
+        end = flow.boundaries[stage]
+        first = max(end - TASK_BATCHES, end - flow.stages[stage].steps)
+        batches = [flow.at(number) for number in range(first, end)]
+        new = [dataclasses.replace(b, weights=b.weights * (1 - b.extra["replayed"])[:, None]) for b in batches]
+        return meshes.place(mesh, jax.tree.map(lambda *x: np.stack(x), *new), axis=1)
+
+    return {
+        "abstract": meshes.with_shardings(shapes, shardings),
+        "create": jax.jit(create, out_shardings=shardings),
+        "step": jax.jit(step, out_shardings=(shardings, copied), donate_argnums=0),
+        "end_task": jax.jit(end_task, out_shardings=shardings, donate_argnums=0),
+        "place": place,
+        "place_task": place_task,
+    }
+
+
+def evaluator(
+    mesh: jax.sharding.Mesh, network: Model, batches: Mapping[str, Sequence[Batch]], ratio: Mapping[str, float]
+) -> Callable[[Params], dict[str, dict[str, float]]]:
+    """Returns the evaluation of every domain on its held-out rows, which are put on the devices here."""
+    rows = scores.put(batches, functools.partial(meshes.place, mesh))
+    score = scores.make(network, losses.cross_entropy)
+
+    def run(params: Params) -> dict[str, dict[str, float]]:
+        nats = score(params, rows)
+        return {"loss": nats, "bits_per_byte": scores.bits_per_byte(nats, ratio)}
+
+    return run
+
+
+def facts(mesh: jax.sharding.Mesh, abstract: TrainState, corpora: Mapping[str, prepare.Corpus]) -> dict[str, Any]:
+    """Returns what the report says of the run besides its metrics."""
+    device = mesh.devices.flat[0]
+    return {
+        "parameters": tree.size(abstract.params),
+        "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
+        "devices": f"{mesh.devices.size} x {device.device_kind}",
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "rows": {name: {"train": len(c.train), "held_out": len(c.held_out)} for name, c in corpora.items()},
+    }

@@ -1,0 +1,84 @@
+"""Several runs of one base config: variants x seeds, resumable, one report over all."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcl import report, train
+from jaxcl.report import terminal
+from jaxcl.schema import UserError, nearest
+
+
+def assign(config: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `a.b.c` in nested dicts; the parent must exist.
+
+    Raises:
+      UserError: no such parent.
+    """
+    *parents, last = key.split(".")
+    here = config
+    for i, name in enumerate(parents):
+        if not isinstance(here.get(name), dict):
+            raise UserError(f"config.{'.'.join(parents[: i + 1])}: no such section{nearest(name, list(here))}")
+        here = here[name]
+    here[last] = value
+
+
+def expand(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns one config per variant and seed.
+
+    `variants` is a list of dicts with a `label` and `set`, a list of (dotted key, value) pairs; `seeds` a list of ints.
+
+    Raises:
+      UserError: a malformed variant, a key without a section, or a label used twice.
+    """
+    base = {key: value for key, value in config.items() if key not in ("variants", "seeds", "control")}
+    labels = [variant.get("label") for variant in config["variants"]]
+    runs = []
+    for variant, seed in itertools.product(config["variants"], config.get("seeds", [base.get("seed", 0)])):
+        label = variant.get("label")
+        if not isinstance(label, str) or labels.count(label) != 1:
+            raise UserError(f"config.variants: label {label!r} is missing or used twice; give each variant its own")
+        if unknown := set(variant) - {"label", "set"}:
+            raise UserError(f"config.variants[{label}].{unknown.pop()}: unknown key; choose from label, set")
+        one = copy.deepcopy(base) | {"label": label, "seed": seed}
+        for key, value in variant.get("set", ()):
+            assign(one, key, value)
+        runs.append(one)
+    return runs
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Returns variants for the cross product of `axes` (dotted key -> values), labelled `key=value, ...`."""
+
+    def label(pairs: Iterable[tuple[str, Any]]) -> str:
+        return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in pairs) or "base"
+
+    products = [list(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [{"label": label(pairs), "set": pairs} for pairs in products]
+
+
+def folder(label: str, seed: int) -> str:
+    """Returns the name of a run's folder, safe on every file system."""
+    return "".join(c if c.isalnum() or c in "=.+-" else "_" for c in label) + f"-seed{seed}"
+
+
+def run(config: Mapping[str, Any], workdir: str) -> int:
+    """Runs every variant under `workdir`, one after the other, then writes the combined report.
+
+    Runs that are complete are kept, the one that was cut off continues. Returns the exit status.
+    """
+    runs = expand(config)
+    folders = [Path(workdir) / folder(one["label"], one["seed"]) for one in runs]
+    for i, (one, place) in enumerate(zip(runs, folders, strict=True)):
+        print(f"[{i + 1}/{len(runs)}] {one['label']}, seed {one['seed']}: {place}", flush=True)
+        status = train.run(one, str(place), final=False)
+        if status:
+            return status
+    target = Path(workdir) / "report.html"
+    terminal.show(report.write([str(place) for place in folders], out=target, control=config.get("control")), target)
+    return 0

@@ -1,0 +1,284 @@
+"""The loop: one for every method. All side effects of a run happen here."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxcl import checkpoint, distributed, folder, mesh, metrics, program, progress, report, schema
+from jaxcl.report import terminal
+from jaxcl.types import Batch, Metrics, TrainState
+
+AHEAD = 2  # batches that are read and placed while the device works
+
+
+class Loop(NamedTuple):
+    """What the loop itself is told by a config file, besides the keys of `jaxcl.program.build`."""
+
+    label: str = "run"  # name of the run in reports
+    checkpoint: dict[str, Any] | None = None  # see `jaxcl.checkpoint.Checkpoints`
+    rollback: int = 8  # bad steps in a row after which the last checkpoint is restored
+    tensorboard: bool = True
+    wandb: str | None = None  # project
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the state is saved. The argument names the signal."""
+
+
+class BadSteps(Exception):
+    """Too many bad steps in a row."""
+
+
+class Feeder:
+    """Reads and places the next batches in a thread while the device works."""
+
+    def __init__(self, made: program.Program, start: int):
+        self._place, self._next, self._end = made.place, start, made.stream.total_steps
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feeder")
+        self._queue: deque[Future[Batch]] = deque()
+
+    def get(self) -> Batch:
+        """Returns the batch of the next step."""
+        while len(self._queue) <= AHEAD and self._next < self._end:
+            self._queue.append(self._pool.submit(self._place, self._next))
+            self._next += 1
+        return self._queue.popleft().result()
+
+    def close(self) -> None:
+        """Drops what was read ahead."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Session:
+    """One process's part of a run, from its last checkpoint to the end."""
+
+    def __init__(self, made: program.Program, loop: Loop, place: Path):
+        self.made, self.loop, self.place = made, loop, place
+        self.checkpoints = schema.call(
+            checkpoint.Checkpoints, loop.checkpoint or {}, place / "checkpoints", field="checkpoint"
+        )
+        self.state: TrainState
+        self.step = 0
+        self.ledger: dict[str, dict[str, int]] = {}
+        self.pending: tuple[int, Metrics] | None = None
+        self.clock = time.perf_counter()
+        self.rolled_back = False
+        message = self.restore()
+        self.out = metrics.Several(self.writers())
+        if message:
+            self.event("restore", message)
+
+    def writers(self) -> list[metrics.Writer]:
+        """Returns where the records of this process go: process 0 writes, the others are silent."""
+        if jax.process_index():
+            return []
+        stages = [stage.name for stage in self.made.stream.stages]
+        out: list[metrics.Writer] = [metrics.Jsonl(self.place / "metrics.jsonl")]
+        if self.loop.tensorboard:
+            out.append(metrics.TensorBoard(self.place / "tensorboard", resume_step=self.step or None))
+        if self.loop.wandb:
+            about = folder.about(self.place)
+            out.append(metrics.Wandb(self.place, project=self.loop.wandb, run_id=about["id"], config=about["config"]))
+        return [*out, progress.Progress(self.made.stream.total_steps, stages, start=self.step)]
+
+    def restore(self) -> str | None:
+        """Takes the newest sound checkpoint, or a fresh state; returns what there is to say about it.
+
+        Raises:
+          UserError: the corpus, the seed or a past stage is not what the checkpoint was trained on.
+        """
+        found = self.checkpoints.restore(self.made.abstract)
+        if found is None:
+            self.step, self.state = 0, self.made.create()
+            zero = dict.fromkeys(("new_rows", "new_tokens", "replayed_rows", "replayed_tokens"), 0)
+            self.ledger = {source: dict(zero) for source in self.made.stream.sources}
+            message = None
+        else:
+            if found.host["stream"] != self.made.stream.fingerprint(found.step):
+                raise schema.UserError(
+                    f"config.sources: the rows before step {found.step} are not those that {self.place} was trained "
+                    "on (another corpus, seed or past stage); restore them, or start a new --workdir"
+                )
+            self.step, self.state, self.ledger = found.step, found.state, found.host["ledger"]
+            message = found.message or f"continues from step {found.step}"
+        if not jax.process_index():
+            metrics.truncate(self.place / "metrics.jsonl", self.step if found else -1)
+        self.clock = time.perf_counter()
+        return message
+
+    def train(self, stopped: Callable[[int], str | None]) -> None:
+        """Trains to the end of the stream; rolls back once if steps stay bad.
+
+        Raises:
+          Stopped: after a signal, once the state is saved.
+          BadSteps: steps stay bad after a rollback.
+        """
+        while True:
+            try:
+                return self.run_steps(stopped)
+            except BadSteps as bad:
+                if self.rolled_back:
+                    raise
+                self.rolled_back, self.pending = True, None
+                self.restore()
+                self.event("rollback", f"{bad}; back to step {self.step}")
+
+    def run_steps(self, stopped: Callable[[int], str | None]) -> None:
+        """Trains from the present step to the end of the stream."""
+        flow = self.made.stream
+        if self.step == 0:
+            self.evaluate(boundary=-1)
+        with contextlib.closing(Feeder(self.made, self.step)) as feeder, jax.transfer_guard("disallow"):
+            while self.step < flow.total_steps:
+                if reason := stopped(self.step):
+                    self.save()
+                    raise Stopped(reason)
+                self.state, values = self.made.step(self.state, feeder.get())
+                self.account(self.step)
+                self.step += 1
+                self.flush()  # the step before: by now its metrics are there, and the device is busy with this one
+                self.pending = (self.step, values)
+                if self.step in flow.boundaries:
+                    self.end_task(flow.boundaries.index(self.step))
+                elif self.step % self.made.evaluate_every == 0:
+                    self.evaluate()
+                if self.checkpoints.due(self.step):
+                    self.save()
+        self.save()
+
+    def end_task(self, stage: int) -> None:
+        """Lets the method close the task, then evaluates every domain."""
+        self.flush()
+        self.state = self.made.end_task(self.state, self.made.place_task(stage))
+        self.evaluate(boundary=stage)
+
+    def account(self, step: int) -> None:
+        """Enters the rows of a step into the ledger."""
+        for source, counts in self.made.stream.account(step).items():
+            for key, value in counts.items():
+                self.ledger[source][key] += value
+
+    def flush(self) -> None:
+        """Writes the metrics of the last step that has been dispatched before.
+
+        Raises:
+          BadSteps: the guard has skipped too many steps in a row.
+        """
+        if self.pending is None:
+            return
+        step, values = self.pending
+        self.pending = None
+        fetched = {name: float(value) for name, value in mesh.fetch(values).items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        stage = self.made.stream.stage_of(step - 1)
+        speed = {"step_s": seconds, "tokens_per_s": fetched["weight"] / seconds}
+        about = {"task": stage, "stage": self.made.stream.stages[stage].name, "lr": float(self.made.schedule(step - 1))}
+        self.out.write({"kind": "train", "step": step, **about, **fetched, "time": speed})
+        if fetched.get("guard/consecutive", 0) >= 1:
+            self.event("skipped", f"loss {fetched['loss']:.3g}, gradient norm {fetched['grad_norm']:.3g}", step)
+        if fetched.get("guard/consecutive", 0) >= self.loop.rollback:
+            raise BadSteps(
+                f"steps {step - self.loop.rollback + 1} to {step} were all skipped (loss {fetched['loss']:.3g}); "
+                "lower config.schedule.peak, or look at these rows"
+            )
+
+    def evaluate(self, boundary: int | None = None) -> None:
+        """Evaluates every domain and writes the result and the ledger."""
+        self.flush()
+        began = time.perf_counter()
+        scores = self.made.evaluate(self.state.params)
+        spent = time.perf_counter() - began
+        task = self.made.stream.stage_of(self.step - 1) if self.step else -1
+        about = {"step": self.step, "task": task, "boundary": boundary}
+        self.out.write({"kind": "eval", **about, **scores, "time": {"seconds": spent}})
+        self.out.write({"kind": "ledger", "step": self.step, "sources": self.ledger})
+        self.clock = time.perf_counter()
+
+    def save(self) -> None:
+        """Saves the state, after everything that was written about it is on disk."""
+        self.flush()
+        self.out.sync()
+        host = {"ledger": self.ledger, "stream": self.made.stream.fingerprint(self.step)}
+        self.checkpoints.save(self.step, self.state, host)
+        self.clock = time.perf_counter()
+
+    def event(self, name: str, message: str, step: int | None = None) -> None:
+        """Writes an event."""
+        where = self.step if step is None else step
+        self.out.write({"kind": "event", "step": where, "event": name, "message": message})
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and closes the files."""
+        self.checkpoints.wait()
+        self.out.close()
+
+
+def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
+    """Trains what `config` describes in `workdir`, from its last checkpoint if there is one, and writes the report.
+
+    Returns the exit status: 0 finished, or stopped by SIGTERM with the state saved; 130 stopped by Ctrl-C, likewise;
+    3 training cannot go on.
+
+    Args:
+      config: the keys of `Loop` and of `jaxcl.program.build`.
+      workdir: folder of the run.
+      final: whether to print the table of results at the end.
+
+    Raises:
+      UserError: bad input, before anything is written.
+    """
+    loop, pieces = split(config)
+    place = Path(workdir)
+    distributed.initialize()
+    status = 0
+    if folder.finished(place, config):
+        print(f"{place}: finished before")
+    else:
+        with distributed.stop_on_signal() as stopped:
+            made = program.build(**pieces)
+            folder.claim(place, config, made.facts)
+            status = supervise(made, loop, place, stopped)
+    if status == 0 and folder.about(place)["finished"] and jax.process_index() == 0:
+        results = report.write([str(place)])
+        if final:
+            terminal.show(results, place / "report.html")
+    distributed.shutdown()
+    return status
+
+
+def supervise(made: program.Program, loop: Loop, place: Path, stopped: Callable[[int], str | None]) -> int:
+    """Trains to the end and returns the exit status of `run`."""
+    try:
+        with contextlib.closing(Session(made, loop, place)) as session:
+            session.train(stopped)
+    except Stopped as reason:
+        print(f"stopped by {reason}: the state is saved in {place}; the same command continues", flush=True)
+        return 130 if str(reason) == "SIGINT" else 0
+    except BadSteps as bad:
+        print(f"error: {bad}", flush=True)
+        return 3
+    folder.finish(place)
+    return 0
+
+
+def split(config: Mapping[str, Any]) -> tuple[Loop, dict[str, Any]]:
+    """Returns the loop's part of a config, and the keyword arguments of `jaxcl.program.build`.
+
+    Raises:
+      UserError: unknown or missing key, or a value of the wrong type.
+    """
+    own = {key: value for key, value in config.items() if key in Loop._fields}
+    rest = {key: value for key, value in config.items() if key not in Loop._fields}
+    loop = schema.call(Loop, own, field="")
+    schema.check(program.build, rest, field="")
+    return loop, rest
+

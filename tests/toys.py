@@ -1,0 +1,71 @@
+"""Tiny models, losses and streams for tests, so that methods are tested without a transformer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxcl.compose import Setting
+from jaxcl.types import Batch, Model, Output
+
+V, L, B, T = 11, 6, 8, 3
+
+
+def language_model(width=8, hidden=16, dtype=jnp.float32):
+    """Predicts a token from the two tokens before it with one hidden layer."""
+
+    def init(key):
+        a, b, c = jax.random.split(key, 3)
+        return {
+            "embed": jax.random.normal(a, (V, width)) * 0.5,
+            "mlp": {"w": jax.random.normal(b, (2 * width, hidden)) / np.sqrt(2 * width), "b": jnp.zeros(hidden)},
+            "head": jax.random.normal(c, (hidden, V)) / np.sqrt(hidden),
+        }
+
+    def apply(params, batch, cache=None):
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        now = params["embed"][batch.inputs]  # [B, L, D]
+        past = jnp.pad(now, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        h = jnp.concatenate([now, past], -1) @ params["mlp"]["w"]
+        return Output(jnp.tanh(h + jnp.broadcast_to(params["mlp"]["b"], h.shape)), params["head"], cache)
+
+    axes = {"embed": ("vocab", "embed"), "mlp": {"w": ("embed", "mlp"), "b": ("mlp",)}, "head": ("mlp", "vocab")}
+    return Model(init, apply, axes)
+
+
+def cross_entropy(output, batch):
+    """Returns the weighted negative log-likelihood and the weight."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch.targets)
+    return jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
+
+
+def text(seed, rows=B, task=0, weights=None):
+    """Random rows of text whose statistics depend on the task."""
+    rng = np.random.default_rng([seed, task])
+    tokens = (rng.integers(0, V // 2, (rows, L + 1)) + task * 3) % V
+    weights = np.ones((rows, L)) if weights is None else np.broadcast_to(weights, (rows, L))
+    return Batch(
+        inputs=jnp.asarray(tokens[:, :-1], jnp.int32),
+        targets=jnp.asarray(tokens[:, 1:], jnp.int32),
+        weights=jnp.asarray(weights, jnp.float32),
+        segments=jnp.ones((rows, L), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (rows, L)),
+        task=jnp.full((rows,), task, jnp.int32),
+    )
+
+
+def stack(batches):
+    """Stacks batches along a new first axis."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *batches)
+
+
+def shapes(tree):
+    """Returns the shapes of a tree."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def setting(*, model=None, tx=None, example=None, tasks=T, loss=cross_entropy, microbatches=1):
+    """A setting for the toy language model."""
+    return Setting(
+        model or language_model(), tx or optax.adamw(1e-2), shapes(example or text(0)), tasks, loss, microbatches
+    )
