@@ -20,7 +20,7 @@ PUBLISHED = {
     "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976,
 }
-SHAPE = dict(vocab=11, layers=1, embed=8, heads=2, mlp=4)
+SHAPE = {"vocab": 11, "layers": 1, "embed": 8, "heads": 2, "mlp": 4}
 
 
 def closed_form(f):
@@ -55,17 +55,17 @@ def test_fields_override_the_preset():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(preset="tinny"), "preset='tinny'.*'tiny'"),
-        (dict(preset="tiny", kv_heads=3), "kv_heads=3: must divide heads=4"),
-        (dict(preset="tiny", head_dim=7), "head_dim=7: must be even"),
-        (dict(preset="tiny", remat="dot"), "remat='dot'.*'dots'"),
-        (dict(preset="tiny", compute_dtype="float16"), "compute_dtype='float16'.*'bfloat16'|'float32'"),
-        (dict(preset="tiny", layers=0), "layers=0: must be at least 1"),
-        (dict(preset="tiny", rope_theta=0.0), "rope_theta=0.0: must be positive"),
-        (dict(preset="tiny", rope_scaling=dict(factr=2.0)), "rope_scaling.factr: unknown.*'factor'"),
-        (dict(preset="tiny", rope_scaling=dict(factor=2.0)), "rope_scaling.low_freq_factor: missing"),
-        (SHAPE | dict(heads=3), "embed=8: not a multiple of heads=3"),
-        (dict(layers=2), "vocab: missing; .*preset"),
+        ({"preset": "tinny"}, "preset='tinny'.*'tiny'"),
+        ({"preset": "tiny", "kv_heads": 3}, "kv_heads=3: must divide heads=4"),
+        ({"preset": "tiny", "head_dim": 7}, "head_dim=7: must be even"),
+        ({"preset": "tiny", "remat": "dot"}, "remat='dot'.*'dots'"),
+        ({"preset": "tiny", "compute_dtype": "float16"}, "compute_dtype='float16'.*'bfloat16'|'float32'"),
+        ({"preset": "tiny", "layers": 0}, "layers=0: must be at least 1"),
+        ({"preset": "tiny", "rope_theta": 0.0}, "rope_theta=0.0: must be positive"),
+        ({"preset": "tiny", "rope_scaling": {"factr": 2.0}}, "rope_scaling.factr: unknown.*'factor'"),
+        ({"preset": "tiny", "rope_scaling": {"factor": 2.0}}, "rope_scaling.low_freq_factor: missing"),
+        (SHAPE | {"heads": 3}, "embed=8: not a multiple of heads=3"),
+        ({"layers": 2}, "vocab: missing; .*preset"),
     ],
 )
 def test_impossible_shapes_are_refused(fields, message):
@@ -76,16 +76,16 @@ def test_impossible_shapes_are_refused(fields, message):
 
 
 def test_scaling_bounds_must_be_ordered():
-    scaling = dict(factor=2.0, low_freq_factor=4.0, high_freq_factor=4.0, original_max_position=8)
-    with pytest.raises(UserError, match="high_freq_factor=4.0: must exceed"):
+    scaling = {"factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0, "original_max_position": 8}
+    with pytest.raises(UserError, match=r"high_freq_factor=4.0: must exceed"):
         transformer.make(**SHAPE, rope_scaling=scaling)
     assert transformer.count(transformer.make(**SHAPE, rope_scaling={})) == 11 * 8 * 2 + 8 + 8 * (4 * 8 + 3 * 4 + 2)
 
 
 def test_the_signature_is_the_schema():
-    options = dict(name="transformer", preset="tiny", layers=1)
+    options = {"name": "transformer", "preset": "tiny", "layers": 1}
     assert transformer.count(schema.make("jaxcl.models", options, field="model")) > 0
-    with pytest.raises(UserError, match="config.model.layer: unknown key.*'layers'"):
-        schema.make("jaxcl.models", dict(name="transformer", layer=1), field="model")
-    with pytest.raises(UserError, match="config.model.vocab='9': expected"):
-        schema.make("jaxcl.models", dict(name="transformer", vocab="9"), field="model")
+    with pytest.raises(UserError, match=r"config.model.layer: unknown key.*'layers'"):
+        schema.make("jaxcl.models", {"name": "transformer", "layer": 1}, field="model")
+    with pytest.raises(UserError, match=r"config.model.vocab='9': expected"):
+        schema.make("jaxcl.models", {"name": "transformer", "vocab": "9"}, field="model")
