@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcl import checkpoint, distributed, folder, mesh, metrics, program, progress, report, schema
+from jaxcl import allocator, checkpoint, distributed, folder, mesh, metrics, program, progress, report, schema
 from jaxcl.report import terminal
 from jaxcl.types import Batch, Metrics, TrainState
 
@@ -239,6 +239,8 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     loop, pieces = split(config)
     place = Path(workdir)
     distributed.initialize()
+    if jax.default_backend() == "cpu":
+        allocator.keep_pages()
     status = 0
     if folder.finished(place, config):
         print(f"{place}: finished before")

@@ -17,7 +17,7 @@ LAYERS = (
     {"methods"},
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "evaluate", "metrics", "progress"},
-    {"folder", "report", "checkpoint", "distributed", "hf"},
+    {"folder", "report", "checkpoint", "checksum", "distributed", "allocator", "hf"},
     {"program", "train"},
     {"sweep", "main"},
 )
