@@ -181,7 +181,7 @@ class Session:
         seconds, self.clock = now - self.clock, now
         stage = self.made.stream.stage_of(step - 1)
         speed = {"step_s": seconds, "tokens_per_s": fetched["weight"] / seconds}
-        about = {"task": stage, "stage": self.made.stream.stages[stage].name, "lr": float(self.made.schedule(step - 1))}
+        about = {"task": stage, "stage": self.made.stream.stages[stage].name}
         self.out.write({"kind": "train", "step": step, **about, **fetched, "time": speed})
         if fetched.get("guard/consecutive", 0) >= 1:
             self.event("skipped", f"loss {fetched['loss']:.3g}, gradient norm {fetched['grad_norm']:.3g}", step)
