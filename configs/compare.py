@@ -30,7 +30,7 @@ def get_config():
     config.evaluation.update({"every": 10, "rows": 32})
     config.checkpoint.every_minutes = None
 
-    mixed = {name: 1.0 for name in quickstart.DOMAINS}
+    mixed = dict.fromkeys(quickstart.DOMAINS, 1.0)
     joint = ({"name": "all", "mixture": mixed, "steps": 3 * config.stream.steps},)
     mer = "reptile(every=10, keep=0.5)"
     config.seeds = (0, 1, 2, 3, 4)

@@ -23,4 +23,5 @@ def keep_pages() -> bool:
     if mallopt is None:
         return False
     wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 256 << 20))
-    return all([mallopt(parameter, value) == 1 for parameter, value in wanted])
+    done = [mallopt(parameter, value) for parameter, value in wanted]
+    return all(done)

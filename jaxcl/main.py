@@ -63,7 +63,9 @@ def override(config: dict[str, Any], arg: str) -> None:
     if not equals:
         raise UserError(f"--config.{key}: write a value, as in --config.{key}=VALUE")
     try:
-        value = {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else literal_eval(text)
+        value = (
+            {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else literal_eval(text)
+        )
     except (SyntaxError, ValueError):
         value = text  # plain words need no quotes
     schema.assign(config, key, value, text)

@@ -133,7 +133,9 @@ def corpora_of(
 ) -> tuple[dict[str, prepare.Corpus], tokenizers.Tokenizer]:
     """Returns the packed rows of every domain, and the tokenizer that made them."""
     if not sources:
-        raise UserError("config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))")
+        raise UserError(
+            "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
+        )
     words = schema.call(tokenizers.make, tokenizer, field="tokenizer")
     made = {name: schema.make("jaxcl.data.sources", s, field=f"sources.{name}") for name, s in sources.items()}
     corpora = {name: prepare.make(source, words, name=name, **packing._asdict()) for name, source in made.items()}
@@ -178,12 +180,12 @@ def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer) -> Model
     """
     network = schema.make("jaxcl.models", options, field="model")
     shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
-    row = jax.eval_shape(lambda: jnp.zeros((1, 1), jnp.int32))
-    weights = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    task = jax.ShapeDtypeStruct((1,), jnp.int32)
-    vocab = jax.eval_shape(
-        lambda p, b: network.apply(p, b).logits, shapes, Batch(row, row, weights, row, row, task)
-    ).shape[-1]
+
+    def logits(params: Params) -> jax.Array:
+        row, task = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
+        return network.apply(params, Batch(row, row, jnp.ones((1, 1)), row, row, task)).logits
+
+    vocab = jax.eval_shape(logits, shapes).shape[-1]
     if not words.vocab <= vocab <= words.vocab + VOCAB_SLACK:
         fault = "smaller" if vocab < words.vocab else f"more than {VOCAB_SLACK} larger"
         raise UserError(

@@ -150,7 +150,7 @@ def assign(config: dict[str, Any], key: str, value: Any, text: str | None = None
     Raises:
       UserError: no such section.
     """
-    parts = [int(p) if p.isdigit() else p for p in key.replace("[", ".").replace("]", "").split(".")]
+    parts: list[Any] = [int(p) if p.isdigit() else p for p in key.replace("[", ".").replace("]", "").split(".")]
     here: Any = config
     for i, part in enumerate(parts):
         known = range(len(here)) if isinstance(here, list) else here if isinstance(here, dict) else ()

@@ -98,7 +98,7 @@ class Session:
         found = self.checkpoints.restore(self.made.abstract)
         if found is None:
             self.step, self.state = 0, self.made.create()
-            zero = dict.fromkeys(("new_rows", "new_tokens", "replayed_rows", "replayed_tokens"), 0)
+            zero: dict[str, int] = dict.fromkeys(("new_rows", "new_tokens", "replayed_rows", "replayed_tokens"), 0)
             self.ledger = {source: dict(zero) for source in self.made.stream.sources}
             message = None
         else:
@@ -283,4 +283,3 @@ def split(config: Mapping[str, Any]) -> tuple[Loop, dict[str, Any]]:
     loop = schema.call(Loop, own, field="")
     schema.check(program.build, rest, field="")
     return loop, rest
-

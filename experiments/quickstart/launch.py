@@ -8,7 +8,6 @@ that was cut off continues. Overrides such as --config.stream.steps=50 apply to 
 """
 
 import ast
-import sys
 
 from absl import flags
 

@@ -32,7 +32,9 @@ def forward(
         # Dividing after the product touches K numbers per query instead of S.
         mixed.append(jnp.einsum("bgrls,bgsk->bgrlk", e, v[:, :, :seen]) / total)
         lse.append(top + jnp.log(total))
-    return _join(jnp.concatenate(mixed, axis=3)).astype(dtype), jnp.concatenate(lse, axis=3).reshape(rows, heads, length)
+    return _join(jnp.concatenate(mixed, axis=3)).astype(dtype), jnp.concatenate(lse, axis=3).reshape(
+        rows, heads, length
+    )
 
 
 def backward(
