@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -60,7 +61,8 @@ class Feeder:
 class Session:
     """One process's part of a run, from its last checkpoint to the end."""
 
-    def __init__(self, made: program.Program, loop: Loop, place: Path):
+    def __init__(self, made: program.Program, loop: Loop, place: Path, config: Mapping[str, Any]):
+        """Restores, and only then writes to `place`: what is refused leaves it as it was."""
         self.made, self.loop, self.place = made, loop, place
         self.checkpoints = schema.call(
             checkpoint.Checkpoints, loop.checkpoint or {}, place / "checkpoints", field="checkpoint"
@@ -70,8 +72,10 @@ class Session:
         self.ledger: dict[str, dict[str, int]] = {}
         self.pending: tuple[int, Metrics] | None = None
         self.clock = time.perf_counter()
-        self.rolled_back = False
+        self.fresh = self.rolled_back = False
+        self.saved: int | None = None  # step of the newest checkpoint
         message = self.restore()
+        folder.claim(place, config, made.facts)
         self.out = metrics.Several(self.writers())
         if message:
             self.event("restore", message)
@@ -96,8 +100,9 @@ class Session:
           UserError: the corpus, the seed or a past stage is not what the checkpoint was trained on.
         """
         found = self.checkpoints.restore(self.made.abstract)
+        self.fresh = found is None
         if found is None:
-            self.step, self.state = 0, self.made.create()
+            self.step, self.state, self.saved = 0, self.made.create(), None
             zero: dict[str, int] = dict.fromkeys(("new_rows", "new_tokens", "replayed_rows", "replayed_tokens"), 0)
             self.ledger = {source: dict(zero) for source in self.made.stream.sources}
             message = None
@@ -108,6 +113,7 @@ class Session:
                     "on (another corpus, seed or past stage); restore them, or start a new --workdir"
                 )
             self.step, self.state, self.ledger = found.step, found.state, found.host["ledger"]
+            self.saved = found.step
             message = found.message or f"continues from step {found.step}"
         if not jax.process_index():
             metrics.truncate(self.place / "metrics.jsonl", self.step if found else -1)
@@ -128,13 +134,15 @@ class Session:
                 if self.rolled_back:
                     raise
                 self.rolled_back, self.pending = True, None
+                self.out.close()  # before the records after the checkpoint are cut off
                 self.restore()
+                self.out = metrics.Several(self.writers())
                 self.event("rollback", f"{bad}; back to step {self.step}")
 
     def run_steps(self, stopped: Callable[[int], str | None]) -> None:
         """Trains from the present step to the end of the stream."""
         flow = self.made.stream
-        if self.step == 0:
+        if self.fresh:
             self.evaluate(boundary=-1)
         with contextlib.closing(Feeder(self.made, self.step)) as feeder, jax.transfer_guard("disallow"):
             while self.step < flow.total_steps:
@@ -204,11 +212,14 @@ class Session:
         self.clock = time.perf_counter()
 
     def save(self) -> None:
-        """Saves the state, after everything that was written about it is on disk."""
+        """Saves the state unless it is saved, after everything that was written about it is on disk."""
         self.flush()
+        if self.saved == self.step:
+            return
         self.out.sync()
         host = {"ledger": self.ledger, "stream": self.made.stream.fingerprint(self.step)}
         self.checkpoints.save(self.step, self.state, host)
+        self.saved = self.step
         self.clock = time.perf_counter()
 
     def event(self, name: str, message: str, step: int | None = None) -> None:
@@ -247,8 +258,7 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     else:
         with distributed.stop_on_signal() as stopped:
             made = program.build(**pieces)
-            folder.claim(place, config, made.facts)
-            status = supervise(made, loop, place, stopped)
+            status = supervise(made, loop, place, config, stopped)
     if status == 0 and folder.about(place)["finished"] and jax.process_index() == 0:
         results = report.write([str(place)])
         if final:
@@ -257,16 +267,18 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     return status
 
 
-def supervise(made: program.Program, loop: Loop, place: Path, stopped: Callable[[int], str | None]) -> int:
+def supervise(
+    made: program.Program, loop: Loop, place: Path, config: Mapping[str, Any], stopped: Callable[[int], str | None]
+) -> int:
     """Trains to the end and returns the exit status of `run`."""
     try:
-        with contextlib.closing(Session(made, loop, place)) as session:
+        with contextlib.closing(Session(made, loop, place, config)) as session:
             session.train(stopped)
     except Stopped as reason:
         print(f"stopped by {reason}: the state is saved in {place}; the same command continues", flush=True)
         return 130 if str(reason) == "SIGINT" else 0
     except BadSteps as bad:
-        print(f"error: {bad}", flush=True)
+        print(f"error: {bad}", file=sys.stderr)
         return 3
     folder.finish(place)
     return 0
