@@ -116,7 +116,9 @@ def add_corpora(cases, folder, place):
         ("empty corpus", empty, ["config.sources", "no text", "check the path"]),
         ("task shorter than a batch", short, ["config.stream.stages[1]", "less than one batch of 8", "add text"]),
     ):
-        cases.add(name, words, small.config(folder, sources__d1={"name": "text", "path": str(path), "split": "paragraph"}))
+        cases.add(
+            name, words, small.config(folder, sources__d1={"name": "text", "path": str(path), "split": "paragraph"})
+        )
     binary = place / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
     words = ["binary.txt", "not UTF-8", "convert the file"]
@@ -174,7 +176,13 @@ NAMES = [
     *("misspelt override", "override of the wrong type", "override that does not fit", "misspelt flag", "not a flag"),
     *("missing config file", "config file with a syntax error", "config file with a wrong name"),
     *("config file without a config", "empty corpus", "task shorter than a batch", "binary corpus", "damaged train"),
-    *("damaged train.tokens", "damaged manifest", "workdir is a file", "workdir is no run", "workdir of another config"),
+    *(
+        "damaged train.tokens",
+        "damaged manifest",
+        "workdir is a file",
+        "workdir is no run",
+        "workdir of another config",
+    ),
     *("edited past stage", "damaged run.json", "changed corpus"),
 ]
 

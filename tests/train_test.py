@@ -178,7 +178,9 @@ def test_a_future_stage_may_be_edited(folder, straight, tmp_path):
     assert small.records(workdir) != small.records(straight)
 
 
-@pytest.mark.parametrize("changes", [{"mixture": {"d1": 1.0}}, {"steps": 7}, {"replay": {"fraction": 0.5, "over": "seen"}}])
+@pytest.mark.parametrize(
+    "changes", [{"mixture": {"d1": 1.0}}, {"steps": 7}, {"replay": {"fraction": 0.5, "over": "seen"}}]
+)
 def test_a_past_stage_may_not(folder, tmp_path, changes):
     workdir = tmp_path / "run"
     assert stopped_at(folder, workdir, 10) == 0
