@@ -36,13 +36,8 @@ def forward(
         total = jnp.sum(e, axis=-1, keepdims=True)
         total = jnp.where(total > 0, total, 1.0)
         # Dividing after the product touches K numbers per query instead of S.
-<<<<<<< HEAD
-        mixed.append(jnp.einsum("bgrls,bgsk->bgrlk", e, v[:, :, :seen]) / total)
-        lse.append(top + jnp.log(total))
-=======
         mixed.append((_dot(e, v[:, :, :seen], 3, 2) / total).reshape(rows, groups, share, stop - start, width))
         lse.append((top + jnp.log(total)).reshape(rows, groups, share, stop - start))
->>>>>>> speed
     return _join(jnp.concatenate(mixed, axis=3)).astype(dtype), jnp.concatenate(lse, axis=3).reshape(
         rows, heads, length
     )
