@@ -75,14 +75,17 @@ def outer(state: TrainState, **own: Memory) -> TrainState:
     return TrainState(state.step, state.params, state.opt_state, {**own, "inner": state.memory})
 
 
-def make(options: Mapping[str, Any] | Sequence[Mapping[str, Any]], setting: Setting) -> Method:
-    """Builds the method that `config.method` describes: one dict with a `name`, or a list of them.
+def make(options: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], setting: Setting) -> Method:
+    """Builds the method that `config.method` describes: `'er(rows=4) + reptile'`, a dict with a `name`, or a list.
 
     Raises:
       UserError: unknown method or option, or parts that do not go together.
     """
-    if isinstance(options, str) or not isinstance(options, (Mapping, Sequence)):
-        raise schema.UserError(f"config.method={options!r}: write dict(name={options!r}) or a list of such dicts")
+    options = schema.parse(options, field="method") if isinstance(options, str) else options
+    if not isinstance(options, (Mapping, Sequence)):
+        raise schema.UserError(
+            f"config.method={options!r}: write it as in 'er(rows=4) + reptile' or as a list of dicts"
+        )
     single = isinstance(options, Mapping)
     parts = []
     for i, entry in enumerate([options] if single else options):

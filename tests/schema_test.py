@@ -52,13 +52,17 @@ def test_parse_reads_names_options_and_sums():
     ]
 
 
-@pytest.mark.parametrize("text", ["", "er(", "er(3)", "er - ewc", "er(**x)", "er(rows=open('f'))", "__import__('os').x"])
+@pytest.mark.parametrize(
+    "text", ["", "er(", "er(3)", "er - ewc", "er(**x)", "er(rows=open('f'))", "__import__('os').x"]
+)
 def test_parse_refuses_everything_else(text):
     with pytest.raises(schema.UserError, match=r"config.method="):
         schema.parse(text, field="method")
 
 
-@given(st.dictionaries(st.sampled_from(["a", "bb", "c_1"]), st.one_of(st.integers(), st.booleans(), st.text(), st.none())))
+@given(
+    st.dictionaries(st.sampled_from(["a", "bb", "c_1"]), st.one_of(st.integers(), st.booleans(), st.text(), st.none()))
+)
 def test_parse_inverts_printing(options):
     text = "er(" + ", ".join(f"{key}={value!r}" for key, value in options.items()) + ")"
     assert schema.parse(text, field="method") == [{"name": "er", **options}]

@@ -24,7 +24,8 @@ class Rows:
     tokens: np.ndarray  # int64 [N] targets of each row that count in the loss
     fetch: Callable[[np.ndarray], Columns]  # row numbers int64 [n] -> columns [n, ...]
     fingerprint: str  # sha256 of the content: equal rows, equal fingerprint
-    bytes_per_token: float | None = None  # UTF-8 bytes of text per target, to report bits per byte
+    bytes_per_token: float | None = None  # UTF-8 bytes of text per token, to report bits per byte
+    words: Callable[[np.ndarray], np.ndarray] | None = None  # packed rows uint32 [n, width(L)], if they are text
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,7 +91,7 @@ def from_words(words: np.ndarray, length: int) -> Rows:
     words = np.ascontiguousarray(words, "<u4")
     tokens = unpack(words, length)["weights"].sum(axis=1).astype(np.int64)
     fingerprint = hashlib.sha256(f"{length}/".encode() + words.tobytes()).hexdigest()
-    return Rows(tokens, lambda index: unpack(words[index], length), fingerprint)
+    return Rows(tokens, lambda index: unpack(words[index], length), fingerprint, words=lambda index: words[index])
 
 
 def from_columns(columns: Columns) -> Rows:

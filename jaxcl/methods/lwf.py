@@ -5,8 +5,8 @@ r"""Learning without forgetting: on the new rows, stay close to what the model s
 
 Source: Li & Hoiem, 1606.09282, eq. 1-4; the factor T^2 keeps gradients comparable (Hinton et al., 1503.02531).
 
-Memory: one copy of the parameters, and logits [B, L, V] twice. Compute: one more forward pass a step, none before the
-end of the first task. Positions count with their weight in the training loss.
+Memory: one copy of the parameters, and the hidden states of a second forward pass. Compute: one more forward
+pass a step, none before the end of the first task. Positions count with their weight in the training loss.
 
 Deviations: one shared output for all tasks instead of a head per task, KL instead of cross entropy (same gradient),
 and no warm-up phase of the new head.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxcl import losses
 from jaxcl.compose import Part, Setting
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Memory, Output, Params
@@ -45,8 +46,7 @@ def make(setting: Setting, *, strength: float = 1.0, temperature: float = 2.0) -
         del params
 
         def divergence(own: Output) -> jax.Array:
-            told = jax.lax.stop_gradient(setting.model.apply(memory["teacher"], rows).logits)
-            return jnp.sum(rows.weights * kl(told / temperature, own.logits / temperature))
+            return losses.kl(own, setting.model.apply(memory["teacher"], rows), rows, temperature=temperature)[0]
 
         total = jax.lax.cond(memory["on"], divergence, lambda own: jnp.zeros(()), output._replace(cache=None))
         return strength * temperature**2 * total, jnp.sum(rows.weights)
@@ -56,9 +56,3 @@ def make(setting: Setting, *, strength: float = 1.0, temperature: float = 2.0) -
         return {"teacher": jax.tree.map(jnp.copy, params), "on": jnp.ones_like(memory["on"])}
 
     return Part(init, loss=loss, end_task=end_task)
-
-
-def kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
-    """Returns KL(softmax(teacher) || softmax(student)) over the last axis, [...] from [..., V]."""
-    told, said = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
-    return jnp.sum(jnp.exp(told) * (told - said), axis=-1)

@@ -53,7 +53,9 @@ def plan(memory: Memory, batch: int, algorithm: int, key: Key) -> Plan:
     return Plan(drawn, count, {1: jnp.zeros_like(count), 6: count, 7: chance}[algorithm])
 
 
-def sequence(setting: Setting, params: Params, row: Batch, plan: Plan, lr: float, s: float) -> tuple[Params, jax.Array]:
+def sequence(
+    setting: Setting, params: Params, row: Batch, plan: Plan, *, lr: float, s: float
+) -> tuple[Params, jax.Array]:
     """Takes one SGD step for each row of the plan, the current `row` among them.
 
     Returns the parameters and, of the current row, float32 [3]: loss sum, weight and gradient norm.
@@ -120,7 +122,7 @@ def make(
         keys = jax.random.split(named(key, "plan"), steps)
 
         def one_pass(params: Params, key: Key) -> tuple[Params, jax.Array]:
-            after, told = sequence(setting, params, row, plan(memory, batch, algorithm, key), lr, s)
+            after, told = sequence(setting, params, row, plan(memory, batch, algorithm, key), lr=lr, s=s)
             return tree.lerp(params, after, within), told
 
         after, told = jax.lax.scan(one_pass, params, keys)

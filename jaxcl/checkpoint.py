@@ -1,0 +1,399 @@
+"""Checkpoints: asynchronous, whole or absent, verified when read, readable on any mesh and number of processes.
+
+  with Checkpoints(workdir / "checkpoints", every_minutes=10, keep=3) as checkpoints:
+      restored = checkpoints.restore(abstract_state)        None, or (step, state, host, message)
+      ...
+      if checkpoints.due(step):
+          checkpoints.save(step, state, {"ledger": ...})    returns once the state may be donated
+  branch(workdir, other_workdir, step=2700)                 a new run that goes on from there
+
+On disk, WORKDIR/checkpoints/STEP holds `state` (written by Orbax), `host.json` and, written last, `MANIFEST`: a line of
+JSON with size and sha256 of every file and shape, type and checksum of every leaf, and a line with its own sha256.
+A directory without a manifest is a save that was cut short and is never read. Three checks stand between the disk and
+a restored run: the files are those that were written; the leaves are those the run asks for; and the arrays, once back
+on the devices, have the checksums they had before they were donated to the next step. If the newest checkpoint fails,
+the one before is used and the message says so. `save` moves away what another attempt left at its step or later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from jaxcl.checksum import checksums
+from jaxcl.schema import UserError
+from jaxcl.tree import named_leaves
+from jaxcl.types import PyTree, TrainState
+
+MANIFEST = "MANIFEST"
+CLOCK_STEPS = 20  # several processes ask process 0 for the time only this often: each answer is a collective
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` found."""
+
+    step: int
+    state: Any
+    host: dict[str, Any]
+    message: str | None  # why a newer checkpoint was passed over
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process makes the same calls, in the main thread."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every_steps: int | None = None,
+        every_minutes: float | None = 10.0,
+        keep: int = 2,
+        keep_every: int | None = None,
+    ):
+        """Prepares a directory; nothing is created before the first save.
+
+        Args:
+          directory: local, or gs:// and others that etils.epath knows; shared by all processes.
+          every_steps: `due` at every multiple; None = never.
+          every_minutes: `due` when this much time has passed since the last save; None = never.
+          keep: how many of the latest checkpoints stay.
+          keep_every: those at multiples of it stay as well; None = none.
+        """
+        for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes), ("keep_every", keep_every)):
+            if value is not None and value <= 0:
+                raise UserError(f"config.checkpoint.{name}={value!r}: must be above 0, or None for never")
+        if keep < 1:
+            raise UserError(f"config.checkpoint.keep={keep!r}: must be at least 1, to have one to resume from")
+        logging.getLogger("absl").addFilter(_not_orbax)
+        self._directory = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
+        self._every_steps, self._every_minutes = every_steps, every_minutes
+        self._keep, self._keep_every = keep, keep_every
+        self._last = time.monotonic()
+        self._pending: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saves = 0
+
+    def __enter__(self) -> Checkpoints:
+        """Returns itself; leaving the block waits for the save under way."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    @jax.transfer_guard("allow")
+    def due(self, step: int) -> bool:
+        """Returns whether to save now; the same answer on every process."""
+        if self._every_steps is not None and step % self._every_steps == 0:
+            return True
+        if self._every_minutes is None:
+            return False
+        passed = time.monotonic() - self._last > 60 * self._every_minutes
+        if jax.process_count() == 1:
+            return passed
+        return step % CLOCK_STEPS == 0 and bool(multihost_utils.broadcast_one_to_all(np.int32(passed)))
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints that were completed, in increasing order."""
+        return [step for step in _steps(self._directory) if (self._directory / str(step) / MANIFEST).exists()]
+
+    @jax.transfer_guard("allow")
+    def save(self, step: int, state: TrainState, host: Mapping[str, Any]) -> float:
+        """Starts to write a checkpoint and returns the seconds it held up the caller.
+
+        It waits for the save before it and until the state is copied to the host, from where threads write it.
+
+        Args:
+          step: number of finished updates.
+          state: jax.Array leaves, global ones if there are several processes.
+          host: what else a resumed run must know, as JSON.
+
+        Raises:
+          RuntimeError: the save before this one failed.
+        """
+        begin = time.monotonic()
+        self.wait()
+        leaves = {name: leaf for name, leaf in named_leaves(state) if leaf.size}  # Orbax takes no empty arrays
+        if foreign := [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array)]:
+            raise TypeError(f"state leaf {foreign[0]!r} is no jax.Array: several processes could not save it as one")
+        text = json.dumps(host, allow_nan=False)
+        target = self._directory / str(step)
+        self._saves += 1
+        if jax.process_index() == 0:
+            self._discard(step)
+            target.mkdir(parents=True)
+            _write(target / "host.json", text)
+        self._barrier(step, "start")
+        sums = checksums(list(leaves.values()))
+        table = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
+        response = ocp.save_async(target / "state", _nest(leaves))
+
+        # The thread must not touch the leaves: the next step may take their memory.
+        def finish() -> None:
+            try:
+                response.result()
+                self._commit(step, target, table, np.asarray(sums.addressable_data(0)).tolist())
+            except BaseException as error:  # raised again by wait()
+                self._error = RuntimeError(f"checkpoint {step} in {self._directory} was not written: {error}")
+                self._error.__cause__ = error
+
+        self._pending = threading.Thread(target=finish, name=f"checkpoint-{step}")
+        self._pending.start()
+        self._last = time.monotonic()
+        return self._last - begin
+
+    def wait(self) -> None:
+        """Blocks until the save under way is complete on all processes.
+
+        Raises:
+          RuntimeError: it failed.
+        """
+        if self._pending:
+            self._pending.join()
+            self._pending = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    @jax.transfer_guard("allow")
+    def restore(self, abstract_state: PyTree, *, step: int | None = None) -> Restored | None:
+        """Reads the newest checkpoint that is whole, or the one at `step`. Nothing on disk changes.
+
+        Args:
+          abstract_state: jax.ShapeDtypeStruct leaves; with a sharding each, or all go to the first device.
+          step: no other will do.
+
+        Returns:
+          None if there is no checkpoint.
+
+        Raises:
+          UserError: the checkpoint holds another structure; or the one asked for is damaged; or all are.
+        """
+        self.wait()
+        reasons: list[str] = []
+        whole = False
+        for number in [step] if step is not None else _from_first(_steps(self._directory)[::-1]):
+            path = self._directory / str(number)
+            exists = _all_agree((path / MANIFEST).exists())
+            whole |= exists
+            reason, manifest = _verify(path) if exists else (f"{MANIFEST} is missing: its save was cut short", None)
+            if _all_agree(manifest is not None) and manifest is not None:
+                state = _load(path, manifest, abstract_state)
+                if state is not None:
+                    host = json.loads((path / "host.json").read_text())
+                    message = "; ".join([*reasons, f"resuming from step {number}"]) if reasons else None
+                    return Restored(number, state, host, message)
+                reason = "an array differs from the one that was saved"
+            reasons.append(f"checkpoint {number} is unusable ({reason or 'another process found a damaged file'})")
+        if step is not None:
+            raise UserError(f"{self._directory}: {'; '.join(reasons)}; the whole ones are {self.steps()}")
+        if whole:
+            raise UserError(
+                f"{self._directory}: no checkpoint can be read: {'; '.join(reasons)}; "
+                "restore it from a copy, or remove it to start from the beginning"
+            )
+        return None
+
+    def _discard(self, since: int) -> None:
+        """Moves checkpoints at `since` and later out of the way: they belong to an attempt that was given up."""
+        for step in _steps(self._directory):
+            if step >= since:
+                path = self._directory / str(step)
+                aside = self._directory / f"{step}.discarded"
+                if (path / MANIFEST).exists():
+                    if aside.exists():
+                        aside.rmtree()
+                    path.rename(aside)
+                else:
+                    path.rmtree()
+
+    def _commit(self, step: int, target: epath.Path, table: dict[str, Any], sums: list[int]) -> None:
+        """Hashes the files, each process its share, and lets process 0 write the manifest."""
+        self._barrier(step, "written")
+        index, count = jax.process_index(), jax.process_count()
+        mine = {name: _fingerprint(target / name) for name in _files(target)[index::count]}
+        if index > 0:
+            _write(target / f"part-{index}", json.dumps(mine))
+        self._barrier(step, "hashed")
+        if index == 0:
+            for other in range(1, count):
+                mine |= json.loads((target / f"part-{other}").read_text())
+                (target / f"part-{other}").unlink()
+            leaves = {name: [*shape_type, total] for (name, shape_type), total in zip(table.items(), sums, strict=True)}
+            line = json.dumps({"step": step, "files": mine, "leaves": leaves})
+            _write(target / MANIFEST, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
+            self._prune()
+        self._barrier(step, "committed")
+
+    def _prune(self) -> None:
+        """Removes what the keep options do not name, and what was cut short before the newest."""
+        steps = self.steps()
+        kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0)}
+        for step in _steps(self._directory):
+            if step not in kept and step < steps[-1]:
+                path = self._directory / str(step)
+                (path / MANIFEST).unlink(missing_ok=True)  # first, so that no half of one is taken for whole
+                path.rmtree()
+
+    def _barrier(self, step: int, phase: str) -> None:
+        """Waits for all processes, through the coordination service: no device takes part."""
+        if jax.process_count() > 1:
+            asyncio.run(ocp.multihost.sync_global_processes(phase, operation_id=f"jaxcl-{step}-{self._saves}"))
+
+
+def branch(source: str | os.PathLike[str], target: str | os.PathLike[str], *, step: int | None = None) -> int:
+    """Copies one checkpoint of the run in `source` to a new run directory `target` and returns its step.
+
+    For several processes, call it on one of them before the others look. WORKDIR/branch.json says where it came from.
+
+    Raises:
+      UserError: no such checkpoint, a damaged one, or `target` has checkpoints of its own.
+    """
+    old, new = epath.Path(source) / "checkpoints", epath.Path(target) / "checkpoints"
+    whole = [number for number in _steps(old) if (old / str(number) / MANIFEST).exists()]
+    if not whole or (step is not None and step not in whole):
+        raise UserError(f"branch: {source} has no checkpoint at step {step}; it has {whole}")
+    if _steps(new):
+        raise UserError(f"branch: {target} has checkpoints already: {_steps(new)}; choose a new directory")
+    step = whole[-1] if step is None else step
+    path = old / str(step)
+    reason, manifest = _verify(path, everything=True)
+    if manifest is None:
+        raise UserError(f"branch: checkpoint {step} of {source} is damaged: {reason}; choose one of {whole}")
+    for name in manifest["files"]:
+        (new / str(step) / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).copy(new / str(step) / name)
+    _write(epath.Path(target) / "branch.json", json.dumps({"source": str(source), "step": step}))
+    _write(new / str(step) / MANIFEST, (path / MANIFEST).read_text())
+    return step
+
+
+def _verify(path: epath.Path, *, everything: bool = False) -> tuple[str | None, dict[str, Any] | None]:
+    """Returns the manifest if it and this process's share of the files are as they were written, or what is wrong."""
+    try:
+        line, digest = (path / MANIFEST).read_bytes().decode().removesuffix("\n").split("\n")
+        if digest != hashlib.sha256(line.encode()).hexdigest():
+            return f"{MANIFEST} was altered", None
+        manifest = json.loads(line)
+        names = list(manifest["files"])
+        for name in names if everything else names[jax.process_index() :: jax.process_count()]:
+            if not (path / name).exists():
+                return f"{name} is missing", None
+            if _fingerprint(path / name) != manifest["files"][name]:
+                return f"{name} was altered", None
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}", None
+    return None, manifest
+
+
+def _load(path: epath.Path, manifest: dict[str, Any], abstract_state: PyTree) -> PyTree | None:
+    """Returns the state on the devices, or None if a checksum differs.
+
+    Raises:
+      UserError: `abstract_state` has other leaves than the checkpoint.
+    """
+    saved, wanted = manifest["leaves"], dict(named_leaves(abstract_state))
+    for name, leaf in wanted.items():
+        if leaf.size and name not in saved:
+            raise UserError(f"{path}: has no leaf {name!r}, which this run needs; was it made by another config?")
+        if leaf.size and saved[name][:2] != [list(leaf.shape), str(leaf.dtype)]:
+            found, asked = (f"{kind}{shape}" for shape, kind in (saved[name][:2], (list(leaf.shape), leaf.dtype)))
+            raise UserError(f"{path}: leaf {name!r} is {found}, this run needs {asked}; was it made by another config?")
+    extra = [name for name in saved if name not in wanted]
+    if extra:
+        raise UserError(f"{path}: holds the leaf {extra[0]!r}, which this run lacks; was it made by another config?")
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    targets = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+        for name, leaf in wanted.items()
+    }
+    full = {name: target for name, target in targets.items() if target.size}
+    loaded = dict(named_leaves(ocp.load(path / "state", _nest(full))))
+    sums = np.asarray(checksums([loaded[name] for name in full]).addressable_data(0)).tolist()
+    if not _all_agree(sums == [saved[name][2] for name in full]):
+        return None
+    empty = {name: jnp.zeros(t.shape, t.dtype, device=t.sharding) for name, t in targets.items() if not t.size}
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [(loaded | empty)[name] for name in wanted])
+
+
+def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts for names such as a/b/c: what other tools see when they open the checkpoint."""
+    root: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *above, last = name.split("/")
+        node = root
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return root
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    """Returns the steps that have a directory, whole or not, in increasing order."""
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal()) if directory.exists() else []
+
+
+def _files(root: epath.Path, prefix: str = "") -> list[str]:
+    """Returns the names of all files below `root`, sorted; they are the same on every process."""
+    names = []
+    for entry in (root / prefix).iterdir():
+        name = f"{prefix}/{entry.name}" if prefix else entry.name
+        names += _files(root, name) if entry.is_dir() else [name]
+    return sorted(name for name in names if not name.startswith("part-"))
+
+
+def _fingerprint(path: epath.Path) -> list[Any]:
+    """Returns [bytes, sha256] of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def _write(path: epath.Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp"
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        if "://" not in str(path):
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _from_first(steps: list[int], most: int = 64) -> list[int]:
+    """Returns the first `most` steps as process 0 sees them: directory listings may be out of date elsewhere."""
+    if jax.process_count() == 1:
+        return steps
+    padded = np.full(most, -1, np.int32)
+    padded[: len(steps[:most])] = steps[:most]
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
+
+
+def _all_agree(holds: bool) -> bool:
+    """Returns whether `holds` on every process."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(np.all(multihost_utils.process_allgather(np.int32(holds))))
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Keeps the progress messages of Orbax off the terminal; what it cannot do it raises."""
+    return "orbax" not in record.pathname or record.levelno >= logging.ERROR

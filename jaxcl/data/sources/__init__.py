@@ -1,0 +1,64 @@
+"""Document sources: one module each, whose `make(**options)` returns a `Source`."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxcl.schema import UserError
+
+
+class Source(NamedTuple):
+    """Where documents come from. Documents are read lazily, always in the same order."""
+
+    description: dict[str, Any]  # JSON: module name and options
+    listing: list[list[Any]]  # JSON: name, size, time of change of every file; a change rebuilds the rows
+    documents: Callable[[], Iterator[str]]
+    licence: str | None = None
+
+
+def describe(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the description of a source: its name and the options that are not at None."""
+    return {"name": name, **{key: value for key, value in options.items() if value is not None}}
+
+
+def files(path: str | Sequence[str], *, field: str = "path") -> list[str]:
+    """Returns the files that a path, a glob pattern (`**` = any folders) or a list of them names, sorted, each once.
+
+    Raises:
+      UserError: a pattern matches nothing.
+    """
+    found: set[str] = set()
+    for pattern in [path] if isinstance(path, str) else path:
+        matches = {p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)}
+        if not matches:
+            raise UserError(f"config.sources: {field}={pattern!r}: no such file; check the path or the pattern")
+        found |= matches
+    if not found:
+        raise UserError(f"config.sources: {field}={path!r}: names no file; give at least one")
+    return sorted(found)
+
+
+def listing(paths: Sequence[str], names: Sequence[str] | None = None) -> list[list[Any]]:
+    """Returns name, bytes and modification time (ns) of every file."""
+    stats = [os.stat(path) for path in paths]
+    return [[name, s.st_size, s.st_mtime_ns] for name, s in zip(names or paths, stats, strict=True)]
+
+
+def limited(documents: Iterator[str], max_bytes: int | None) -> Iterator[str]:
+    """Yields documents that are not blank, up to `max_bytes` of UTF-8; the last one may be cut."""
+    left = max_bytes
+    for text in documents:
+        if not text.strip():
+            continue
+        if left is None:
+            yield text
+            continue
+        data = text.encode("utf-8", "surrogatepass")
+        if len(data) >= left:
+            yield data[:left].decode("utf-8", "ignore")
+            return
+        left -= len(data)
+        yield text

@@ -1,0 +1,92 @@
+"""Several processes: joining them, stopping them together, leaving together.
+
+distributed.initialize()                    before anything else touches JAX; nothing happens without a cluster
+with distributed.stop_on_signal() as stopped:
+    ...
+    if reason := stopped(step):             the same answer on every process, so all of them save and leave
+        break
+distributed.shutdown()                      last: a process that leaves early makes the others abort
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+def initialize() -> bool:
+    """Joins the processes of a cluster and returns whether there is one.
+
+    A cluster is there if JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID for launchers that
+    JAX does not know); if JAXCL_CLUSTER is set, as the launcher of a Cloud TPU slice does; if Slurm, Open MPI or a
+    Kubernetes JobSet started more than one process; or if the environment names several hosts of a TPU slice.
+
+    Raises:
+      RuntimeError: the other processes did not appear.
+    """
+    if jax.distributed.is_initialized():
+        return True
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env and "JAX_NUM_PROCESSES" in env:
+        jax.distributed.initialize(
+            env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        )
+    elif (
+        "JAX_COORDINATOR_ADDRESS" in env
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or "JAXCL_CLUSTER" in env
+        or "JOBSET_NAME" in env
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or any(int(env.get(name, "1")) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    ):
+        jax.distributed.initialize()  # JAX asks the scheduler for the rest
+    else:
+        return False
+    return True
+
+
+def shutdown() -> None:
+    """Waits for the other processes and leaves; harmless without a cluster."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[int], str | None]]:
+    """Turns SIGTERM and the first Ctrl-C into an agreed end; a second Ctrl-C interrupts at once.
+
+    Yields a function of the step, to be asked once for every step by every process: the reason to stop after
+    this step, or None. With several processes a signal to any of them reaches all through JAX's preemption service,
+    which settles on a step that none has passed; acting on a local flag would leave the others waiting forever.
+    """
+    seen: list[str] = []
+    together = jax.process_count() > 1
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        del frame
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(signal.Signals(number).name)
+        if together:
+            os.kill(os.getpid(), signal.SIGTERM)  # the one that the preemption service listens to
+
+    # The service installs its own handler of SIGTERM when the processes join; it must stay.
+    numbers = [signal.SIGINT] if together else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, handler) for number in numbers}
+
+    def stopped(step: int) -> str | None:
+        if together:
+            return (seen[0] if seen else "SIGTERM") if multihost_utils.reached_preemption_sync_point(step) else None
+        return seen[0] if seen else None
+
+    try:
+        yield stopped
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

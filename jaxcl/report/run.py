@@ -1,0 +1,208 @@
+"""A run directory as arrays: what was configured, measured and recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcl import forgetting, metrics
+from jaxcl.schema import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a report says of one run is computed from this."""
+
+    config: dict[str, Any]
+    label: str
+    seed: int
+    tasks: list[str]  # names of the stages
+    own: list[str]  # the domain that each task is judged by
+    domains: list[str]  # all evaluated domains, those of the tasks first
+    eval_steps: np.ndarray  # int [N], increasing
+    losses: dict[str, np.ndarray]  # domain -> float [N], NaN where not measured
+    bits_per_byte: dict[str, np.ndarray]  # the same in bits per byte; empty if not recorded
+    boundaries: dict[int, int]  # k -> step of the evaluation after task k; -1 = before training
+    train: dict[str, np.ndarray]  # column -> float [M], with "step" and "task"
+    speed: dict[str, np.ndarray]  # columns of "time"
+    ledger: dict[str, dict[str, int]]  # source -> counts at the end
+    events: list[dict[str, Any]]
+    steps: int | None  # planned steps, None if the config does not say
+    about: dict[str, Any]  # what run.json says of it: facts and versions
+
+    @property
+    def step(self) -> int:
+        """Last recorded step."""
+        return int(max(self.eval_steps[-1], self.train["step"][-1] if self.train else 0))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the evaluation after the last task is there."""
+        return len(self.tasks) - 1 in self.boundaries
+
+    @property
+    def matrix(self) -> forgetting.Matrix:
+        """The evaluation matrix [T + 1, T]; NaN for boundaries that were not reached or not measured."""
+        at = {int(step): i for i, step in enumerate(self.eval_steps)}
+        rows = {
+            k: {domain: float(self.losses[domain][at[step]]) for domain in self.domains}
+            for k, step in self.boundaries.items()
+        }
+        return forgetting.matrix(rows, self.own)
+
+
+def load(path: Path) -> Run:
+    """Reads a run directory.
+
+    Raises:
+      UserError: it is not one, or nothing was evaluated yet.
+    """
+    if not path.is_dir() or not (path / "metrics.jsonl").exists():
+        raise UserError(f"{path}: not a run directory (no metrics.jsonl); give the --workdir of a training run")
+    records = metrics.read(path / "metrics.jsonl")
+    if not records:
+        raise UserError(f"{path}: metrics.jsonl is empty; wait until the run has evaluated once")
+    evals = [record for record in records if record["kind"] == "eval" and record.get("loss")]
+    if not evals:
+        raise UserError(f"{path}: no evaluation recorded yet; wait for the first, or set config.evaluation.every")
+    return _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file; a run without it can still be reported on.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON; remove it to report on the run without it") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _assemble(
+    config: dict[str, Any], about: dict[str, Any], records: list[dict[str, Any]], evals: list[dict[str, Any]]
+) -> Run:
+    train = [record for record in records if record["kind"] == "train"]
+    stages = _section(config, "stream").get("stages") or []
+    names = {int(r["task"]): str(r["stage"]) for r in train if "task" in r and r.get("stage")}
+    count = max(
+        [len(stages), *(k + 1 for k in names), *(r["boundary"] + 1 for r in evals if _is_boundary(r))], default=0
+    )
+    tasks = [_stage_name(stages, k) or names.get(k, f"task {k + 1}") for k in range(count)]
+    domains = list(dict.fromkeys(domain for record in evals for domain in record["loss"]))
+    own = [_own_domain(stages[k] if k < len(stages) else {}, tasks[k], k, domains) for k in range(count)]
+    domains = [*dict.fromkeys(d for d in own if d in domains), *(d for d in domains if d not in own)]
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in evals:  # several records of one step are one evaluation
+        merged = by_step.setdefault(record["step"], {"loss": {}, "bits_per_byte": {}})
+        for name in merged:
+            merged[name].update(record.get(name) or {})
+    ordered = [by_step[step] for step in sorted(by_step)]
+    ledgers = [record for record in records if record["kind"] == "ledger"]
+    return Run(
+        config=config,
+        label=str(config.get("label") or readable(config)),
+        seed=int(config.get("seed") or 0),
+        tasks=tasks,
+        own=own,
+        domains=domains,
+        eval_steps=np.array(sorted(by_step)),
+        losses={domain: _column([r["loss"] for r in ordered], domain) for domain in domains},
+        bits_per_byte={
+            d: _column([r["bits_per_byte"] for r in ordered], d) for d in domains if ordered[0]["bits_per_byte"]
+        },
+        boundaries={record["boundary"]: record["step"] for record in evals if _is_boundary(record)},
+        train=_columns(train),
+        speed=_columns([{"step": r["step"], **r.get("time", {})} for r in train]),
+        ledger=ledgers[-1].get("sources", {}) if ledgers else {},
+        events=[record for record in records if record["kind"] == "event"],
+        steps=_planned(stages, _section(config, "stream")),
+        about={key: about[key] for key in ("facts", "versions") if isinstance(about.get(key), dict)},
+    )
+
+
+def readable(config: Mapping[str, Any]) -> str:
+    """Returns a label for a run without one: its method, replay and peak learning rate."""
+    words = [" + ".join(name for name, _ in parts(config)) or "plain"]
+    replay = _section(config, "stream").get("replay") or config.get("replay") or {}
+    if isinstance(replay, Mapping) and replay.get("fraction"):
+        words.append(f"{100 * float(replay['fraction']):g} % replay")
+    if (peak := _section(config, "schedule").get("peak")) is not None:
+        words.append(f"lr {peak:g}")
+    return ", ".join(words)
+
+
+def parts(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the parts of `config.method` as (name, options), however they are written.
+
+    A method is text such as "er(rows=8) + reptile(every=10)", a dict with a name, or a list of these.
+    """
+    method = config.get("method") or []
+    found: list[tuple[str, dict[str, Any]]] = []
+    for entry in method if isinstance(method, (list, tuple)) else [method]:
+        if isinstance(entry, Mapping):
+            found.append((str(entry.get("name")), {key: value for key, value in entry.items() if key != "name"}))
+            continue
+        for name, arguments in re.findall(r"([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?", str(entry)):
+            pairs = re.findall(r"(\w+)\s*=\s*([^,]+)", arguments)
+            found.append((name, {key: _literal(value.strip()) for key, value in pairs}))
+    return found
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip("'\"")
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _stage_name(stages: Any, k: int) -> str | None:
+    return str(stages[k]["name"]) if k < len(stages) and "name" in stages[k] else None
+
+
+def _own_domain(stage: Mapping[str, Any], name: str, k: int, domains: list[str]) -> str:
+    """Returns the domain a task is judged by: its main source, else its name, else its place in the order."""
+    mixture = stage.get("mixture") or {}
+    known = [source for source in mixture if source in domains]
+    if known:
+        return max(known, key=lambda source: mixture[source])
+    if name in domains:
+        return name
+    return domains[k] if k < len(domains) else name
+
+
+def _is_boundary(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("boundary"), int)
+
+
+def _planned(stages: Any, stream: Mapping[str, Any]) -> int | None:
+    each = [stage.get("steps", stream.get("steps")) for stage in stages]
+    return sum(each) if each and all(isinstance(n, int) for n in each) else None
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([_number(row.get(name)) for row in rows])
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (int, float)))
+    return {name: _column(rows, name) for name in names} if rows else {}

@@ -1,0 +1,295 @@
+"""The report of one run."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from typing import Any
+
+import numpy as np
+
+import jaxcl
+from jaxcl.report import page, words
+from jaxcl.report.chart import Line, Span, figure
+from jaxcl.report.figures import TOLERANCE, WINDOW
+from jaxcl.report.run import Run, readable
+
+STANDARD = ("step", "task", "loss", "lr", "grad_norm", "weight")  # columns that every method has
+nats = words.nats
+
+
+def body(run: Run, figures: dict[str, Any]) -> str:
+    """Returns the content of the page of one run."""
+    sections = [
+        header(run, figures),
+        numbers(figures),
+        learning(run),
+        matrix(run, figures),
+        gaps(run, figures),
+        ledger(run),
+        machinery(run),
+        particulars(run),
+        events(run),
+        appendix(run),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def header(run: Run, figures: dict[str, Any]) -> str:
+    """Returns title, state and verdict."""
+    state = '<span class="pill">complete</span>' if run.complete else '<span class="pill going">in progress</span>'
+    described = readable(run.config)
+    facts = [
+        *([described] if described != run.label else []),
+        " → ".join(run.tasks),
+        f"{run.step:,} steps",
+        f"seed {run.seed}",
+    ]
+    sentences = words.verdict(figures, _replay(run))
+    return (
+        f"<header><h1>{escape(run.label)}{state}</h1>"
+        f'<p class="sub">{escape(" · ".join(filter(None, facts)))}</p></header>'
+        f'<section class="verdict" aria-label="Verdict">{"".join(f"<p>{s}</p>" for s in sentences)}</section>'
+    )
+
+
+def numbers(figures: dict[str, Any]) -> str:
+    """Returns the main figures as tiles."""
+    value = figures["figures"]
+    return page.tiles(
+        [
+            ("Learned", nats(value["learned"]), "loss just after each task, mean"),
+            ("Retained", nats(value["retained"]), "loss of all tasks at the end, mean"),
+            ("Forgetting", nats(value["forgetting"]), "end minus best, earlier tasks; 0 is ideal"),
+            ("Backward transfer", nats(value["backward_transfer"], sign=True), "negative: earlier tasks got worse"),
+            (
+                "Forward transfer",
+                nats(value["forward_transfer"], sign=True),
+                "positive: earlier tasks helped later ones",
+            ),
+            ("Worst case", nats(value["worst_case"]), "current task, and the worst moment of the others"),
+        ]
+    )
+
+
+def learning(run: Run) -> str:
+    """Returns the loss curves of all domains."""
+    colours = colours_of(run)
+    lines = [Line(d, run.eval_steps, run.losses[d], colours[d], thin=d not in run.own) for d in run.domains]
+    caption = (
+        "Held-out loss, nats per token. Each shaded stretch is one task; a line that rises there is being forgotten."
+    )
+    return "<h2>What was learned and forgotten</h2>" + figure(
+        lines, title="Loss of every domain", x="step", y="nats per token", spans=spans(run), caption=caption
+    )
+
+
+def matrix(run: Run, figures: dict[str, Any]) -> str:
+    """Returns the evaluation matrix as a heat table, with forgetting as its last row."""
+    R, k = run.matrix, figures["finished_tasks"]
+    if not np.isfinite(R).any():
+        return ""
+    low, high = np.nanmin(R), np.nanmax(R)
+    rows = []
+    for t in range(len(run.tasks) + 1):
+        if not np.isfinite(R[t]).any():
+            continue
+        cells = [_heat(R[t, j], low, high, own=j == t - 1) for j in range(len(run.tasks))]
+        rows.append(["before training" if t == 0 else f"after {escape(run.tasks[t - 1])}", *cells])
+    if k > 1:
+        lost = figures["per_task_forgetting"]
+        rows.append(
+            ["<strong>forgetting</strong>", *(nats(v) for v in lost[: k - 1]), *["–"] * (len(run.tasks) - k + 1)]
+        )
+    if (bits := figures["bits_per_byte"]) and k:
+        rows.append(["now, bits per byte", *(nats(bits.get(domain)) for domain in run.own)])
+    heads = [f"{escape(d)}{'' if d == t else f'<br>({escape(t)})'}" for d, t in zip(run.own, run.tasks, strict=True)]
+    hint = (
+        "Loss in nats per token on each domain (columns) at each boundary (rows). Framed: just learned. "
+        "Stronger colour: worse."
+    )
+    text = page.table("Evaluation matrix", ["", *heads], rows, hint=hint)
+    others = [
+        [escape(row["domain"]), nats(row["first"]), nats(row["last"]), nats(row["last"] - row["first"], sign=True)]
+        for row in figures["others"]
+    ]
+    return text + page.table("Domains that no task trains on", ["domain", "first", "last", "change"], others)
+
+
+def gaps(run: Run, figures: dict[str, Any]) -> str:
+    """Returns stability gaps as curves relative to the boundary and as a table."""
+    if not figures["gaps"]:
+        return ""
+    lines, rows = [], []
+    for i, gap in enumerate(figures["gaps"]):
+        stage, domain = run.tasks[gap["stage"]], gap["domain"]
+        start, end = run.boundaries[gap["stage"] - 1], run.boundaries.get(gap["stage"], int(run.eval_steps[-1]))
+        inside = (run.eval_steps >= start) & (run.eval_steps <= end)
+        curve = run.losses[domain]
+        reference = curve[run.eval_steps == start][0]
+        lines.append(Line(f"{domain} during {stage}", run.eval_steps[inside] - start, curve[inside] - reference, i))
+        back = "not yet" if gap["open"] else "never"
+        if gap["recovery"] is not None:
+            back = f"{gap['recovery']:,} steps" if gap["recovery"] else "no gap"
+        at = "–" if gap["peak"] is None else f"{gap['peak']:,}"
+        lasting = (
+            f'<span class="{"bad" if gap["lasting"] > TOLERANCE else "good"}">{nats(gap["lasting"], sign=True)}</span>'
+        )
+        entry = [
+            nats(gap["depth"]),
+            at,
+            back,
+            nats(gap["transient"]),
+            lasting,
+            f"{gap['area']:.1f}",
+            str(gap["evaluations"]),
+        ]
+        rows.append([f"{escape(domain)} during {escape(stage)}", *entry])
+    heads = [
+        "domain and stage",
+        "depth",
+        "worst at step",
+        "recovered after",
+        "came back",
+        "left at the end",
+        "area",
+        "points",
+    ]
+    value = figures["figures"]
+    hint = (
+        f"Depth: the worst rise above the loss at the boundary, nats. Recovered: back within {TOLERANCE} of it. "
+        f"Area: nats × steps. Largest change within {WINDOW} evaluations, mean over tasks: "
+        f"{nats(value['windowed_forgetting'])} worse (WF), "
+        f"{nats(value['windowed_plasticity'])} better (WP). Mean loss at any time: {nats(value['average_anytime'])}."
+    )
+    chart = figure(
+        lines,
+        title="Change since the boundary",
+        x="steps since the stage began",
+        y="nats above the boundary",
+        zero=True,
+    )
+    return "<h2>Stability gaps</h2>" + chart + page.table("Gap of each earlier domain", heads, rows, hint=hint)
+
+
+def ledger(run: Run) -> str:
+    """Returns where the tokens came from."""
+    largest = max((row.get("new_tokens", 0) + row.get("replayed_tokens", 0) for row in run.ledger.values()), default=0)
+    if not largest:
+        return ""
+    rows = []
+    for source in sorted(run.ledger, key=lambda s: run.domains.index(s) if s in run.domains else len(run.domains)):
+        row = run.ledger[source]
+        new, old = row.get("new_tokens", 0), row.get("replayed_tokens", 0)
+        widths = (("new", 100 * new / largest), ("old", 100 * old / largest))
+        bar = "".join(f'<i class="{kind}" style="width:{width:.1f}%"></i>' for kind, width in widths)
+        cells = [words.count(new), words.count(old), words.percent(old, new + old)]
+        rows.append([escape(source), *cells, f'<td><div class="bar" aria-hidden="true">{bar}</div></td>'])
+    new, old = (sum(row.get(f"{kind}_tokens", 0) for row in run.ledger.values()) for kind in ("new", "replayed"))
+    rows.append(["<strong>all</strong>", words.count(new), words.count(old), words.percent(old, new + old), ""])
+    heads = [
+        "source",
+        "new",
+        "replayed",
+        "share replayed",
+        "<span class='key c0'></span>new <span class='key c1'></span>replayed",
+    ]
+    return "<h2>Where the tokens came from</h2>" + page.table("Token ledger", heads, rows)
+
+
+def machinery(run: Run) -> str:
+    """Returns training loss, learning rate, gradient norm and speed."""
+    train, shaded = run.train, spans(run)
+    if not train:
+        return ""
+
+    def one(columns: dict[str, np.ndarray], name: str, title: str, unit: str, colour: int, **more: Any) -> str:
+        if name not in columns:
+            return ""
+        line = Line("", columns["step"], columns[name], colour, thin=True)
+        return figure([line], title=title, x="step", y=unit, spans=shaded, half=True, **more)
+
+    speed = run.speed.get("tokens_per_s", np.array([]))
+    middle = f"Median {words.count(float(np.nanmedian(speed)))} tokens per second." if np.isfinite(speed).any() else ""
+    return "<h2>How the training went</h2>" + page.pairs(
+        [
+            one(train, "loss", "Training loss", "nats per token", 0),
+            one(train, "lr", "Learning rate", "learning rate", 2, zero=True),
+            one(train, "grad_norm", "Gradient norm", "norm", 3, zero=True),
+            one(run.speed, "tokens_per_s", "Throughput", "tokens per second", 5, zero=True, caption=middle),
+        ]
+    )
+
+
+def particulars(run: Run) -> str:
+    """Returns the metrics that the method itself reports, each as a small curve, if they vary."""
+    columns = {n: c for n, c in run.train.items() if n not in STANDARD and not n.startswith("guard/")}
+    figures = [
+        figure(
+            [Line("", run.train["step"], column, i, thin=True)], title=name, x="step", y="", spans=spans(run), half=True
+        )
+        for i, (name, column) in enumerate(columns.items())
+        if np.unique(column[np.isfinite(column)]).size > 1
+    ]
+    return f"<h2>What the method reports</h2>{page.pairs(figures)}" if figures else ""
+
+
+def events(run: Run) -> str:
+    """Returns what happened besides training."""
+    rows = [
+        [f"{event['step']:,}", f'<td class="text">{escape(str(event.get("event", "")))}</td>',
+         f'<td class="text">{escape(str(event.get("message", "")))}</td>']
+        for event in run.events
+    ]  # fmt: skip
+    return page.table("Events", ["step", "event", "message"], rows)
+
+
+def appendix(run: Run) -> str:
+    """Returns configuration and version."""
+    text = escape(json.dumps(run.config, indent=2, sort_keys=True, ensure_ascii=False))
+    facts = {**run.about.get("facts", {}), "versions": run.about.get("versions")}
+    rows = [
+        [escape(str(name)), f'<td class="text">{escape(_plain(value))}</td>'] for name, value in facts.items() if value
+    ]
+    return (
+        f"{page.table('Size, machine and versions', ['', ''], rows)}"
+        f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
+        f"<footer>jaxcl {jaxcl.__version__}. Losses are in nats per token unless said otherwise; definitions: "
+        "jaxcl/forgetting.py, jaxcl/stability.py.</footer>"
+    )
+
+
+def spans(run: Run) -> list[Span]:
+    """Returns the stages as stretches of the step axis."""
+    begin, found = run.boundaries.get(-1, 0), []
+    for k, name in enumerate(run.tasks):
+        if begin >= run.step:
+            break
+        end = run.boundaries.get(k, run.step)
+        found.append(Span(name, begin, end))
+        begin = end
+    return found
+
+
+def colours_of(run: Run) -> dict[str, int]:
+    """Returns a colour for each domain; those that no task trains on come last in the palette."""
+    return {domain: i if domain in run.own else 7 - (i - len(set(run.own))) % 8 for i, domain in enumerate(run.domains)}
+
+
+def _heat(value: float, low: float, high: float, *, own: bool) -> str:
+    if not np.isfinite(value):
+        return "<td>–</td>"
+    share = 0 if high == low else 60 * (value - low) / (high - low)
+    return f'<td class="heat{" own" if own else ""}" style="--share:{share:.0f}%">{nats(value)}</td>'
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "–"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _replay(run: Run) -> dict[str, Any]:
+    stream = run.config.get("stream")
+    replay = stream.get("replay") if isinstance(stream, dict) else None
+    return replay if isinstance(replay, dict) else {}

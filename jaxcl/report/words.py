@@ -1,0 +1,131 @@
+"""The figures of a report in plain sentences and in cells of tables."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import Any
+
+from jaxcl.report.figures import TOLERANCE
+from jaxcl.seeds import Interval
+
+
+def nats(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
+    """Returns a figure with three decimals; a dash for what was not measured."""
+    if value is None or math.isnan(value):
+        return "–"
+    shown = round(value, digits) or 0.0  # no minus before zero
+    return f"{shown:{'+' if sign and shown else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(value: Interval, *, sign: bool = False) -> str:
+    """Returns `mean ± half-width`, or the mean alone where one seed allows no interval."""
+    if math.isnan(value.mean):
+        return "–"
+    half = "" if math.isnan(value.half_width) else f' <span class="pm">± {value.half_width:.3f}</span>'
+    return nats(value.mean, sign=sign) + half
+
+
+def count(value: float) -> str:
+    """Returns a number of tokens: 850, 12.3 k, 4.10 M, 512 M."""
+    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            scaled = value / limit
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {letter}"
+    return f"{value:,.0f}"
+
+
+def percent(part: float, whole: float) -> str:
+    """Returns a share such as 25 %; a dash of nothing."""
+    return f"{100 * part / whole:.2g} %" if whole else "–"
+
+
+def join(names: list[str]) -> str:
+    """Returns `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+def verdict(figures: dict[str, Any], replay: dict[str, Any]) -> list[str]:
+    """Returns what happened in a run: what was learned, what was forgotten, what the boundaries did, what replay cost.
+
+    Args:
+      figures: of the run, see `jaxcl.report.figures`.
+      replay: `config.stream.replay`, possibly empty.
+    """
+    sentences = [_progress(figures), _forgotten(figures), _boundaries(figures), _replay(figures, replay)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _progress(figures: dict[str, Any]) -> str:
+    if figures["complete"]:
+        return ""
+    of = f" of {figures['steps']:,}" if figures["steps"] else ""
+    done, total = figures["finished_tasks"], len(figures["tasks"])
+    return (
+        f"<strong>This run is still in progress</strong>: step {figures['step']:,}{of}, {done} of {total} "
+        f"task{'s' if total != 1 else ''} finished. What follows is judged by the finished tasks."
+    )
+
+
+def _forgotten(figures: dict[str, Any]) -> str:
+    k, values = figures["finished_tasks"], figures["figures"]
+    if k == 0:
+        return "No task has been finished and measured yet, so nothing can be said about forgetting."
+    names = [escape(name) for name in figures["judged_by"][:k]]
+    if k == 1:
+        loss = nats(values["learned"])
+        return (
+            f"After {names[0]} the loss is <strong>{loss}</strong> nats per token; "
+            "with one task there is nothing to forget."
+        )
+    if math.isnan(values["forgetting"]):
+        transfer = nats(values["backward_transfer"], sign=True)
+        return (
+            f"After {join(names)}, backward transfer is <strong>{transfer}</strong> "
+            "nats per token; forgetting needs the evaluation before training, which was not measured."
+        )
+    lost = figures["per_task_forgetting"][: k - 1]
+    worst = max(range(k - 1), key=lambda j: lost[j])
+    after = figures["matrix"][k][worst]
+    if values["forgetting"] < 0.005:
+        return (
+            f"After {join(names)}, <strong>nothing was forgotten</strong>: no earlier task is worse than at its best."
+        )
+    text = f"After {join(names)}, the model <strong>forgot {nats(values['forgetting'])} nats per token</strong> "
+    text += "of what it had known at its best" if k == 2 else "on average of what it had known at its best"
+    if k == 2:
+        return f"{text}: {names[0]} went from {nats(after - lost[0])} to {nats(after)}."
+    return f"{text}; {names[worst]} lost most, from {nats(after - lost[worst])} to {nats(after)}."
+
+
+def _boundaries(figures: dict[str, Any]) -> str:
+    gaps = [gap for gap in figures["gaps"] if gap["depth"] > TOLERANCE]
+    if not figures["gaps"]:
+        return ""
+    if not gaps:
+        return "No boundary opened a stability gap."
+    gap = max(gaps, key=lambda g: g["depth"])
+    stage, domain = escape(figures["tasks"][gap["stage"]]), escape(gap["domain"])
+    text = (
+        f"The deepest stability gap opened when {stage} began: {domain} became worse by "
+        f"<strong>{nats(gap['depth'])}</strong> nats within {gap['peak']:,} steps"
+    )
+    if gap["recovery"] is not None:
+        return f"{text} and was back after {gap['recovery']:,}."
+    back = gap["transient"] / gap["depth"]
+    until = "so far" if gap["open"] else "before the stage ended"
+    return f"{text}; {percent(back, 1) if back >= 0.005 else 'nothing'} of that came back {until}."
+
+
+def _replay(figures: dict[str, Any], replay: dict[str, Any]) -> str:
+    new, old = figures["tokens"]["new"], figures["tokens"]["replayed"]
+    if not new and not old:
+        return ""
+    if not old:
+        return f"Nothing was replayed: all {count(new)} tokens were new."
+    share = f"Replay took {percent(old, new + old)} of training, {count(old)} of {count(new + old)} tokens"
+    if replay.get("mode") == "extend":
+        return f"{share}: on top of the new ones, so {percent(old, new)} more compute for the same new tokens."
+    return (
+        f"{share}: in place of new ones, so for the same compute the model saw {percent(old, new + old)} less new text."
+    )

@@ -1,0 +1,317 @@
+"""Checkpoints: bit-exact, whole or absent, and any damage to any file is found."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import processes
+import pytest
+
+from jaxcl import checkpoint, optim, tree
+from jaxcl import mesh as meshes
+from jaxcl.checkpoint import MANIFEST, Checkpoints, branch
+from jaxcl.checksum import checksums
+from jaxcl.schema import UserError
+from jaxcl.types import TrainState
+
+AXES = {"a": ("embed", "mlp"), "b": (None,), "none": (None, None)}
+
+
+def make_state(step=0):
+    rng = np.random.default_rng(step)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(16, 32)), jnp.float32),
+        "b": jnp.asarray([np.nan, -0.0, np.inf], jnp.bfloat16),
+        "none": jnp.zeros((0, 3)),
+    }
+    memory = {
+        "er": {"rows": {"inputs": jnp.asarray(rng.integers(0, 99, (16, 4)), jnp.int32)}, "seen": jnp.int32(step)},
+        "odd": (jnp.asarray(rng.integers(0, 2, 5), bool), jnp.asarray(rng.integers(-9, 9, 3), jnp.int8)),
+    }
+    return TrainState(jnp.int32(step), params, optim.make(lr=1e-3).init(params), memory)
+
+
+def assert_same(a, b):
+    for (name, x), (_, y) in zip(tree.named_leaves(a), tree.named_leaves(b), strict=True):
+        assert x.dtype == y.dtype, name
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+
+
+def abstract():
+    return jax.eval_shape(make_state)
+
+
+def write(directory, *steps, **options):
+    with Checkpoints(directory, **{"keep": 9} | options) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), {"position": step})
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pristine") / "checkpoints"
+    write(directory, 10, 20)
+    return directory
+
+
+@pytest.fixture
+def saved(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "checkpoints")
+
+
+def test_a_state_comes_back_bit_for_bit(saved):
+    restored = Checkpoints(saved).restore(abstract())
+    assert (restored.step, restored.host, restored.message) == (20, {"position": 20}, None)
+    assert_same(restored.state, make_state(20))
+    assert Checkpoints(saved).restore(abstract(), step=10).host == {"position": 10}
+
+
+def test_an_empty_directory_holds_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.restore(abstract()) is None
+    assert checkpoints.steps() == []
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_saved_on_one_mesh_restored_on_another(tmp_path, sizes):
+    before, after = meshes.make(data=1, fsdp=4, tensor=2), meshes.make(**sizes)
+    cut = lambda m: meshes.state_shardings(m, AXES, abstract())  # noqa: E731
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, jax.device_put(make_state(1), cut(before)), {})
+        restored = checkpoints.restore(meshes.with_shardings(abstract(), cut(after)))
+    assert_same(restored.state, make_state(1))
+    for (_, leaf), (_, sharding) in zip(tree.named_leaves(restored.state), tree.named_leaves(cut(after)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    state = {"w": jnp.zeros((256, 256)), "n": jnp.int32(0)}
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step in range(4):
+            checkpoints.save(step, TrainState(jnp.int32(step), state, ()), {})
+            for _ in range(10):
+                state = advance(state)
+        for step in range(4):
+            found = checkpoints.restore(jax.eval_shape(lambda: TrainState(jnp.int32(0), state, ())), step=step)
+            assert int(found.state.params["n"]) == 10 * step
+            assert np.all(np.asarray(found.state.params["w"]) == 10 * step)
+
+
+def files_of(directory):
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+
+
+def damages(path):
+    """(what, new contents) for a file; None = missing."""
+    data = path.read_bytes()
+    flip = lambda i: data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]  # noqa: E731
+    yield "missing", None
+    yield "longer", data + b"\0"
+    if data:
+        yield "empty", b""
+        yield "cut", data[: len(data) // 2]
+        for i in {0, len(data) // 2, len(data) - 1}:
+            yield f"bit {i}", flip(i)
+
+
+def refuses(checkpoints, step):
+    try:
+        checkpoints.restore(abstract(), step=step)
+    except UserError as error:
+        return f"checkpoint {step} is unusable" in str(error)
+    return False
+
+
+def test_any_damage_to_any_file_is_found(saved):
+    newest = saved / "20"
+    assert len(files_of(newest)) > 8
+    checkpoints = Checkpoints(saved)
+    for name in files_of(newest):
+        whole = (newest / name).read_bytes()
+        for what, data in damages(newest / name):
+            (newest / name).unlink() if data is None else (newest / name).write_bytes(data)
+            assert refuses(checkpoints, 20), f"{name}: {what}"
+            (newest / name).write_bytes(whole)
+        (newest / name).write_bytes(whole + b"!")
+        restored = checkpoints.restore(abstract())
+        assert restored.step == 10
+        assert "checkpoint 20 is unusable" in restored.message
+        assert "step 10" in restored.message
+        assert_same(restored.state, make_state(10))
+        (newest / name).write_bytes(whole)
+    assert checkpoints.restore(abstract()).step == 20
+
+
+def test_arrays_that_differ_from_those_saved_are_found(saved):
+    """The files are in order here: only the checksums of the arrays can tell."""
+    shutil.rmtree(saved / "20" / "state")
+    shutil.copytree(saved / "10" / "state", saved / "20" / "state")
+    manifests = [json.loads((saved / s / MANIFEST).read_text().splitlines()[0]) for s in ("10", "20")]
+    files = manifests[0]["files"] | {"host.json": manifests[1]["files"]["host.json"]}
+    line = json.dumps(manifests[1] | {"files": files})
+    (saved / "20" / MANIFEST).write_text(f"{line}\n{checkpoint.hashlib.sha256(line.encode()).hexdigest()}\n")
+    restored = Checkpoints(saved).restore(abstract())
+    assert restored.step == 10
+    assert "an array differs" in restored.message
+
+
+def test_a_save_that_was_cut_short_is_never_read(saved, tmp_path):
+    (saved / "20" / MANIFEST).unlink()
+    assert Checkpoints(saved).steps() == [10]
+    restored = Checkpoints(saved).restore(abstract())
+    assert restored.step == 10
+    assert "cut short" in restored.message
+    (saved / "10" / MANIFEST).unlink()
+    assert Checkpoints(saved).restore(abstract()) is None
+
+
+def test_if_all_are_damaged_the_run_does_not_start_again_by_itself(saved):
+    for step in ("10", "20"):
+        (saved / step / "host.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no checkpoint can be read.*20.*10.*remove it"):
+        Checkpoints(saved).restore(abstract())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.params.update(a=jnp.zeros((16, 33))), r"'params/a' is float32\[16, 32\].*float32\[16, 33\]"),
+        (lambda s: s.params.update(a=jnp.zeros((16, 32), jnp.bfloat16)), "'params/a' is float32.*bfloat16"),
+        (lambda s: s.params.update(more=jnp.zeros(2)), "no leaf 'params/more'"),
+        (lambda s: s.memory.pop("odd"), "holds the leaf 'memory/odd/0'"),
+    ],
+)
+def test_another_structure_is_refused_by_name(saved, change, words):
+    state = make_state()
+    change(state)
+    with pytest.raises(UserError, match=words):
+        Checkpoints(saved).restore(jax.eval_shape(lambda: state))
+
+
+def test_a_loop_that_forbids_transfers_may_save_and_restore(tmp_path):
+    state = jax.block_until_ready(make_state(1))
+    with jax.transfer_guard("disallow"), Checkpoints(tmp_path, every_steps=1) as checkpoints:
+        assert checkpoints.due(1)
+        checkpoints.save(1, state, {})
+        restored = checkpoints.restore(abstract())
+    assert_same(restored.state, state)
+
+
+def test_what_keep_names_stays(tmp_path):
+    checkpoints = write(tmp_path, 5, 10, 15, 20, 25, keep=2, keep_every=10)
+    assert checkpoints.steps() == [10, 20, 25]
+    assert sorted(os.listdir(tmp_path)) == ["10", "20", "25"]
+
+
+def test_what_was_cut_short_is_removed_once_a_later_save_is_whole(saved):
+    (saved / "10" / MANIFEST).unlink()
+    write(saved, 30)
+    assert sorted(os.listdir(saved)) == ["20", "30"]
+
+
+def test_a_new_attempt_moves_the_old_one_aside(saved):
+    write(saved, 15)
+    assert Checkpoints(saved).steps() == [10, 15]
+    assert (saved / "20.discarded" / MANIFEST).exists()
+    write(saved, 15)
+    assert Checkpoints(saved).restore(abstract()).message is None
+
+
+def test_due_by_steps_and_by_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    by_steps = Checkpoints(tmp_path, every_steps=3, every_minutes=None)
+    assert [step for step in range(1, 10) if by_steps.due(step)] == [3, 6, 9]
+    by_time = Checkpoints(tmp_path, every_minutes=2)
+    now[0] = 119.0
+    assert not by_time.due(1)
+    now[0] = 121.0
+    assert by_time.due(2)
+    by_time.save(2, make_state(2), {})
+    by_time.wait()
+    assert not by_time.due(3)
+
+
+def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_fingerprint", lambda path: 1 / 0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    with pytest.raises(RuntimeError, match=r"checkpoint 1 .* was not written"):
+        checkpoints.wait()
+    checkpoints.wait()
+    assert checkpoints.steps() == []
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path):
+    for options in ({"every_steps": 0}, {"every_minutes": -1.0}, {"keep": 0}, {"keep_every": 0}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            Checkpoints(tmp_path, **options)
+    with pytest.raises(TypeError, match="'params/w'"):
+        Checkpoints(tmp_path).save(1, TrainState(jnp.int32(1), {"w": np.ones(2)}, ()), {})
+    with pytest.raises(ValueError, match="JSON"):
+        Checkpoints(tmp_path).save(1, make_state(1), {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_branch_starts_a_new_run(saved, tmp_path):
+    assert branch(saved.parent, tmp_path / "new", step=10) == 10
+    restored = Checkpoints(tmp_path / "new" / "checkpoints").restore(abstract())
+    assert (restored.step, restored.host) == (10, {"position": 10})
+    assert_same(restored.state, make_state(10))
+    assert json.loads((tmp_path / "new" / "branch.json").read_text())["step"] == 10
+    assert Checkpoints(saved).steps() == [10, 20]
+    with pytest.raises(UserError, match="has checkpoints already"):
+        branch(saved.parent, tmp_path / "new")
+    with pytest.raises(UserError, match=r"no checkpoint at step 15.*\[10, 20\]"):
+        branch(saved.parent, tmp_path / "other", step=15)
+    (saved / "20" / "host.json").write_text("{}")
+    with pytest.raises(UserError, match=r"damaged: host.json was altered"):
+        branch(saved.parent, tmp_path / "other")
+
+
+def test_killed_while_saving_it_goes_on_from_a_whole_checkpoint(tmp_path):
+    """The worker asserts that what it restores is the state of that step."""
+    draw = random.Random(0)
+    for _ in range(4):
+        (worker,) = started = processes.start("saves", tmp_path, 10**6)
+        processes.wait_for(started, "saving from")
+        time.sleep(draw.uniform(0.2, 1.5))
+        worker.popen.kill()
+        processes.finish(started, codes=(-9,))
+    before = Checkpoints(tmp_path).steps()
+    assert before
+    started = processes.start("saves", tmp_path, 3)
+    assert processes.finish(started) == [before[-1]]
+    assert Checkpoints(tmp_path).steps()[-1] == before[-1] + 3
+    assert sorted(os.listdir(tmp_path)) == sorted(str(step) for step in Checkpoints(tmp_path).steps())
+    lines = started[0].log.read_text().splitlines()
+    assert lines == [f"saving from {before[-1]}", f"RESULT {before[-1]}"]  # nothing else reaches the terminal
+
+
+def test_only_errors_of_orbax_reach_the_log():
+    record = lambda path, level: logging.LogRecord("absl", level, path, 1, "", (), None)  # noqa: E731
+    assert not checkpoint._not_orbax(record("/site/orbax/checkpoint/x.py", logging.WARNING))
+    assert checkpoint._not_orbax(record("/site/orbax/checkpoint/x.py", logging.ERROR))
+    assert checkpoint._not_orbax(record("/site/jaxcl/train.py", logging.INFO))
+
+
+def test_checksums_equal_numpy_on_any_mesh_and_change_with_any_element():
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    index = np.arange(96, dtype=np.uint64)
+    odd = ((index * 0x9E3779B1) % 2**32) ^ (index >> 15) | 1
+    wanted = int((x.view(np.uint32).ravel().astype(np.uint64) * odd % 2**32).sum() % 2**32)
+    cut = jax.device_put(x, meshes.batch_sharding(meshes.make()))
+    assert int(checksums([jnp.asarray(x)])[0]) == int(checksums([cut])[0]) == wanted
+    for i in range(96):
+        y = x.copy()
+        y.view(np.uint32).ravel()[i] ^= 1
+        assert int(checksums([jnp.asarray(y)])[0]) != wanted

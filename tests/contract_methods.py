@@ -1,0 +1,221 @@
+"""The laws every method keeps. Modules of jaxcl.methods, their options and their combinations are found, not listed."""
+
+import functools
+import importlib
+import inspect
+import itertools
+import pkgutil
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+import jaxcl.methods
+from jaxcl import compose, tree
+from jaxcl import mesh as meshes
+from jaxcl.guard import guard
+
+# Sizes at which an option does something within a few steps of the toy, by the name of the option.
+SMALL = {"every": 2, "capacity": 8, "batch": 2, "chunk": 4, "steps": 2}
+NAMES = sorted(module.name for module in pkgutil.iter_modules(jaxcl.methods.__path__))
+MAKE = {name: importlib.import_module(f"jaxcl.methods.{name}").make for name in NAMES}
+
+
+def options_of(name):
+    """Returns the small defaults of a method."""
+    return {"name": name, **{k: v for k, v in SMALL.items() if k in inspect.signature(MAKE[name]).parameters}}
+
+
+def variants():
+    """Yields every method with each choice of each option that is a choice."""
+    for name in NAMES:
+        for key, hint in typing.get_type_hints(MAKE[name]).items():
+            choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+            for choice in (False, True) if hint is bool else choices:
+                entry = options_of(name) | {key: choice}
+                yield pytest.param(entry | ({"steps": 1} if entry.get("algorithm") == 7 else {}), id=f"{name}-{choice}")
+
+
+def everything():
+    """Returns all terms, the first gradient rule and all wrappers at once."""
+    made = {
+        name: MAKE[name](toys.setting(), **{k: v for k, v in options_of(name).items() if k != "name"}) for name in NAMES
+    }
+    parts = [name for name in NAMES if isinstance(made[name], compose.Part)]
+    rules = [name for name in parts if made[name].project]
+    wrappers = [name for name in NAMES if isinstance(made[name], compose.Wrapper)]
+    return [options_of(name) for name in parts + wrappers if name not in rules[1:]]
+
+
+CASES = [*NAMES, "everything", "guard"]
+APART = [name for name in NAMES if name not in {entry["name"] for entry in everything()}]
+
+
+@functools.cache
+def built(case):
+    """Returns the method of a case, its jitted functions (donating the state) and how often they were traced."""
+    options = {"everything": everything, "guard": lambda: everything()[-1]}.get(case, lambda: options_of(case))()
+    method = compose.make(options, toys.setting(tx=optax.sgd(0.1, momentum=0.9)))
+    method = guard(method, warmup=1, window=4) if case in ("everything", "guard") else method
+    traces = {"step": 0, "end_task": 0}
+
+    def counted(name):
+        def function(*args):
+            traces[name] += 1
+            return getattr(method, name)(*args)
+
+        return toys.quick(function, donate_argnums=0)
+
+    return method, toys.quick(method.init), counted("step"), counted("end_task"), traces
+
+
+def params():
+    return toys.language_model().init(jax.random.key(7))
+
+
+def key(step):
+    return jax.random.fold_in(jax.random.key(3), step)
+
+
+def walk(case, state, begin=0, end=6, put=lambda x: x):
+    """Takes steps of a stream of three tasks, two steps each; returns the state and all metrics."""
+    _, _, step, end_task, _ = built(case)
+    told = []
+    for i in range(begin, end):
+        state, metrics = step(state, put(toys.text(i, task=i // 2)), key(i))
+        told.append(jax.device_get(metrics))
+        if i % 2:
+            state = end_task(state, toys.stack([toys.text(i + 10 * j, task=i // 2) for j in (1, 2)]), key(100 + i))
+    return state, told
+
+
+@functools.cache
+def finished(case):
+    """Returns the final state, as numpy arrays, and the metrics of a whole run."""
+    state, told = walk(case, built(case)[1](params()))
+    return jax.device_get(state), told
+
+
+def avals(tree_):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype), getattr(x, "weak_type", False)), tree_)
+
+
+def assert_closed(method):
+    state = jax.eval_shape(method.init, params())
+    batch, k = toys.shapes(toys.text(0)), jax.eval_shape(lambda: jax.random.key(0))
+    after, metrics = jax.eval_shape(method.step, state, batch, k)
+    assert avals(after) == avals(state)
+    assert {"loss", "grad_norm", "weight"} <= set(metrics)
+    assert all(m.shape == () and m.dtype == jnp.float32 for m in metrics.values())
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), batch)
+    assert avals(jax.eval_shape(method.end_task, state, stacked, k)) == avals(state)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_is_closed(case):
+    assert_closed(built(case)[0])
+
+
+@pytest.mark.parametrize("entry", list(variants()))
+def test_every_choice_of_an_option_is_closed(entry):
+    assert_closed(compose.make([entry], toys.setting()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_trace_over_a_stream_of_tasks(case):
+    _, told = finished(case)
+    assert built(case)[4] == {"step": 1, "end_task": 1}
+    assert all(np.isfinite(list(metrics.values())).all() for metrics in told)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_randomness_is_derived(case):
+    state, told = finished(case)
+    for name, leaf in tree.named_leaves(state):
+        assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key), name
+        assert leaf.dtype != np.uint32, f"{name} looks like the data of a key"
+    again, told_again = walk(case, built(case)[1](params()))
+    assert told == told_again
+    assert_equal(again, state)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_exact(case):
+    """The state survives a trip through numpy after any step: nothing is remembered outside it."""
+    state, told = finished(case)
+    saved = jax.device_get(walk(case, built(case)[1](params()), 0, 3)[0])
+    resumed, rest = walk(case, jax.tree.map(jnp.asarray, saved), 3, 6)
+    assert rest == told[3:]
+    assert_equal(resumed, state)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_captured(case):
+    method = built(case)[0]
+    state, batch = jax.eval_shape(method.init, params()), toys.shapes(toys.text(0))
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), batch)
+    k = jax.eval_shape(lambda: jax.random.key(0))
+    for function, rows in ((method.step, batch), (method.end_task, stacked)):
+        size = sum(np.asarray(c).nbytes for c in constants(jax.make_jaxpr(function)(state, rows, k)))
+        assert size <= 4096, f"{size} bytes of constants"
+
+
+def constants(jaxpr):
+    """Yields the constants of a closed jaxpr and of all inside it."""
+    if hasattr(jaxpr, "consts"):
+        yield from jaxpr.consts
+        jaxpr = jaxpr.jaxpr
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from constants(inner)
+
+
+MESHES = {"8 data": {"data": 8}, "2 fsdp x 4 tensor": {"fsdp": 2, "tensor": 4, "data": 1}}
+SPREAD = [("everything", "8 data"), *[(case, "2 fsdp x 4 tensor") for case in ["everything", "cpt", *APART]]]
+
+
+@pytest.mark.parametrize(("case", "sizes"), SPREAD)
+def test_topology_does_not_matter(case, sizes):
+    """The same losses on one device and with rows, parameters and what is shaped like them spread over eight."""
+    mesh = meshes.make(**MESHES[sizes])
+    method, init = built(case)[:2]
+    state = init(params())
+    specs = meshes.state_shardings(mesh, toys.language_model().axes, state)
+    split = [name for name, spec in tree.named_leaves(specs) if any(spec.spec)]
+    assert any("/rows/" in name for name in split) or not any("/rows/" in n for n, _ in tree.named_leaves(state))
+    state = jax.device_put(state, specs)
+    step = toys.quick(method.step, out_shardings=(specs, meshes.replicated(mesh)))
+    losses = []
+    for i in range(3):
+        batch = jax.device_put(toys.text(i, task=i // 2), meshes.batch_sharding(mesh))
+        state, metrics = step(state, batch, key(i))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
+
+
+@functools.cache
+def reference_losses(case):
+    """Losses on one device of three steps without a task end."""
+    _, init, step, _, _ = built(case)
+    state, losses = init(params()), []
+    for i in range(3):
+        state, metrics = step(state, toys.text(i, task=i // 2), key(i))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def assert_equal(a, b):
+    for (name, x), y in zip(tree.named_leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
+
+
+def test_discovery_found_the_methods():
+    assert {"cpt", "er", "reptile", "ewc", "mer"} <= set(NAMES)
+    assert len({entry["name"] for entry in everything()}) >= 8
+    assert len(list(itertools.islice(variants(), 9))) == 9

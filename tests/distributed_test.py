@@ -1,0 +1,77 @@
+"""The same run on one, two and four processes; checkpoints that move between them; stopping together."""
+
+import os
+import signal
+
+import jax
+import processes
+import pytest
+
+from jaxcl import distributed
+
+LAYOUTS = [(1, 4), (2, 2), (4, 1)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Six steps with a checkpoint after four, on every layout."""
+    results = {}
+    for count, devices in LAYOUTS:
+        directory = tmp_path_factory.mktemp("run") / "checkpoints"
+        found = processes.run("fsdp_tp", directory, 0, 4, 6, processes=count, devices=devices)
+        results[count] = directory, found
+    return results
+
+
+def test_losses_and_states_are_bit_equal_on_every_layout(runs):
+    _, reference = runs[1]
+    for _, found in runs.values():
+        for result in found:
+            assert result["losses"] == reference[0]["losses"]
+            assert result["leaves"] == reference[0]["leaves"]
+    assert len(set(reference[0]["losses"])) == 6
+
+
+def test_no_process_reads_the_rows_of_another(runs):
+    assert [result["asked"] for result in runs[2][1]] == [[[0, 4]], [[4, 8]]]
+    assert [result["asked"] for result in runs[1][1]] == [[[0, 4], [4, 8]]]
+
+
+def test_saved_by_two_processes_restored_by_one(runs):
+    directory, straight = runs[2]
+    (resumed,) = processes.run("fsdp_tp", directory, 4, 0, 6, processes=1, devices=4)
+    assert resumed["host"] == {"written by": 2}
+    assert resumed["losses"] == straight[0]["losses"][4:]
+    assert resumed["leaves"] == straight[0]["leaves"]
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step():
+    started = processes.start("stop", processes=2, devices=1)
+    processes.wait_for(started, "running")
+    started[1].popen.send_signal(signal.SIGTERM)
+    found = processes.finish(started)
+    assert found[0]["step"] == found[1]["step"] < 10**6
+    assert found[0]["reason"] == found[1]["reason"] == "SIGTERM"
+
+
+def test_without_a_cluster_nothing_is_joined(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JOBSET", "TPU_", "MEGASCALE_")):
+            monkeypatch.delenv(name)
+    assert not distributed.initialize()
+    distributed.shutdown()
+    assert jax.process_count() == 1
+
+
+def test_one_process_stops_on_a_signal_and_on_the_second_interrupt_at_once():
+    old = signal.getsignal(signal.SIGTERM)
+    with distributed.stop_on_signal() as stopped:
+        assert stopped(0) is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped(1) == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with distributed.stop_on_signal() as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped(0) == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is old

@@ -1,0 +1,140 @@
+"""Synthetic run directories with the shape of real ones: planted learning, forgetting and stability gaps."""
+
+import json
+import zlib
+
+import numpy as np
+
+from jaxcl import metrics
+
+DOMAINS = ("prose", "code", "headers")
+FIRST = {"prose": 5.5, "code": 5.7, "headers": 5.9}
+FLOOR = {"prose": 1.9, "code": 1.5, "headers": 1.1}
+BATCH_TOKENS = 4096
+
+
+def config(*, label="er + reptile", seed=0, lr=3e-3, fraction=0.25, mode="replace", method="", steps=250):
+    stages = [{"name": domain, "mixture": {domain: 1.0}} for domain in DOMAINS]
+    return {
+        "label": label,
+        "seed": seed,
+        "model": {"name": "transformer", "preset": "tiny", "vocab": 320},
+        "tokenizer": {"name": "byte"},
+        "stream": {
+            "length": 256,
+            "batch": 16,
+            "steps": steps,
+            "stages": stages,
+            "replay": {"fraction": fraction, "mode": mode, "over": "earlier"},
+        },
+        "method": method,
+        "schedule": {"name": "infinite", "peak": lr},
+        "evaluation": {"every": 10, "rows": 16},
+    }
+
+
+def losses(step, steps, *, effective_lr, fraction, rng):
+    """Returns {domain: loss} with forgetting that shrinks with replay and a bump after each boundary."""
+    rate = 6.0 * effective_lr / 3e-3
+    found = {}
+    for i, domain in enumerate((*DOMAINS, "general")):
+        progress = np.clip((step - i * steps) / steps, 0, 1) if i < len(DOMAINS) else min(1.0, step / steps)
+        own = FLOOR.get(domain, 2.4) + (FIRST.get(domain, 5.8) - FLOOR.get(domain, 2.4)) * np.exp(-rate * progress)
+        before = 0.25 * (1 - np.exp(-3 * min(step, i * steps) / steps))  # what earlier tasks give to a later one
+        value = own - before * np.exp(-rate * progress)
+        for k in range(i + 1, len(DOMAINS)):  # later stages
+            since = (step - k * steps) / steps
+            if since > 0:
+                lasting = (0.9 - 1.6 * fraction) * (1 - np.exp(-4 * since)) * effective_lr / 3e-3
+                value += lasting / (k - i) + 0.5 * effective_lr / 3e-3 * since / 0.05 * np.exp(1 - since / 0.05)
+        found[domain] = float(value + 0.004 * rng.normal())
+    return found
+
+
+def records(options, *, stop=None, every=10):
+    """Yields the records of a run up to step `stop`."""
+    steps, stream = options["stream"]["steps"], options["stream"]
+    total = steps * len(DOMAINS)
+    noise = zlib.crc32(options["label"].encode())
+    rng = np.random.default_rng([options["seed"], noise])
+    text = options["method"] if isinstance(options["method"], str) else ""
+    keep = float(text.split("keep=")[1].split(")")[0].split(",")[0]) if "keep=" in text else 1.0
+    luck = 0.03 * np.random.default_rng(options["seed"]).normal()  # what runs of one seed share
+    peak, fraction = options["schedule"]["peak"], stream["replay"]["fraction"]
+    counts = {
+        domain: dict.fromkeys(("new_rows", "new_tokens", "replayed_rows", "replayed_tokens"), 0) for domain in DOMAINS
+    }
+    for step in range(total + 1):
+        if stop is not None and step > stop:
+            return
+        task = min((step - 1) // steps, len(DOMAINS) - 1) if step else -1
+        if step:
+            replayed = int(BATCH_TOKENS * fraction) if task else 0
+            counts[DOMAINS[task]]["new_tokens"] += BATCH_TOKENS - replayed
+            for old in range(task):
+                counts[DOMAINS[old]]["replayed_tokens"] += replayed // task
+            local = (step - 1) % steps
+            lr = peak * min(1.0, (local + 1) / (0.05 * steps)) * (1.0 if task < 2 else 1 - 0.9 * local / steps)
+            loss = losses(step, steps, effective_lr=peak * keep, fraction=fraction, rng=rng)[DOMAINS[task]]
+            yield {
+                "kind": "train",
+                "step": step,
+                "task": task,
+                "stage": DOMAINS[task],
+                "loss": loss + 0.1 * rng.normal(),
+                "lr": lr,
+                "grad_norm": float(0.6 + 0.1 * rng.normal() + 0.8 * np.exp(-local / 6)),
+                "weight": float(BATCH_TOKENS),
+                "reptile/distance": float(abs(rng.normal())) if keep < 1 else 0.0,
+                "time": {"step_s": 0.11, "tokens_per_s": 37000.0 + 900.0 * rng.normal()},
+            }
+        boundary = step // steps - 1 if step % steps == 0 else None
+        if step % every == 0 or boundary is not None:
+            loss = losses(step, steps, effective_lr=peak * keep, fraction=fraction, rng=rng)
+            loss = {domain: value + luck for domain, value in loss.items()}
+            bits = {domain: value / np.log(2) for domain, value in loss.items()}
+            yield {
+                "kind": "eval",
+                "step": step,
+                "task": task,
+                "boundary": boundary,
+                "loss": loss,
+                "bits_per_byte": bits,
+            }
+        if step % 50 == 0:
+            yield {"kind": "ledger", "step": step, "sources": counts}
+        if step == 301:
+            yield {"kind": "event", "step": step, "event": "skip", "message": "gradient norm 41.2 is 12 x its average"}
+        if step == 400:
+            yield {"kind": "event", "step": step, "event": "restore", "message": "continued from checkpoint 400"}
+
+
+def make(folder, *, stop=None, every=10, **options):
+    """Writes a run directory and returns it."""
+    folder.mkdir(parents=True)
+    chosen = config(**options)
+    (folder / "config.json").write_text(json.dumps(chosen))
+    rows = {"prose": {"train": 900, "held_out": 16}}
+    facts = {"parameters": 1_123_456, "devices": "1 x cpu", "mesh": {}, "rows": rows}
+    about = {"id": folder.name, "finished": stop is None, "facts": facts, "versions": {"jax": "0.10.2"}}
+    (folder / "run.json").write_text(json.dumps(about))
+    writer = metrics.Jsonl(folder / "metrics.jsonl")
+    for record in records(chosen, stop=stop, every=every):
+        writer.write(record)
+    writer.close()
+    return folder
+
+
+def sweep(folder, seeds=(0, 1, 2)):
+    """Writes runs of four variants, among them the learning-rate-matched control of the Reptile one."""
+    variants = (
+        {"label": "plain", "fraction": 0.0},
+        {"label": "replay 25 %"},
+        {"label": "replay 25 % + reptile", "method": "reptile(every=10, keep=0.5)"},
+        {"label": "replay 25 %, half lr", "lr": 1.5e-3},
+    )
+    return [
+        make(folder / f"{i}-seed{seed}", seed=seed, every=25, **variant)
+        for i, variant in enumerate(variants)
+        for seed in seeds
+    ]
