@@ -30,7 +30,7 @@ def about(place: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{place}: not the folder of a run, it has no run.json") from None
+        raise UserError(f"{place}: not the folder of a run, it has no run.json; name a new or empty one") from None
     except ValueError:
         raise UserError(f"{path}: damaged; remove the folder to start anew") from None
 

@@ -42,6 +42,7 @@ class Program(NamedTuple):
     place: Callable[[int], Batch]  # step -> the global batch on the devices
     place_task: Callable[[int], Batch]  # stage -> its last batches without replayed rows, stacked [K, B, ...]
     facts: dict[str, Any]  # for the report: parameters, devices, rows
+    held_out: dict[str, str]  # domain -> fingerprint of its held-out rows
 
 
 class Packing(NamedTuple):
@@ -99,13 +100,16 @@ def build(
     """
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
+    for key, value in chosen._asdict().items():
+        if value < 1:
+            raise UserError(f"config.evaluation.{key}={value}: must be at least 1")
     check_names(schedule, optim)
     corpora, words = corpora_of(sources, tokenizer or {}, schema.call(Packing, packing, field="packing"))
     multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
     rows = {name: corpus.train for name, corpus in corpora.items()}
     flow = schema.call(stream_of, stream, rows, seed, multiple, field="stream")
     rate = schedules.make(ends=flow.boundaries, **schedule)
-    network = network_of(model, words)
+    network = network_of(model, words, packing["length"])
     example = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, flow.at(0)))
     tx = optimisers.make(lr=rate, **optim)
     setting = compose.Setting(network, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
@@ -115,6 +119,7 @@ def build(
         evaluate=evaluator(devices, network, corpora, flow.width, chosen.rows),
         evaluate_every=chosen.every,
         facts=facts(devices, pieces["abstract"], corpora),
+        held_out={name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
         **pieces,
     )
 
@@ -172,18 +177,18 @@ def stream_of(
     return streams.make(rows, table, batch=batch, seed=seed, replay=replay, multiple=multiple)
 
 
-def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer) -> Model:
+def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Model:
     """Returns the model.
 
     Raises:
-      UserError: its vocabulary does not fit the tokenizer.
+      UserError: its vocabulary does not fit the tokenizer, or it does not take rows of this length.
     """
     network = schema.make("jaxcl.models", options, field="model")
     shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
 
     def logits(params: Params) -> jax.Array:
-        row, task = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
-        return network.apply(params, Batch(row, row, jnp.ones((1, 1)), row, row, task)).logits
+        row, task = jnp.zeros((1, length), jnp.int32), jnp.zeros((1,), jnp.int32)
+        return network.apply(params, Batch(row, row, jnp.ones((1, length)), row, row, task)).logits
 
     vocab = jax.eval_shape(logits, shapes).shape[-1]
     if not words.vocab <= vocab <= words.vocab + VOCAB_SLACK:

@@ -112,6 +112,11 @@ class Session:
                     f"config.sources: the rows before step {found.step} are not those that {self.place} was trained "
                     "on (another corpus, seed or past stage); restore them, or start a new --workdir"
                 )
+            if found.host["held_out"] != self.made.held_out:
+                raise schema.UserError(
+                    f"config.sources: the held-out rows are not those that {self.place} was evaluated on; restore "
+                    "the corpus, or start a new --workdir"
+                )
             self.step, self.state, self.ledger = found.step, found.state, found.host["ledger"]
             self.saved = found.step
             message = found.message or f"continues from step {found.step}"
@@ -217,7 +222,8 @@ class Session:
         if self.saved == self.step:
             return
         self.out.sync()
-        host = {"ledger": self.ledger, "stream": self.made.stream.fingerprint(self.step)}
+        past = self.made.stream.fingerprint(self.step)
+        host = {"ledger": self.ledger, "stream": past, "held_out": self.made.held_out}
         self.checkpoints.save(self.step, self.state, host)
         self.saved = self.step
         self.clock = time.perf_counter()
@@ -294,4 +300,6 @@ def split(config: Mapping[str, Any]) -> tuple[Loop, dict[str, Any]]:
     rest = {key: value for key, value in config.items() if key not in Loop._fields}
     loop = schema.call(Loop, own, field="")
     schema.check(program.build, rest, field="")
+    if loop.rollback < 1:
+        raise schema.UserError(f"config.rollback={loop.rollback}: must be at least 1 bad step")
     return loop, rest

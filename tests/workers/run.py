@@ -1,6 +1,6 @@
 """The command line, which a signal hits at a given point: run.py POINT --config=FILE --workdir=FOLDER ...
 
-POINT is `none`, or SIGNAL:WHERE:STEP with WHERE one of
+POINT is `none`, or SIGNAL:WHERE:STEP, or SIGNAL:WHERE:STEP@PROCESS for one process alone, with WHERE one of
   step      the step is dispatched, nothing is known of it yet
   end_task  the stage that ends at STEP is closed and evaluated, nothing is saved
   save      the checkpoint is on disk but for its manifest
@@ -46,8 +46,8 @@ def hook(point: str) -> None:
 
 
 processes.join()
-POINT = sys.argv.pop(1)
-if POINT != "none":
+POINT, _, PROCESS = sys.argv.pop(1).partition("@")
+if POINT != "none" and PROCESS in ("", os.environ["JAX_PROCESS_ID"]):
     hook(POINT)
 from jaxcl import main  # noqa: E402
 
