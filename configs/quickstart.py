@@ -1,6 +1,6 @@
 """Continual pre-training on three real domains with 25 % replay and Reptile meta-updates (MER).
 
-Claim:    a byte-level Llama of 1.2 M parameters learns Python's prose, then library code, then C headers,
+Claim:    a byte-level Llama of 1.3 M parameters learns Python's prose, then library code, then C headers,
           and keeps most of what it knew.
 Command:  python -m jaxcl.main --config=configs/quickstart.py --workdir=runs/quickstart
 Expected: report.html in the workdir; numbers and time in experiments/quickstart/README.md.
@@ -21,13 +21,13 @@ def get_config():
     config.sources = ConfigDict({d: {"name": "embedded", "domain": d, "max_bytes": 3_000_000} for d in DOMAINS})
     config.packing = ConfigDict({"length": 256})
 
-    config.stream = ConfigDict({"batch": 16, "steps": 250})
+    config.stream = ConfigDict({"batch": 16, "steps": 120})
     config.stream.stages = tuple({"name": d, "mixture": {d: 1.0}} for d in DOMAINS)
     config.stream.replay = ConfigDict({"fraction": 0.25, "mode": "replace", "over": "earlier"})
 
     config.method = "reptile(every=10, keep=0.5)"
     config.optim = ConfigDict({"name": "adamw", "weight_decay": 0.1, "clip": 1.0})
-    config.schedule = ConfigDict({"name": "infinite", "peak": 3e-3, "constant": 2e-3, "warmup": 25, "cooldown": 100})
+    config.schedule = ConfigDict({"name": "infinite", "peak": 3e-3, "constant": 2e-3, "warmup": 20, "cooldown": 80})
     config.loss = ConfigDict({"z_loss": 0.0})
     config.guard = ConfigDict({"spike": 20.0})
     config.microbatches = 1

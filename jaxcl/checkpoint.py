@@ -95,6 +95,7 @@ class Checkpoints:
     def __exit__(self, *error: object) -> None:
         self.wait()
 
+    @jax.transfer_guard("allow")
     def due(self, step: int) -> bool:
         """Returns whether to save now; the same answer on every process."""
         if self._every_steps is not None and step % self._every_steps == 0:
@@ -110,6 +111,7 @@ class Checkpoints:
         """Returns the steps of all checkpoints that were completed, in increasing order."""
         return [step for step in _steps(self._directory) if (self._directory / str(step) / MANIFEST).exists()]
 
+    @jax.transfer_guard("allow")
     def save(self, step: int, state: TrainState, host: Mapping[str, Any]) -> float:
         """Starts to write a checkpoint and returns the seconds it held up the caller.
 
@@ -167,6 +169,7 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
+    @jax.transfer_guard("allow")
     def restore(self, abstract_state: PyTree, *, step: int | None = None) -> Restored | None:
         """Reads the newest checkpoint that is whole, or the one at `step`. Nothing on disk changes.
 

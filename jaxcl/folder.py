@@ -30,7 +30,7 @@ def about(place: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{place}: not the folder of a run, it has no run.json") from None
+        raise UserError(f"{place}: not the folder of a run, it has no run.json; name a new or empty one") from None
     except ValueError:
         raise UserError(f"{path}: damaged; remove the folder to start anew") from None
 
@@ -41,10 +41,10 @@ def finished(place: Path, config: Mapping[str, Any]) -> bool:
     Raises:
       UserError: `place` holds the run of another config, or something that is no run.
     """
+    if place.exists() and not place.is_dir():
+        raise UserError(f"--workdir={place}: is a file; name a folder")
     if not place.exists() or not any(place.iterdir()):
         return False
-    if not place.is_dir():
-        raise UserError(f"--workdir={place}: is a file; name a folder")
     known = about(place)
     plain = json.loads(json.dumps(config))
     for key in sorted({**dict(flat(known["config"])), **dict(flat(plain))}):

@@ -83,7 +83,7 @@ def kl(
         cost = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     else:
         cost = _chunked_kl(width, scale, (student.hidden, student.head), (teacher.hidden, teacher.head))
-    return _weigh(cost, batch.weights)
+    return _weigh(cost, batch.weights)  # pyright: ignore[reportArgumentType]
 
 
 def _weigh(cost: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -189,7 +189,7 @@ def _chunked(width: int, hidden: jax.Array, head: jax.Array, targets: jax.Array)
 
 
 def _chunked_fwd(width: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[Any, Any]:
-    logp, lse = _chunked(width, hidden, head, targets)
+    logp, lse = _chunked(width, hidden, head, targets)  # pyright: ignore[reportGeneralTypeIssues]
     return (logp, lse), (hidden, head, targets, lse)
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from ast import literal_eval
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
+from jaxcl import schema
 from jaxcl.schema import UserError
 
+USAGE = "usage: python -m jaxcl.main --config=FILE --workdir=FOLDER [--config.KEY=VALUE ...]"
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), e.g. configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is found there continues.")
 
 
 def plain(value: Any) -> Any:
-    """Returns `value` with every ConfigDict turned into a dict."""
+    """Returns `value` with every ConfigDict turned into a dict, and every tuple into a list."""
     if isinstance(value, (config_dict.ConfigDict, Mapping)):
         return {key: plain(value[key]) for key in value}
     if isinstance(value, (list, tuple)):
@@ -24,40 +28,71 @@ def plain(value: Any) -> Any:
     return value
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parses the command line; every complaint is a UserError of one line."""
+def read(argv: list[str]) -> tuple[dict[str, Any], str]:
+    """Returns config and workdir of a command line.
+
+    Raises:
+      UserError: whatever is wrong with it, in one line.
+    """
+    given = [arg for arg in argv if re.match(r"--?config\.", arg)]
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"command line: {text}; see python -m jaxcl.main --help") from error
+        rest = flags.FLAGS([arg for arg in argv if arg not in given])[1:]
+        config = CONFIG.value
+    except Exception as error:  # a config file is a program: it can fail in any way
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"command line: {text}; {USAGE}") from error
+    if rest:
+        raise UserError(f"command line: {rest[0]!r} is not a flag; options are written --config.KEY=VALUE")
+    if config is None:
+        raise UserError(f"--config: missing; {USAGE}")
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(f"--config: get_config() must return a ConfigDict, not {type(config).__name__}")
+    whole = plain(config)
+    for arg in given:
+        override(whole, arg)
+    return whole, WORKDIR.value or f"runs/{whole.get('label', 'run')}"
+
+
+def override(config: dict[str, Any], arg: str) -> None:
+    """Applies `--config.a.b[0].c=value`; the key may be one that the file leaves at its default.
+
+    Raises:
+      UserError: no value, or no such section. Names and types are checked where the section is used.
+    """
+    key, equals, text = arg.split("config.", 1)[1].partition("=")
+    if not equals:
+        raise UserError(f"--config.{key}: write a value, as in --config.{key}=VALUE")
+    try:
+        value = (
+            {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else literal_eval(text)
+        )
+    except (SyntaxError, ValueError):
+        value = text  # plain words need no quotes
+    schema.assign(config, key, value, text)
 
 
 def main(argv: list[str]) -> int:
     """Runs what the command line asks for and returns the exit status."""
-    rest = parse(argv)[1:]
-    if rest:
-        raise UserError(f"command line: {rest[0]!r} is not a flag; options are written --config.NAME=VALUE")
-    if CONFIG.value is None:
-        raise UserError("--config: missing; give it a file, e.g. --config=configs/quickstart.py")
+    config, workdir = read(argv)
+    from jaxcl import sweep, train  # noqa: PLC0415  after the flags: a mistake in them should not cost an import of jax
+
+    return (sweep.run if "variants" in config else train.run)(config, workdir)
+
+
+def cli(run: Callable[[list[str]], int] = main) -> None:
+    """Entry point: user errors are one line and status 2, Ctrl-C is status 130; neither prints a traceback."""
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        print(f"{USAGE}\n\n{flags.FLAGS.get_help()}")
+        sys.exit(0)
     logging.set_verbosity(logging.ERROR)
-    config = plain(CONFIG.value)
-    name = CONFIG.value.get("label") or "run"
-    from jaxcl import sweep, train  # after the flags: an error in them costs no import of jax
-
-    run = sweep.run if "variants" in config else train.run
-    return run(config, WORKDIR.value or f"runs/{name}")
-
-
-def cli() -> None:
-    """Entry point of `python -m jaxcl.main`: user errors are one line and status 2."""
-    if any(flag in sys.argv[1:] for flag in ("--help", "-help", "--helpshort", "--helpfull")):
-        app.run(main)
     try:
-        sys.exit(main(sys.argv))
+        sys.exit(run(sys.argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -233,12 +233,13 @@ def place(mesh: Mesh, source: PyTree | Callable[[slice], PyTree], *, rows: int |
 
     def leaf(i: int) -> jax.Array:
         shape = (*first[i].shape[:axis], total, *first[i].shape[axis + 1 :])
-        return jax.make_array_from_callback(
-            shape,
-            sharding,
-            lambda where: leaves[where[axis].indices(total)[0]][i],  # pyright: ignore[reportOptionalSubscript]
-            dtype=first[i].dtype,
-        )
+        with jax.transfer_guard_host_to_device("allow"):  # this transfer is meant, whatever the loop forbids
+            return jax.make_array_from_callback(
+                shape,
+                sharding,
+                lambda where: leaves[where[axis].indices(total)[0]][i],  # pyright: ignore[reportOptionalSubscript]
+                dtype=first[i].dtype,
+            )
 
     return jax.tree.unflatten(treedef, [leaf(i) for i in range(len(first))])
 

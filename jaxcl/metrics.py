@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -31,16 +31,20 @@ class Writer(Protocol):
 
 
 class Jsonl:
-    """Appends records to a file, one JSON object per line; every line is handed to the system at once."""
+    """Appends records to a file, one JSON object per line; every line is handed to the system at once.
+
+    `truncate` may replace the file at any time, as a rollback does: the next record goes into the new one.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
-        path = Path(path)
-        if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)  # a line torn by a crash must not swallow the next one
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by close()
+        self._path = Path(path)
+        self._file = self._open()
 
     def write(self, record: Record) -> None:
         """Appends one line. Arrays become numbers or lists, numbers that are not finite become null."""
+        if not self._path.exists() or not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+            self._file.close()
+            self._file = self._open()
         self._file.write(json.dumps(plain(record), separators=(",", ":"), allow_nan=False) + "\n")
 
     def sync(self) -> None:
@@ -53,6 +57,11 @@ class Jsonl:
         if not self._file.closed:
             self.sync()
             self._file.close()
+
+    def _open(self) -> TextIO:
+        if self._path.exists() and (data := self._path.read_bytes()) and not data.endswith(b"\n"):
+            os.truncate(self._path, data.rfind(b"\n") + 1)  # a line torn by a crash must not swallow the next one
+        return open(self._path, "a", encoding="utf-8", buffering=1)
 
 
 class TensorBoard:

@@ -92,7 +92,7 @@ def make(
 def adamw(
     *, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1
 ) -> tuple[optax.GradientTransformation, float]:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 1711.05101); moments in float32."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 1711.05101); the first moment is float32."""
     return optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32), weight_decay
 
 

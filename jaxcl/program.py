@@ -33,7 +33,6 @@ class Program(NamedTuple):
     """The pieces of one run. `step` and `end_task` are compiled at their first call and donate the state."""
 
     stream: streams.Stream
-    schedule: schedules.Schedule
     abstract: TrainState  # shapes, dtypes and shardings of the state
     create: Callable[[], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -43,6 +42,7 @@ class Program(NamedTuple):
     place: Callable[[int], Batch]  # step -> the global batch on the devices
     place_task: Callable[[int], Batch]  # stage -> its last batches without replayed rows, stacked [K, B, ...]
     facts: dict[str, Any]  # for the report: parameters, devices, rows
+    held_out: dict[str, str]  # domain -> fingerprint of its held-out rows
 
 
 class Packing(NamedTuple):
@@ -100,31 +100,26 @@ def build(
     """
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
+    for key, value in chosen._asdict().items():
+        if value < 1:
+            raise UserError(f"config.evaluation.{key}={value}: must be at least 1")
     check_names(schedule, optim)
     corpora, words = corpora_of(sources, tokenizer or {}, schema.call(Packing, packing, field="packing"))
-    train = {name: corpus.train for name, corpus in corpora.items()}
     multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
-    flow = schema.call(stream_of, stream, train, seed, multiple, field="stream")
+    rows = {name: corpus.train for name, corpus in corpora.items()}
+    flow = schema.call(stream_of, stream, rows, seed, multiple, field="stream")
     rate = schedules.make(ends=flow.boundaries, **schedule)
-    network = network_of(model, words)
-    setting = compose.Setting(
-        model=network,
-        tx=optimisers.make(lr=rate, **optim),
-        example=jax.eval_shape(lambda: jax.tree.map(jnp.asarray, flow.at(0))),
-        tasks=len(flow.stages),
-        loss=loss_of(loss or {}),
-        microbatches=microbatches,
-    )
-    learner = learner_of(method, setting, guard)
-    rows = {name: list(tables.batches(c.held_out, size=flow.width, limit=chosen.rows)) for name, c in corpora.items()}
-    ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()}
-    pieces = compiled(devices, network, learner, flow, seed)
+    network = network_of(model, words, packing["length"])
+    example = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, flow.at(0)))
+    tx = optimisers.make(lr=rate, **optim)
+    setting = compose.Setting(network, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
+    pieces = compiled(devices, network, learner_of(method, setting, guard), flow, rate, seed)
     return Program(
         stream=flow,
-        schedule=rate,
-        evaluate=evaluator(devices, network, rows, ratio),
+        evaluate=evaluator(devices, network, corpora, flow.width, chosen.rows),
         evaluate_every=chosen.every,
         facts=facts(devices, pieces["abstract"], corpora),
+        held_out={name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
         **pieces,
     )
 
@@ -143,7 +138,9 @@ def corpora_of(
 ) -> tuple[dict[str, prepare.Corpus], tokenizers.Tokenizer]:
     """Returns the packed rows of every domain, and the tokenizer that made them."""
     if not sources:
-        raise UserError("config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))")
+        raise UserError(
+            "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
+        )
     words = schema.call(tokenizers.make, tokenizer, field="tokenizer")
     made = {name: schema.make("jaxcl.data.sources", s, field=f"sources.{name}") for name, s in sources.items()}
     corpora = {name: prepare.make(source, words, name=name, **packing._asdict()) for name, source in made.items()}
@@ -180,20 +177,20 @@ def stream_of(
     return streams.make(rows, table, batch=batch, seed=seed, replay=replay, multiple=multiple)
 
 
-def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer) -> Model:
+def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Model:
     """Returns the model.
 
     Raises:
-      UserError: its vocabulary does not fit the tokenizer.
+      UserError: its vocabulary does not fit the tokenizer, or it does not take rows of this length.
     """
     network = schema.make("jaxcl.models", options, field="model")
     shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
-    row = jax.eval_shape(lambda: jnp.zeros((1, 1), jnp.int32))
-    weights = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    task = jax.ShapeDtypeStruct((1,), jnp.int32)
-    vocab = jax.eval_shape(
-        lambda p, b: network.apply(p, b).logits, shapes, Batch(row, row, weights, row, row, task)
-    ).shape[-1]
+
+    def logits(params: Params) -> jax.Array:
+        row, task = jnp.zeros((1, length), jnp.int32), jnp.zeros((1,), jnp.int32)
+        return network.apply(params, Batch(row, row, jnp.ones((1, length)), row, row, task)).logits
+
+    vocab = jax.eval_shape(logits, shapes).shape[-1]
     if not words.vocab <= vocab <= words.vocab + VOCAB_SLACK:
         fault = "smaller" if vocab < words.vocab else f"more than {VOCAB_SLACK} larger"
         raise UserError(
@@ -216,7 +213,14 @@ def learner_of(method: Any, setting: compose.Setting, guard: Mapping[str, Any] |
     return learner if guard is None else schema.call(guards.guard, guard, learner, field="guard")
 
 
-def compiled(mesh: jax.sharding.Mesh, network: Model, learner: Method, flow: streams.Stream, seed: int) -> dict[str, Any]:
+def compiled(
+    mesh: jax.sharding.Mesh,
+    network: Model,
+    learner: Method,
+    flow: streams.Stream,
+    rate: schedules.Schedule,
+    seed: int,
+) -> dict[str, Any]:
     """Returns the compiled functions of a Program, with the state sharded like its parameters."""
 
     def create() -> TrainState:
@@ -227,7 +231,9 @@ def compiled(mesh: jax.sharding.Mesh, network: Model, learner: Method, flow: str
     copied = meshes.replicated(mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return learner.step(state, batch, key_for(seed, "step", state.step))
+        new, metrics = learner.step(state, batch, key_for(seed, "step", state.step))
+        moves = {"lr": optimisers.rate(rate, state.opt_state)} if jax.tree.leaves(state.opt_state) else {}
+        return new, moves | metrics
 
     def end_task(state: TrainState, batch: Batch) -> TrainState:
         return learner.end_task(state, batch, key_for(seed, "end_task", state.step))
@@ -254,9 +260,11 @@ def compiled(mesh: jax.sharding.Mesh, network: Model, learner: Method, flow: str
 
 
 def evaluator(
-    mesh: jax.sharding.Mesh, network: Model, batches: Mapping[str, Sequence[Batch]], ratio: Mapping[str, float]
+    mesh: jax.sharding.Mesh, network: Model, corpora: Mapping[str, prepare.Corpus], size: int, limit: int
 ) -> Callable[[Params], dict[str, dict[str, float]]]:
     """Returns the evaluation of every domain on its held-out rows, which are put on the devices here."""
+    batches = {name: list(tables.batches(c.held_out, size=size, limit=limit)) for name, c in corpora.items()}
+    ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()}
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
     score = scores.make(network, losses.cross_entropy)
 

@@ -28,7 +28,7 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Starts the clock.
+        """Begins to show.
 
         Args:
           steps: steps of the whole run.
@@ -43,7 +43,7 @@ class Progress:
 
         self._console = console or Console(stderr=True)
         self._steps, self._stages, self._start = steps, list(stages), start
-        self._clock, self._began = clock, clock()
+        self._clock, self._first = clock, (0, 0.0)  # step and second of the first record: compiling comes before it
         self._every, self._shown = every_s, float("-inf")
         self._train: dict[str, Any] = {}
         self._losses: dict[str, list[float | None]] = {}  # domain -> [first, last] loss
@@ -57,6 +57,7 @@ class Progress:
         record = dict(plain(record))
         kind = record["kind"]
         if kind == "train":
+            self._first = self._first if self._train else (record["step"], self._clock())
             self._train = record
             self._show(force=record["step"] >= self._steps)
         elif kind == "eval":
@@ -85,10 +86,9 @@ class Progress:
         return "  ".join([*parts, f"[{losses}]"] if losses else parts)
 
     def eta_s(self) -> float | None:
-        """Returns the seconds left at the mean speed of this process, or None before its first step."""
-        done = self._train.get("step", self._start) - self._start
-        left = self._steps - self._start - done
-        return (self._clock() - self._began) / done * left if done > 0 else None
+        """Returns the seconds left at the mean speed since the first step of this process; None before its second."""
+        step, (first, began) = self._train.get("step", self._start), self._first
+        return (self._clock() - began) / (step - first) * (self._steps - step) if step > first > 0 else None
 
     def _figures(self) -> list[str]:
         record, parts = self._train, []

@@ -172,8 +172,8 @@ def infinite(
 ) -> Schedule:
     """Warmup, cooldown to a constant, and that constant for as long as data arrives (Ibrahim et al. 2403.08763).
 
-    It needs no horizon. The next task resumes from a checkpoint of the constant phase; a branch off it, with
-    `anneal_from` at its step, anneals to a model for release and is not trained further.
+    The next task resumes from a checkpoint of the constant phase; a branch off it, with `anneal_from` at its step,
+    anneals to a model for release and is not trained further.
 
       warmup    peak n / warmup
       cooldown  x from 0 to 1: cosine from peak to constant, or
@@ -184,8 +184,7 @@ def infinite(
     Args:
       peak: highest rate.
       constant: rate of the constant phase (0.55 peak in the paper).
-      warmup: steps of warmup.
-      cooldown: steps of cooldown.
+      warmup, cooldown: lengths in steps.
       shape: of the cooldown.
       timescale: of the inverse square root.
       end: rate after the annealing.
@@ -200,9 +199,8 @@ def infinite(
     _require(timescale > 0, "timescale", timescale, "must be above 0")
     if anneal is not None or anneal_from is not None:
         _require(anneal is not None and anneal > 0, "anneal", anneal, "needs a length in steps")
-        _require(anneal_from is not None, "anneal_from", anneal_from, "needs the step at which to anneal")
-        early = anneal_from is not None and anneal_from < settled
-        _require(not early, "anneal_from", anneal_from, f"must lie in the constant phase, from step {settled} on")
+        settles = anneal_from is not None and anneal_from >= settled
+        _require(settles, "anneal_from", anneal_from, f"must lie in the constant phase, from step {settled} on")
         _require(0 < end <= constant, "end", end, "must lie above 0 and not above constant")
 
     def schedule(step: Any) -> Any:

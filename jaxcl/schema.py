@@ -136,3 +136,29 @@ def parse(text: str, *, field: str) -> list[dict[str, Any]]:
         raise UserError(
             f"config.{field}={text!r}: write it as in 'er(rows=256) + reptile(every=10, keep=0.5)'"
         ) from error
+
+
+def assign(config: dict[str, Any], key: str, value: Any, text: str | None = None) -> None:
+    """Sets `a.b[0].c` in nested dicts and lists. All but the last part must exist.
+
+    Args:
+      config: changed in place.
+      key: dotted, with indices in brackets.
+      value: the new value.
+      text: how it was written, which is what is stored where a text stood before.
+
+    Raises:
+      UserError: no such section.
+    """
+    parts: list[Any] = [int(p) if p.isdigit() else p for p in key.replace("[", ".").replace("]", "").split(".")]
+    here: Any = config
+    for i, part in enumerate(parts):
+        known = range(len(here)) if isinstance(here, list) else here if isinstance(here, dict) else ()
+        last = i + 1 == len(parts)
+        if part not in known and not (last and isinstance(here, dict)):
+            place = ".".join(str(p) for p in parts[: i + 1])
+            raise UserError(f"config.{place}: no such section{nearest(str(part), [str(k) for k in known])}")
+        if not last:
+            here = here[part]
+    old = here[parts[-1]] if isinstance(here, list) or parts[-1] in here else None
+    here[parts[-1]] = text if isinstance(old, str) and text is not None else value

@@ -8,23 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl import report, train
-from jaxcl.schema import UserError, nearest
-
-
-def assign(config: dict[str, Any], key: str, value: Any) -> None:
-    """Sets `a.b.c` in nested dicts; the parent must exist.
-
-    Raises:
-      UserError: no such parent.
-    """
-    *parents, last = key.split(".")
-    here = config
-    for i, name in enumerate(parents):
-        if not isinstance(here.get(name), dict):
-            raise UserError(f"config.{'.'.join(parents[: i + 1])}: no such section{nearest(name, list(here))}")
-        here = here[name]
-    here[last] = value
+from jaxcl import folder, report, train
+from jaxcl.report import terminal
+from jaxcl.schema import UserError, assign
 
 
 def expand(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -61,7 +47,7 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [{"label": label(pairs), "set": pairs} for pairs in products]
 
 
-def folder(label: str, seed: int) -> str:
+def name_of(label: str, seed: int) -> str:
     """Returns the name of a run's folder, safe on every file system."""
     return "".join(c if c.isalnum() or c in "=.+-" else "_" for c in label) + f"-seed{seed}"
 
@@ -72,11 +58,12 @@ def run(config: Mapping[str, Any], workdir: str) -> int:
     Runs that are complete are kept, the one that was cut off continues. Returns the exit status.
     """
     runs = expand(config)
-    folders = [Path(workdir) / folder(one["label"], one["seed"]) for one in runs]
+    folders = [Path(workdir) / name_of(one["label"], one["seed"]) for one in runs]
     for i, (one, place) in enumerate(zip(runs, folders, strict=True)):
         print(f"[{i + 1}/{len(runs)}] {one['label']}, seed {one['seed']}: {place}", flush=True)
         status = train.run(one, str(place), final=False)
-        if status:
+        if status or not folder.about(place)["finished"]:
             return status
-    report.write([str(place) for place in folders], out=str(Path(workdir) / "report.html"), control=config.get("control"))
+    target = Path(workdir) / "report.html"
+    terminal.show(report.write([str(place) for place in folders], out=target, control=config.get("control")), target)
     return 0

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxcl import checkpoint, distributed, folder, mesh, metrics, program, progress, report, schema
+from jaxcl import allocator, checkpoint, distributed, folder, mesh, metrics, program, progress, report, schema
+from jaxcl.report import terminal
 from jaxcl.types import Batch, Metrics, TrainState
 
 AHEAD = 2  # batches that are read and placed while the device works
@@ -30,7 +31,7 @@ class Loop(NamedTuple):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; the state is saved."""
+    """A signal asked the run to stop; the state is saved. The argument names the signal."""
 
 
 class BadSteps(Exception):
@@ -60,7 +61,8 @@ class Feeder:
 class Session:
     """One process's part of a run, from its last checkpoint to the end."""
 
-    def __init__(self, made: program.Program, loop: Loop, place: Path):
+    def __init__(self, made: program.Program, loop: Loop, place: Path, config: Mapping[str, Any]):
+        """Restores, and only then writes to `place`: what is refused leaves it as it was."""
         self.made, self.loop, self.place = made, loop, place
         self.checkpoints = schema.call(
             checkpoint.Checkpoints, loop.checkpoint or {}, place / "checkpoints", field="checkpoint"
@@ -70,8 +72,10 @@ class Session:
         self.ledger: dict[str, dict[str, int]] = {}
         self.pending: tuple[int, Metrics] | None = None
         self.clock = time.perf_counter()
-        self.rolled_back = False
+        self.fresh = self.rolled_back = False
+        self.saved: int | None = None  # step of the newest checkpoint
         message = self.restore()
+        folder.claim(place, config, made.facts)
         self.out = metrics.Several(self.writers())
         if message:
             self.event("restore", message)
@@ -96,9 +100,10 @@ class Session:
           UserError: the corpus, the seed or a past stage is not what the checkpoint was trained on.
         """
         found = self.checkpoints.restore(self.made.abstract)
+        self.fresh = found is None
         if found is None:
-            self.step, self.state = 0, self.made.create()
-            zero = dict.fromkeys(("new_rows", "new_tokens", "replayed_rows", "replayed_tokens"), 0)
+            self.step, self.state, self.saved = 0, self.made.create(), None
+            zero: dict[str, int] = dict.fromkeys(("new_rows", "new_tokens", "replayed_rows", "replayed_tokens"), 0)
             self.ledger = {source: dict(zero) for source in self.made.stream.sources}
             message = None
         else:
@@ -107,14 +112,20 @@ class Session:
                     f"config.sources: the rows before step {found.step} are not those that {self.place} was trained "
                     "on (another corpus, seed or past stage); restore them, or start a new --workdir"
                 )
+            if found.host["held_out"] != self.made.held_out:
+                raise schema.UserError(
+                    f"config.sources: the held-out rows are not those that {self.place} was evaluated on; restore "
+                    "the corpus, or start a new --workdir"
+                )
             self.step, self.state, self.ledger = found.step, found.state, found.host["ledger"]
+            self.saved = found.step
             message = found.message or f"continues from step {found.step}"
         if not jax.process_index():
             metrics.truncate(self.place / "metrics.jsonl", self.step if found else -1)
         self.clock = time.perf_counter()
         return message
 
-    def train(self, stop: list[int]) -> None:
+    def train(self, stopped: Callable[[int], str | None]) -> None:
         """Trains to the end of the stream; rolls back once if steps stay bad.
 
         Raises:
@@ -123,24 +134,26 @@ class Session:
         """
         while True:
             try:
-                return self.run_steps(stop)
+                return self.run_steps(stopped)
             except BadSteps as bad:
                 if self.rolled_back:
                     raise
                 self.rolled_back, self.pending = True, None
+                self.out.close()  # before the records after the checkpoint are cut off
                 self.restore()
+                self.out = metrics.Several(self.writers())
                 self.event("rollback", f"{bad}; back to step {self.step}")
 
-    def run_steps(self, stop: list[int]) -> None:
+    def run_steps(self, stopped: Callable[[int], str | None]) -> None:
         """Trains from the present step to the end of the stream."""
         flow = self.made.stream
-        if self.step == 0:
+        if self.fresh:
             self.evaluate(boundary=-1)
         with contextlib.closing(Feeder(self.made, self.step)) as feeder, jax.transfer_guard("disallow"):
             while self.step < flow.total_steps:
-                if distributed.any_process(bool(stop)):
+                if reason := stopped(self.step):
                     self.save()
-                    raise Stopped(f"step {self.step} of {flow.total_steps} is saved")
+                    raise Stopped(reason)
                 self.state, values = self.made.step(self.state, feeder.get())
                 self.account(self.step)
                 self.step += 1
@@ -181,7 +194,7 @@ class Session:
         seconds, self.clock = now - self.clock, now
         stage = self.made.stream.stage_of(step - 1)
         speed = {"step_s": seconds, "tokens_per_s": fetched["weight"] / seconds}
-        about = {"task": stage, "stage": self.made.stream.stages[stage].name, "lr": float(self.made.schedule(step - 1))}
+        about = {"task": stage, "stage": self.made.stream.stages[stage].name}
         self.out.write({"kind": "train", "step": step, **about, **fetched, "time": speed})
         if fetched.get("guard/consecutive", 0) >= 1:
             self.event("skipped", f"loss {fetched['loss']:.3g}, gradient norm {fetched['grad_norm']:.3g}", step)
@@ -204,11 +217,15 @@ class Session:
         self.clock = time.perf_counter()
 
     def save(self) -> None:
-        """Saves the state, after everything that was written about it is on disk."""
+        """Saves the state unless it is saved, after everything that was written about it is on disk."""
         self.flush()
+        if self.saved == self.step:
+            return
         self.out.sync()
-        host = {"ledger": self.ledger, "stream": self.made.stream.fingerprint(self.step)}
+        past = self.made.stream.fingerprint(self.step)
+        host = {"ledger": self.ledger, "stream": past, "held_out": self.made.held_out}
         self.checkpoints.save(self.step, self.state, host)
+        self.saved = self.step
         self.clock = time.perf_counter()
 
     def event(self, name: str, message: str, step: int | None = None) -> None:
@@ -218,7 +235,7 @@ class Session:
 
     def close(self) -> None:
         """Waits for the last checkpoint and closes the files."""
-        self.checkpoints.close()
+        self.checkpoints.wait()
         self.out.close()
 
 
@@ -238,25 +255,38 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     """
     loop, pieces = split(config)
     place = Path(workdir)
-    distributed.initialise()
+    distributed.initialize()
+    if jax.default_backend() == "cpu":
+        allocator.keep_pages()
+    status = 0
     if folder.finished(place, config):
-        print(f"{place} is finished: {place / 'report.html'}", flush=True)
+        print(f"{place}: finished before")
     else:
-        with signals() as stop:
+        with distributed.stop_on_signal() as stopped:
             made = program.build(**pieces)
-            folder.claim(place, config, made.facts)
-            try:
-                with contextlib.closing(Session(made, loop, place)) as session:
-                    session.train(stop)
-            except Stopped as stopped:
-                print(f"stopped: {stopped}; the same command continues", flush=True)
-                return 130 if signal.SIGINT in stop else 0
-            except BadSteps as bad:
-                print(f"error: {bad}", flush=True)
-                return 3
-        folder.finish(place)
-    if jax.process_index() == 0:
-        report.write([str(place)], quiet=not final)
+            status = supervise(made, loop, place, config, stopped)
+    if status == 0 and folder.about(place)["finished"] and jax.process_index() == 0:
+        results = report.write([str(place)])
+        if final:
+            terminal.show(results, place / "report.html")
+    distributed.shutdown()
+    return status
+
+
+def supervise(
+    made: program.Program, loop: Loop, place: Path, config: Mapping[str, Any], stopped: Callable[[int], str | None]
+) -> int:
+    """Trains to the end and returns the exit status of `run`."""
+    try:
+        with contextlib.closing(Session(made, loop, place, config)) as session:
+            session.train(stopped)
+    except Stopped as reason:
+        print(f"stopped by {reason}: the state is saved in {place}; the same command continues", flush=True)
+        return 130 if str(reason) == "SIGINT" else 0
+    except BadSteps as bad:
+        print(f"error: {bad}", file=sys.stderr)
+        return 3
+    folder.finish(place)
     return 0
 
 
@@ -270,24 +300,6 @@ def split(config: Mapping[str, Any]) -> tuple[Loop, dict[str, Any]]:
     rest = {key: value for key, value in config.items() if key not in Loop._fields}
     loop = schema.call(Loop, own, field="")
     schema.check(program.build, rest, field="")
+    if loop.rollback < 1:
+        raise schema.UserError(f"config.rollback={loop.rollback}: must be at least 1 bad step")
     return loop, rest
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list instead of dying of them; a second one of a kind has its usual effect."""
-    received: list[int] = []
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(kind: int, frame: Any) -> None:
-        del frame
-        received.append(kind)
-        signal.signal(kind, before[signal.Signals(kind)])
-
-    for kind in before:
-        signal.signal(kind, note)
-    try:
-        yield received
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

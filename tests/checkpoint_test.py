@@ -197,6 +197,15 @@ def test_another_structure_is_refused_by_name(saved, change, words):
         Checkpoints(saved).restore(jax.eval_shape(lambda: state))
 
 
+def test_a_loop_that_forbids_transfers_may_save_and_restore(tmp_path):
+    state = jax.block_until_ready(make_state(1))
+    with jax.transfer_guard("disallow"), Checkpoints(tmp_path, every_steps=1) as checkpoints:
+        assert checkpoints.due(1)
+        checkpoints.save(1, state, {})
+        restored = checkpoints.restore(abstract())
+    assert_same(restored.state, state)
+
+
 def test_what_keep_names_stays(tmp_path):
     checkpoints = write(tmp_path, 5, 10, 15, 20, 25, keep=2, keep_every=10)
     assert checkpoints.steps() == [10, 20, 25]

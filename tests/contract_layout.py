@@ -17,11 +17,12 @@ LAYERS = (
     {"methods"},
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "evaluate", "metrics", "progress"},
-    {"folder", "report", "checkpoint", "distributed", "hf"},
+    {"folder", "report", "checkpoint", "checksum", "distributed", "allocator", "hf"},
     {"program", "train"},
     {"sweep", "main"},
 )
-IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf", "main", "sweep"}
+IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
+IO_LAYERS |= {"main", "sweep"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 
@@ -79,7 +80,7 @@ def test_dependencies_point_one_way(path):
             if own == "kernels":
                 assert target == "kernels"
         if name.split(".")[0] == "ml_collections":
-            assert own == "main"
+            assert path.stem == "main"
 
 
 def test_only_io_modules_open_files():
@@ -119,7 +120,8 @@ def test_import_is_light():
     script = (
         "import time, sys, jax, jax.numpy; t = time.process_time();"
         "import jaxcl, jaxcl.types, jaxcl.tree, jaxcl.random, jaxcl.schema;"
-        "print(time.process_time() - t, [m for m in ('torch', 'tensorflow', 'wandb', 'matplotlib') if m in sys.modules])"
+        "heavy = [m for m in ('torch', 'tensorflow', 'wandb', 'matplotlib') if m in sys.modules];"
+        "print(time.process_time() - t, heavy)"
     )
     began = time.monotonic()
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)

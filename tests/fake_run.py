@@ -85,6 +85,7 @@ def records(options, *, stop=None, every=10):
                 "lr": lr,
                 "grad_norm": float(0.6 + 0.1 * rng.normal() + 0.8 * np.exp(-local / 6)),
                 "weight": float(BATCH_TOKENS),
+                "reptile/distance": float(abs(rng.normal())) if keep < 1 else 0.0,
                 "time": {"step_s": 0.11, "tokens_per_s": 37000.0 + 900.0 * rng.normal()},
             }
         boundary = step // steps - 1 if step % steps == 0 else None
@@ -113,6 +114,10 @@ def make(folder, *, stop=None, every=10, **options):
     folder.mkdir(parents=True)
     chosen = config(**options)
     (folder / "config.json").write_text(json.dumps(chosen))
+    rows = {"prose": {"train": 900, "held_out": 16}}
+    facts = {"parameters": 1_123_456, "devices": "1 x cpu", "mesh": {}, "rows": rows}
+    about = {"id": folder.name, "finished": stop is None, "facts": facts, "versions": {"jax": "0.10.2"}}
+    (folder / "run.json").write_text(json.dumps(about))
     writer = metrics.Jsonl(folder / "metrics.jsonl")
     for record in records(chosen, stop=stop, every=every):
         writer.write(record)

@@ -91,6 +91,18 @@ def test_truncate_keeps_the_restored_step_and_counts(tmp_path):
     assert metrics.truncate(tmp_path / "none.jsonl", 2) == 0
 
 
+def test_a_writer_that_is_open_follows_the_file_that_truncate_put_in_its_place(tmp_path):
+    """A rollback cuts the file while the run goes on writing to it."""
+    path = tmp_path / "m.jsonl"
+    writer = metrics.Jsonl(path)
+    for step in (1, 2, 3):
+        writer.write(train(step))
+    metrics.truncate(path, 1)
+    writer.write(train(2, loss=9.0))
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in metrics.read(path)] == [(1, 0.5), (2, 9.0)]
+
+
 def test_truncate_replaces_the_file_atomically(tmp_path, monkeypatch):
     path = written(tmp_path / "m.jsonl", [train(1), train(2)])
     whole = path.read_bytes()
@@ -210,11 +222,14 @@ def test_live_progress_shows_bar_losses_and_time_left():
         assert part in text
 
 
-def test_time_left_counts_the_steps_of_this_process_only():
+def test_time_left_counts_the_steps_of_this_process_after_compiling():
     clock = Clock()
     show = progress.Progress(100, start=90, console=Console(file=io.StringIO()), clock=clock)
     assert show.eta_s() is None
-    clock.now = 10.0
+    clock.now = 1000.0  # compiling
+    show.write(train(91))
+    assert show.eta_s() is None
+    clock.now += 8.0
     show.write(train(95))
     assert show.eta_s() == pytest.approx(10.0)
 

@@ -14,8 +14,7 @@ import pytest
 from rich.console import Console
 
 from jaxcl import forgetting, report, seeds
-from jaxcl.report import __main__ as command
-from jaxcl.report import chart, compare, figures, words
+from jaxcl.report import compare, figures, terminal
 from jaxcl.report import run as runs
 from jaxcl.schema import UserError
 
@@ -33,6 +32,8 @@ class Strict(HTMLParser):
         self.links += [value for name, value in attrs if name in ("src", "href")]
         if tag not in VOID:
             self.open.append(tag)
+        if tag in ("th", "td", "div", "p"):
+            self.text.append(" ")
 
     def handle_startendtag(self, tag, attrs):
         assert tag in VOID
@@ -99,7 +100,10 @@ def test_page_of_a_run_says_it_in_words(one):
     assert "Replay took 17 % of training" in text
     for part in ("complete", "Evaluation matrix", "Token ledger", "Learning rate", "Throughput", "skip", "restore"):
         assert part in text
+    for part in ("now, bits per byte", "parameters 1,123,456", "prose train 900, held_out 16", "reptile/distance"):
+        assert part in text
     assert "Domains that no task trains on" in text
+    assert "versions jax 0.10.2" in text
     assert str(one.parent) not in (one / "report.html").read_text()
 
 
@@ -114,7 +118,8 @@ def test_an_interruption_changes_nothing_outside_time(one, tmp_path):
     """Speed, events and the folder's name may differ; the figures may not."""
     other = tmp_path / "another"
     other.mkdir()
-    (other / "config.json").write_bytes((one / "config.json").read_bytes())
+    for name in ("config.json", "run.json"):
+        (other / name).write_bytes((one / name).read_bytes())
     lines = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "time" in line:
@@ -302,10 +307,12 @@ def test_errors_are_one_line_with_the_remedy(tmp_path):
     for name, text, message in (
         ("empty", "", "metrics.jsonl is empty"),
         ("early", '{"kind":"train","step":1,"task":0,"loss":1.0}\n', "no evaluation recorded yet"),
+        ("config", '{"kind":"eval","step":0,"boundary":-1,"loss":{"a":1.0}}\n', "config.json: not valid JSON"),
         ("broken", '{"kind"\n{"kind":"train","step":1}\n', "line 1: not a JSON object"),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(text)
+        (tmp_path / name / "config.json").write_text("{")
         cases[name] = message
     for name, message in cases.items():
         with pytest.raises(UserError, match=message) as caught:
@@ -349,7 +356,7 @@ def test_command_line(one, tmp_path):
 def test_terminal_table_shows_every_group(many, tmp_path):
     stream = io.StringIO()
     results = report.write([many], out=tmp_path / "r.html")
-    Console(file=stream, width=140).print(command.summary(results))
+    Console(file=stream, width=140).print(terminal.summary(results))
     text = stream.getvalue()
     assert all(label in text for label in ("plain", "replay 25 % + reptile", "±"))
 
@@ -362,36 +369,6 @@ def test_text_from_outside_is_escaped(tmp_path):
     assert "<script>" not in (folder / "report.html").read_text()
     text = page_of(folder / "report.html")
     assert "a & <i>b</i>" in text
-
-
-def test_chart_keeps_spikes_breaks_at_gaps_and_draws_nothing_of_nothing():
-    x = np.arange(5000.0)
-    y = np.zeros(5000)
-    y[1234], y[10] = 9.0, np.nan
-    drawn = chart.figure([chart.Line("a", x, y)], title="t", x="x", y="y")
-    tops = [float(v) for v in re.findall(r"[ML][\d.]+ ([\d.]+)", drawn.split('class="line')[1])]
-    assert min(tops) < chart.TOP + 20 < max(tops)
-    assert len(tops) < 2 * chart.POINTS
-    short = chart.figure([chart.Line("a", x[:3], np.array([1.0, np.nan, 2.0]))], title="t", x="x", y="y")
-    assert short.split('class="line')[1].split("</svg>")[0].count("M") == 2
-    assert chart.figure([chart.Line("a", x[:2], np.full(2, np.nan))], title="t", x="x", y="y") == ""
-    assert "nan" not in chart.figure([chart.Line("a", x[:1], y[:1])], title="t", x="x", y="y")
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 10, [0, 2, 4, 6, 8, 10]), (0, 0.003, [0, 0.001, 0.002, 0.003]), (1.1, 1.9, [1.2, 1.4, 1.6, 1.8]), (2, 2, [2])],
-)
-def test_ticks_are_round_numbers(low, high, expected):
-    assert chart.ticks(low, high) == pytest.approx(expected)
-
-
-def test_numbers_in_words():
-    assert words.nats(-0.5, sign=True) == "−0.500"
-    assert words.nats(float("nan")) == "–"
-    assert [words.count(n) for n in (850, 12300, 4.1e6, 512e6, 2e9)] == ["850", "12.3 k", "4.10 M", "512 M", "2.00 B"]
-    assert words.interval(seeds.interval([1.0])) == "1.000"
-    assert words.join(["a", "b", "c"]) == "a, b and c"
 
 
 def test_matched_control_uses_the_rate_that_was_really_used(many):

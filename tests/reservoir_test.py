@@ -157,16 +157,25 @@ def test_only_the_wanted_rows_need_be_read(tmp_path):
     np.testing.assert_array_equal(a.sample(1, 20)[0], b.sample(1, 20)[0])
 
 
-def writer(path, process, processes, end):
-    own = range(process, 4, processes)
-    return [sys.executable, "-c", (
-        "import sys, tests.reservoir_test as t\n"
-        f"t.fill({str(path)!r}, {end}, stripes=4, own={list(own)!r}, step=8)\n"
-    )]  # fmt: skip
+# What a child process needs, without the imports of the tests.
+CHILD = f"""
+import sys
+import numpy as np
+from jaxcl.data.reservoir import make
+r = make(sys.argv[1], capacity=20, width={WIDTH}, seed=1, stripes=4, own=eval(sys.argv[2]))
+def add(n):
+    i = r.count
+    r.add((np.arange(i, i + n)[:, None] * 7919 + np.arange({WIDTH})).astype(np.uint32), i)
+    return r.commit(durable=False)
+"""
+
+
+def child(path, own, then, **options):
+    return subprocess.Popen([sys.executable, "-c", CHILD + then, str(path), repr(own)], cwd=ROOT, **options)
 
 
 def test_two_processes_write_what_one_writes(tmp_path):
-    runs = [subprocess.Popen(writer(tmp_path / "two", p, 2, 600), cwd=ROOT) for p in range(2)]
+    runs = [child(tmp_path / "two", [p, p + 2], "while add(8) < 600: pass") for p in range(2)]
     assert [run.wait(60) for run in runs] == [0, 0]
     one, two = fill(tmp_path / "one", 600, stripes=4), fill(tmp_path / "two", 600, stripes=4)  # 2 writers -> 1
     assert two.count == 600
@@ -179,7 +188,8 @@ def test_two_processes_write_what_one_writes(tmp_path):
 def test_a_reader_sees_the_commits_of_the_other_process(tmp_path):
     a = make(str(tmp_path), capacity=20, width=WIDTH, seed=1, stripes=2, own=[0])
     b = make(str(tmp_path), capacity=20, width=WIDTH, seed=1, stripes=2, own=[1])
-    for start in range(0, 64, 16):
+    generation = 0
+    for start in range(0, 960, 16):
         for r in (a, b):
             r.add(rows(start, 16), start)
         a.commit()
@@ -191,32 +201,32 @@ def test_a_reader_sees_the_commits_of_the_other_process(tmp_path):
         check(a, start + 16)
         for r in (a, b):
             r.release(start)
+        generation = max(generation, b.stripes[1].head.generation)
+    assert generation > 1  # the log that the other process reads was rewritten meanwhile
+    for r in (a, b):
+        r.rewind(950)
+        r.add(rows(950, 50) + 1, 950)  # other rows than before
+        r.commit()
+    np.testing.assert_array_equal(a.sample(0, 20)[0], b.sample(0, 20)[0])
     a.close()
     with pytest.raises(UserError, match="another process writes it"):
         make(str(tmp_path), capacity=20, width=WIDTH, seed=1, stripes=2)
 
 
 def test_kill_during_writes_loses_nothing_committed(tmp_path):
-    script = (
-        "import sys, tests.reservoir_test as t\n"
-        "r = t.make(sys.argv[1], capacity=20, width=t.WIDTH, seed=1, stripes=3)\n"
-        "while True:\n"
-        "    r.add(t.rows(r.count, 5), r.count)\n"
-        "    print(r.commit(durable=False), flush=True)\n"
-        "    r.release(r.count - 40)\n"
-    )
+    forever = "while True:\n    print(add(5), flush=True)\n    r.release(r.count - 40)"
     path = tmp_path / "r"
     for delay in (0.0, 0.01, 0.03, 0.1):
         log = tmp_path / "log"
         with open(log, "wb") as out:
-            run = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT, stdout=out)
+            run = child(path, range(4), forever, stdout=out)
             while not log.stat().st_size and run.poll() is None:
                 time.sleep(0.005)
             time.sleep(delay)
             os.kill(run.pid, signal.SIGKILL)
             assert run.wait() == -signal.SIGKILL
         reported = [int(line) for line in log.read_text().split("\n")[:-1]]
-        r = fill(path, 0)
+        r = fill(path, 0, stripes=4)
         assert r.count >= reported[-1]
         check(r, r.count)
         back = max(r.count - 20, 5)

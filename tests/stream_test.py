@@ -217,6 +217,14 @@ def test_vanishing_replay_takes_the_same_new_rows_as_none(mode, over):
                 np.testing.assert_array_equal(a[keep], b)
 
 
+@pytest.mark.parametrize("over", ["earlier", "seen"])
+def test_the_order_of_the_sources_does_not_matter(over):
+    replay = {"fraction": 0.3, "over": over}
+    a, b = stream(replay=replay), stream(replay=replay, table=dict(reversed(ROWS.items())))
+    for step in (0, 31, 75):
+        assert_equal(a.at(step), b.at(step))
+
+
 def test_first_stage_may_replay_what_it_has_seen():
     s = stream([STAGES[0]._replace(replay={"fraction": 0.5, "over": "seen"}), STAGES[1]])
     assert not s.index(0).replayed.any()

@@ -2,7 +2,6 @@
 
     corpus = make(embedded.make(domain="prose"), tokenizer.make(), directory="runs/data", name="prose", length=256)
     corpus.train, corpus.held_out                          # Rows for stream.make and for evaluation
-    corpora({"prose": {"name": "embedded", "domain": "prose"}}, tokenizer.make(), directory=..., length=256)
 
 Every document is written as `bos, tokens, eos`. The documents of a split are joined and cut into rows of L + 1 tokens
 that do not overlap; targets are shifted by one within the row, so `eos` is predicted, `bos` never is, and the
@@ -28,7 +27,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl import schema
 from jaxcl.data import shards
 from jaxcl.data.rows import Rows, pack, unpack, width
 from jaxcl.data.sources import Source
@@ -65,7 +63,7 @@ def make(
     Args:
       source: documents.
       tokenizer: text to tokens.
-      directory: parent of the folder of rows.
+      directory: parent of the folder of rows; `~` is the home folder.
       name: of the source, part of the folder's name.
       length: L, targets per row.
       held_out: share of the documents kept for evaluation, in [0, 1).
@@ -74,7 +72,8 @@ def make(
       UserError: no documents, or none on one side of the split; a folder that is damaged.
     """
     if length < 1 or not 0 <= held_out < 1:
-        raise UserError(f"config.data: length={length}, held_out={held_out}: need length >= 1 and 0 <= held_out < 1")
+        raise UserError(f"config.packing: length={length}, held_out={held_out}: need length >= 1 and 0 <= held_out < 1")
+    directory = os.path.expanduser(directory)
     key = {"format": _FORMAT, "length": length, "held_out": held_out, "tokenizer": tokenizer.fingerprint}
     key |= {"source": source.description, "listing": source.listing}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -88,20 +87,6 @@ def make(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return load(path)
-
-
-def corpora(
-    sources: Mapping[str, Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    *,
-    directory: str,
-    length: int,
-    held_out: float = 0.05,
-) -> dict[str, Corpus]:
-    """Returns the corpus of every source in a configuration: name -> options with the `name` of a source module."""
-    made = {k: schema.make("jaxcl.data.sources", v, field=f"data.{k}") for k, v in sources.items()}
-    options = {"directory": directory, "length": length, "held_out": held_out}
-    return {name: make(source, tokenizer, name=name, **options) for name, source in made.items()}
 
 
 def load(path: str) -> Corpus:
@@ -137,11 +122,11 @@ def _build(source: Source, tokenizer: Tokenizer, folder: str, length: int, held_
         splits, _ = _split(source, tokenizer, folder, length, lowest + 1)
     counts = {split: entry["documents"] for split, entry in splits.items()}
     if not sum(counts.values()):
-        raise UserError(f"config.data: {source.description} holds no text; check the path and the column")
+        raise UserError(f"config.sources: {source.description} holds no text; check the path and the column")
     if not counts["train"] or (held_out and not counts["held_out"]):
         raise UserError(
-            f"config.data: {source.description} has {sum(counts.values())} documents, too few for held_out={held_out}; "
-            f"add documents, cut them smaller (text: split='paragraph') or set held_out=0"
+            f"config.sources: {source.description} has too few documents ({sum(counts.values())}) for "
+            f"held_out={held_out}; add documents, cut them smaller (text: split='paragraph') or set held_out=0"
         )
     manifest = {
         "format": _FORMAT,

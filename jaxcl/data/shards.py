@@ -43,7 +43,7 @@ class Writer:
 
     def write(self, words: np.ndarray) -> None:
         """Appends rows, uint32 [n, width]."""
-        from array_record.python import array_record_module  # noqa: PLC0415  (only those who use it pay for the import)
+        from array_record.python import array_record_module  # noqa: PLC0415  (only those who use it pay for the import)  # pyright: ignore[reportAttributeAccessIssue]
 
         for row in words:
             if not self.room:
@@ -104,7 +104,7 @@ def reader(folder: str, files: Sequence[dict[str, Any]], words: int) -> Callable
 
 def _open(path: str) -> Any:
     """Opens a file of records."""
-    from array_record.python import array_record_module  # noqa: PLC0415  (only those who use it pay for the import)
+    from array_record.python import array_record_module  # noqa: PLC0415  (only those who use it pay for the import)  # pyright: ignore[reportAttributeAccessIssue]
 
     try:
         return array_record_module.ArrayRecordReader(path, options=_READ, file_reader_buffer_size=_BUFFER)

@@ -255,7 +255,7 @@ def make(
       UserError: empty or inconsistent stage table, unknown source, bad weight, fraction or batch.
     """
     stages = [
-        stage if isinstance(stage, Stage) else schema.call(Stage, stage, field=f"stages[{i}]")
+        stage if isinstance(stage, Stage) else schema.call(Stage, stage, field=f"stream.stages[{i}]")
         for i, stage in enumerate(stages)
     ]
     _check(rows, stages, batch, multiple)
@@ -294,11 +294,11 @@ def make(
 def _check(rows: Mapping[str, Rows], stages: Sequence[Stage], batch: int, multiple: int) -> None:
     """Raises UserError unless the stage table and the sources fit together."""
     if batch < 1 or multiple < 1:
-        raise UserError(f"config.batch={batch}, multiple={multiple}: both must be at least 1")
+        raise UserError(f"config.stream.batch={batch}, multiple={multiple}: both must be at least 1")
     if not stages:
-        raise UserError("config.stages: empty; give at least one stage with a name, steps and a mixture")
+        raise UserError("config.stream.stages: empty; give at least one stage with a name, steps and a mixture")
     for i, stage in enumerate(stages):
-        field = f"config.stages[{i}]"
+        field = f"config.stream.stages[{i}]"
         if stage.steps < 1:
             raise UserError(f"{field}.steps={stage.steps}: must be at least 1")
         for name, weight in stage.mixture.items():
@@ -328,7 +328,7 @@ def _replay_options(
 
 def _replay_of(stage: Stage, i: int, default: Mapping[str, Any] | None) -> Replay:
     """Returns the replay that holds in stage i."""
-    field = "replay" if stage.replay is None else f"stages[{i}].replay"
+    field = "stream.replay" if stage.replay is None else f"stream.stages[{i}].replay"
     options = dict(default or {"fraction": 0.0}) if stage.replay is None else {**(default or {}), **stage.replay}
     schema.check(_replay_options, options, field=field)
     if not 0 <= options["fraction"] < 1:

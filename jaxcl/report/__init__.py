@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl import __version__, metrics
+import jaxcl
+from jaxcl import metrics
 from jaxcl.report import compare, figures, many, page, single
 from jaxcl.report.run import Run, load
 from jaxcl.schema import UserError
@@ -44,12 +45,12 @@ def write(
             raise UserError(f"--control={control}: there is only one run to report on; give at least two")
         results = figures.of(runs[0])
         content, title = single.body(runs[0], results), runs[0].label
-        results = {"jaxcl": __version__, "kind": "run", **results, "time": _time(runs[0])}
+        results = {"jaxcl": jaxcl.__version__, "kind": "run", **results, "time": _time(runs[0])}
     else:
         all_figures = [figures.of(run) for run in runs]
         comparison = compare.of(runs, all_figures, control)
         content, title = many.body(comparison), f"{len(comparison.groups)} methods, {len(runs)} runs"
-        results = {"jaxcl": __version__, "kind": "comparison", **compare.to_json(comparison), "runs": all_figures}
+        results = {"jaxcl": jaxcl.__version__, "kind": "comparison", **compare.to_json(comparison), "runs": all_figures}
         results["time"] = [_time(run) for run in runs]
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, page.html(f"{title} · jaxcl report", content))

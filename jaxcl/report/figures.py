@@ -36,6 +36,7 @@ def of(run: Run) -> dict[str, Any]:
         "figures": forgetting.summary(done) | _anytime(run) | _worst_gap(gaps),
         "gaps": gaps,
         "others": _others(run),
+        "bits_per_byte": {domain: _last(values) for domain, values in run.bits_per_byte.items()},
         "tokens": tokens(run),
         "sources": run.ledger,
         "peak_lr": peak_lr(run),
@@ -72,6 +73,11 @@ def peak_lr(run: Run) -> float:
     """Returns the largest learning rate that was used; NaN if none was recorded."""
     rates = run.train.get("lr", np.array([]))
     return float(np.nanmax(rates)) if np.isfinite(rates).any() else float("nan")
+
+
+def _last(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if finite.size else float("nan")
 
 
 def _anytime(run: Run) -> dict[str, float]:

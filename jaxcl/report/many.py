@@ -7,7 +7,8 @@ from html import escape
 
 import numpy as np
 
-from jaxcl import __version__, seeds
+import jaxcl
+from jaxcl import seeds
 from jaxcl.report import page, words
 from jaxcl.report.chart import Line, figure
 from jaxcl.report.compare import Comparison, Group, Matched
@@ -33,7 +34,7 @@ def body(comparison: Comparison) -> str:
         controls(comparison),
         differences(comparison),
         curves(comparison),
-        f"<footer>jaxcl {__version__}. Losses are in nats per token; ± is a 95 % confidence interval over seeds "
+        f"<footer>jaxcl {jaxcl.__version__}. Losses are in nats per token; ± is a 95 % confidence interval over seeds "
         "(Student t); definitions: jaxcl/forgetting.py, jaxcl/stability.py, jaxcl/seeds.py.</footer>",
     ]
     return "\n".join(section for section in sections if section)

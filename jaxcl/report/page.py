@@ -40,7 +40,7 @@ p { margin: 6px 0 12px; max-width: 68ch; }
 .tiles dd small { display: block; font-size: 0.78rem; font-weight: 400; line-height: 1.35; color: var(--soft); }
 figure, .card { background: var(--surface); border: 1px solid var(--rule); border-radius: 10px; padding: 16px;
   margin: 14px 0; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 14px;
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 14px;
   margin: 14px 0; }
 .pairs figure { margin: 0; min-width: 0; }
 figcaption, .hint { color: var(--soft); font-size: 0.87rem; margin: 8px 0 0; max-width: 78ch; }
@@ -62,7 +62,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant
 caption { text-align: left; font-weight: 600; font-size: 0.95rem; padding-bottom: 8px; }
 th, td { padding: 7px 8px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { font-weight: 600; font-size: 0.85rem; } thead th { color: var(--soft); vertical-align: bottom; }
-th:first-child, td.text { text-align: left; } td.text { white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td.text, th.text { text-align: left; } td.text { white-space: normal; overflow-wrap: anywhere; }
 tbody tr:last-child > * { border-bottom: 0; }
 td.heat { background: color-mix(in srgb, var(--heat) var(--share), var(--surface)); }
 td.own { font-weight: 700; box-shadow: inset 0 0 0 2px var(--accent); }

@@ -34,6 +34,7 @@ class Run:
     ledger: dict[str, dict[str, int]]  # source -> counts at the end
     events: list[dict[str, Any]]
     steps: int | None  # planned steps, None if the config does not say
+    about: dict[str, Any]  # what run.json says of it: facts and versions
 
     @property
     def step(self) -> int:
@@ -70,18 +71,27 @@ def load(path: Path) -> Run:
     evals = [record for record in records if record["kind"] == "eval" and record.get("loss")]
     if not evals:
         raise UserError(f"{path}: no evaluation recorded yet; wait for the first, or set config.evaluation.every")
+    return _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file; a run without it can still be reported on.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     try:
-        config = json.loads((path / "config.json").read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
-        config = {}
+        return {}
     except ValueError as error:
-        raise UserError(
-            f"{path / 'config.json'}: not valid JSON; restore it from the checkpoint or remove it"
-        ) from error
-    return _assemble(config, records, evals)
+        raise UserError(f"{path}: not valid JSON; remove it to report on the run without it") from error
+    return value if isinstance(value, dict) else {}
 
 
-def _assemble(config: dict[str, Any], records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> Run:
+def _assemble(
+    config: dict[str, Any], about: dict[str, Any], records: list[dict[str, Any]], evals: list[dict[str, Any]]
+) -> Run:
     train = [record for record in records if record["kind"] == "train"]
     stages = _section(config, "stream").get("stages") or []
     names = {int(r["task"]): str(r["stage"]) for r in train if "task" in r and r.get("stage")}
@@ -117,6 +127,7 @@ def _assemble(config: dict[str, Any], records: list[dict[str, Any]], evals: list
         ledger=ledgers[-1].get("sources", {}) if ledgers else {},
         events=[record for record in records if record["kind"] == "event"],
         steps=_planned(stages, _section(config, "stream")),
+        about={key: about[key] for key in ("facts", "versions") if isinstance(about.get(key), dict)},
     )
 
 

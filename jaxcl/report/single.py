@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl import __version__
+import jaxcl
 from jaxcl.report import page, words
 from jaxcl.report.chart import Line, Span, figure
 from jaxcl.report.figures import TOLERANCE, WINDOW
 from jaxcl.report.run import Run, readable
 
+STANDARD = ("step", "task", "loss", "lr", "grad_norm", "weight")  # columns that every method has
 nats = words.nats
 
 
@@ -27,6 +28,7 @@ def body(run: Run, figures: dict[str, Any]) -> str:
         gaps(run, figures),
         ledger(run),
         machinery(run),
+        particulars(run),
         events(run),
         appendix(run),
     ]
@@ -99,6 +101,8 @@ def matrix(run: Run, figures: dict[str, Any]) -> str:
         rows.append(
             ["<strong>forgetting</strong>", *(nats(v) for v in lost[: k - 1]), *["–"] * (len(run.tasks) - k + 1)]
         )
+    if (bits := figures["bits_per_byte"]) and k:
+        rows.append(["now, bits per byte", *(nats(bits.get(domain)) for domain in run.own)])
     heads = [f"{escape(d)}{'' if d == t else f'<br>({escape(t)})'}" for d, t in zip(run.own, run.tasks, strict=True)]
     hint = (
         "Loss in nats per token on each domain (columns) at each boundary (rows). Framed: just learned. "
@@ -174,7 +178,8 @@ def ledger(run: Run) -> str:
     if not largest:
         return ""
     rows = []
-    for source, row in run.ledger.items():
+    for source in sorted(run.ledger, key=lambda s: run.domains.index(s) if s in run.domains else len(run.domains)):
+        row = run.ledger[source]
         new, old = row.get("new_tokens", 0), row.get("replayed_tokens", 0)
         widths = (("new", 100 * new / largest), ("old", 100 * old / largest))
         bar = "".join(f'<i class="{kind}" style="width:{width:.1f}%"></i>' for kind, width in widths)
@@ -216,6 +221,19 @@ def machinery(run: Run) -> str:
     )
 
 
+def particulars(run: Run) -> str:
+    """Returns the metrics that the method itself reports, each as a small curve, if they vary."""
+    columns = {n: c for n, c in run.train.items() if n not in STANDARD and not n.startswith("guard/")}
+    figures = [
+        figure(
+            [Line("", run.train["step"], column, i, thin=True)], title=name, x="step", y="", spans=spans(run), half=True
+        )
+        for i, (name, column) in enumerate(columns.items())
+        if np.unique(column[np.isfinite(column)]).size > 1
+    ]
+    return f"<h2>What the method reports</h2>{page.pairs(figures)}" if figures else ""
+
+
 def events(run: Run) -> str:
     """Returns what happened besides training."""
     rows = [
@@ -229,9 +247,14 @@ def events(run: Run) -> str:
 def appendix(run: Run) -> str:
     """Returns configuration and version."""
     text = escape(json.dumps(run.config, indent=2, sort_keys=True, ensure_ascii=False))
+    facts = {**run.about.get("facts", {}), "versions": run.about.get("versions")}
+    rows = [
+        [escape(str(name)), f'<td class="text">{escape(_plain(value))}</td>'] for name, value in facts.items() if value
+    ]
     return (
+        f"{page.table('Size, machine and versions', ['', ''], rows)}"
         f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
-        f"<footer>jaxcl {__version__}. Losses are in nats per token unless said otherwise; definitions: "
+        f"<footer>jaxcl {jaxcl.__version__}. Losses are in nats per token unless said otherwise; definitions: "
         "jaxcl/forgetting.py, jaxcl/stability.py.</footer>"
     )
 
@@ -258,6 +281,12 @@ def _heat(value: float, low: float, high: float, *, own: bool) -> str:
         return "<td>–</td>"
     share = 0 if high == low else 60 * (value - low) / (high - low)
     return f'<td class="heat{" own" if own else ""}" style="--share:{share:.0f}%">{nats(value)}</td>'
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "–"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _replay(run: Run) -> dict[str, Any]:

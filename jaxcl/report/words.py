@@ -14,7 +14,8 @@ def nats(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     """Returns a figure with three decimals; a dash for what was not measured."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    shown = round(value, digits) or 0.0  # no minus before zero
+    return f"{shown:{'+' if sign and shown else ''}.{digits}f}".replace("-", "−")
 
 
 def interval(value: Interval, *, sign: bool = False) -> str:

@@ -34,10 +34,10 @@ def files(path: str | Sequence[str], *, field: str = "path") -> list[str]:
     for pattern in [path] if isinstance(path, str) else path:
         matches = {p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)}
         if not matches:
-            raise UserError(f"config.data.{field}={pattern!r}: no such file; check the path or the pattern")
+            raise UserError(f"config.sources: {field}={pattern!r}: no such file; check the path or the pattern")
         found |= matches
     if not found:
-        raise UserError(f"config.data.{field}={path!r}: names no file; give at least one")
+        raise UserError(f"config.sources: {field}={path!r}: names no file; give at least one")
     return sorted(found)
 
 

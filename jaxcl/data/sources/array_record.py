@@ -45,7 +45,7 @@ def make(
 
 def _records(name: str) -> Iterator[bytes]:
     """Yields the records of a file in order."""
-    from array_record.python import array_record_module  # noqa: PLC0415  (only those who use it pay for the import)
+    from array_record.python import array_record_module  # noqa: PLC0415  (only those who use it pay for the import)  # pyright: ignore[reportAttributeAccessIssue]
 
     try:
         reader = array_record_module.ArrayRecordReader(name)

@@ -42,7 +42,9 @@ def make(*, domain: Literal["prose", "code", "headers"], max_bytes: int | None =
     """
     paths, names = _headers() if domain == "headers" else _modules()
     if not paths:
-        raise UserError(f"config.data.domain={domain!r}: this Python installation has no such files; choose another")
+        raise UserError(
+            f"config.sources: domain={domain!r}: this Python installation has no such files; choose another"
+        )
     read = {"prose": _prose, "code": _code, "headers": _text}[domain]
 
     def documents() -> Iterator[str]:

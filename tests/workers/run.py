@@ -1,0 +1,54 @@
+"""The command line, which a signal hits at a given point: run.py POINT --config=FILE --workdir=FOLDER ...
+
+POINT is `none`, or SIGNAL:WHERE:STEP, or SIGNAL:WHERE:STEP@PROCESS for one process alone, with WHERE one of
+  step      the step is dispatched, nothing is known of it yet
+  end_task  the stage that ends at STEP is closed and evaluated, nothing is saved
+  save      the checkpoint is on disk but for its manifest
+  record    half a line of its metrics is written
+"""
+
+import os
+import signal
+import sys
+
+import processes
+
+
+def hook(point: str) -> None:
+    """Plants the signal."""
+    from jaxcl import checkpoint, metrics, train
+
+    name, where, step = point.split(":")
+    owner, method = {
+        "step": (train.Session, "account"),
+        "end_task": (train.Session, "end_task"),
+        "save": (checkpoint.Checkpoints, "_commit"),
+        "record": (metrics.Jsonl, "write"),
+    }[where]
+    original = getattr(owner, method)
+
+    def strike() -> None:
+        os.kill(os.getpid(), getattr(signal, name))
+
+    def changed(self, first, *rest):
+        if where == "save" and first == int(step):
+            strike()
+        if where == "record" and first["kind"] == "train" and first["step"] == int(step):
+            self._file.write('{"kind":"train","st')
+            self._file.flush()
+            strike()
+        result = original(self, first, *rest)
+        if (where == "step" and first + 1 == int(step)) or (where == "end_task" and self.step == int(step)):
+            strike()
+        return result
+
+    setattr(owner, method, changed)
+
+
+processes.join()
+POINT, _, PROCESS = sys.argv.pop(1).partition("@")
+if POINT != "none" and PROCESS in ("", os.environ["JAX_PROCESS_ID"]):
+    hook(POINT)
+from jaxcl import main  # noqa: E402
+
+main.cli()
