@@ -36,6 +36,6 @@ for _ in sys.stdin:
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    value = float(loss)
+    value = loss.item()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     print(json.dumps({"loss": value, "cpu_s": cpu, "wall_s": wall}), flush=True)

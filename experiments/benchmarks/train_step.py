@@ -22,7 +22,7 @@ import time
 from absl import app, flags
 
 HERE = pathlib.Path(__file__).resolve().parent
-# One thread each. Huge pages spare both sides the page faults of fresh memory, of which XLA takes more (README).
+# One thread each (and one core, see main). Huge pages spare both sides the page faults of fresh memory, of which XLA takes more (README).
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -183,6 +183,8 @@ def main(argv: list[str]) -> None:
         return
     if PEER_PYTHON.value is None:
         raise app.UsageError("give --peer_python, an interpreter that has torch and transformers")
+    # XLA runs independent operations on one thread per core that it sees, whatever its flags say.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     extra = ENVIRONMENT if DEFAULT_PAGES.value else ENVIRONMENT | HUGE_PAGES
     results = {
         "command": "python -m experiments.benchmarks.train_step " + " ".join(["--peer_python=PYTHON", *CASES.value]),

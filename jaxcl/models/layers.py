@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,31 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * inverse * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+    """Contracts the last `axes` dimensions of x [B, L, ...] with the first of `kernel`; both have the same dtype.
+
+    It differs from `jnp.tensordot` in the gradient of the kernel, one product in the layout of the kernel, where
+    automatic differentiation transposes the product and XLA then a whole activation. Reverse mode only.
+    """
+    return jnp.tensordot(x, kernel, axes)
+
+
+def _linear_fwd(x: jax.Array, kernel: jax.Array, axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return linear(x, kernel, axes), (x, kernel)
+
+
+def _linear_bwd(axes: int, saved: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    outputs, rows = kernel.ndim - axes, tuple(range(x.ndim - axes))
+    last = tuple(range(d_y.ndim - outputs, d_y.ndim))
+    d_x = jax.lax.dot_general(d_y, kernel, ((last, tuple(range(axes, kernel.ndim))), ((), ())))
+    return d_x, jax.lax.dot_general(x, d_y, ((rows, rows), ((), ())))
+
+
+linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -45,7 +71,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 def rope_tables(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Returns cosine and sine of every angle, float32 [B, L, 1, K / 2], for int positions [B, L]."""
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.reshape(1, 1, 1, -1)
-    return jnp.cos(angles), jnp.sin(angles)
+    # A loop, because its results are stored: XLA would compute the cosines again in every layer that rotates by them.
+    tables = jax.lax.map(lambda i: jnp.where(i == 0, jnp.cos(angles), jnp.sin(angles)), jnp.arange(2))
+    return tables[0], tables[1]
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxcl.kernels.attention import attention
 from jaxcl.models import presets
 from jaxcl.models.bridge import from_linen
 from jaxcl.models.config import Config, resolve
-from jaxcl.models.layers import apply_rope, lookup, rms_norm, rope_frequencies, rope_tables, swiglu
+from jaxcl.models.layers import apply_rope, linear, lookup, rms_norm, rope_frequencies, rope_tables, swiglu
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output
 
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
             kernel = _weight(self, name, (c.embed, heads, c.head_dim), ("embed", axis, "head"), c.init_std)
-            y = jnp.einsum("bld,dhk->blhk", x, kernel.astype(dtype))
+            y = linear(x, kernel.astype(dtype))  # [B, L, heads, K]
             if c.qkv_bias:
                 bias = _weight(self, f"{name}_bias", (heads, c.head_dim), (axis, "head"), 0.0)
                 y = y + bias.astype(dtype)[None, None]
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         mixed = checkpoint_name(mixed, "attention")
         std = c.init_std / math.sqrt(2 * c.layers)
         out = _weight(self, "out", (c.heads, c.head_dim, c.embed), ("heads", "head", "embed"), std)
-        return jnp.einsum("blhk,hkd->bld", mixed, out.astype(dtype)), (k, v)
+        return linear(mixed, out.astype(dtype), 2), (k, v)
 
 
 class Mlp(nn.Module):
@@ -195,7 +195,7 @@ class Mlp(nn.Module):
         gate = _weight(self, "gate", (c.embed, c.mlp), ("embed", "mlp"), c.init_std)
         up = _weight(self, "up", (c.embed, c.mlp), ("embed", "mlp"), c.init_std)
         down = _weight(self, "down", (c.mlp, c.embed), ("mlp", "embed"), c.init_std / math.sqrt(2 * c.layers))
-        return swiglu(x @ gate.astype(dtype), x @ up.astype(dtype)) @ down.astype(dtype)
+        return linear(swiglu(linear(x, gate.astype(dtype)), linear(x, up.astype(dtype))), down.astype(dtype))
 
 
 class Block(nn.Module):
