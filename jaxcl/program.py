@@ -100,10 +100,7 @@ def build(
     """
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
-    for key, value in chosen._asdict().items():
-        if value < 1:
-            raise UserError(f"config.evaluation.{key}={value}: must be at least 1")
-    check_names(schedule, optim)
+    check_options(schedule, optim, chosen)
     corpora, words = corpora_of(sources, tokenizer or {}, schema.call(Packing, packing, field="packing"))
     multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
     rows = {name: corpus.train for name, corpus in corpora.items()}
@@ -124,8 +121,11 @@ def build(
     )
 
 
-def check_names(schedule: Mapping[str, Any], optim: Mapping[str, Any]) -> None:
-    """Raises UserError for what the signatures of optimiser and schedule cannot say."""
+def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluation: Evaluation) -> None:
+    """Raises UserError for what the signatures of these sections cannot say."""
+    for key, value in evaluation._asdict().items():
+        if value < 1:
+            raise UserError(f"config.evaluation.{key}={value}: must be at least 1")
     if not isinstance(schedule.get("name"), str):
         raise UserError("config.schedule.name: missing; choose from constant, cosine, rewarm_cosine, wsd, infinite")
     for key in ("lr", "field"):

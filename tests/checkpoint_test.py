@@ -284,6 +284,9 @@ def test_killed_while_saving_it_goes_on_from_a_whole_checkpoint(tmp_path):
     for _ in range(4):
         (worker,) = started = processes.start("saves", tmp_path, 10**6)
         processes.wait_for(started, "saving from")
+        deadline = time.monotonic() + 300
+        while not Checkpoints(tmp_path).steps() and time.monotonic() < deadline:  # one must be whole, at any speed
+            time.sleep(0.05)
         time.sleep(draw.uniform(0.2, 1.5))
         worker.popen.kill()
         processes.finish(started, codes=(-9,))

@@ -97,13 +97,22 @@ def state_of(workdir):
 def add_command_lines(cases, settings):
     add = cases.add
     add("misspelt override", ["config.evaluaton", "evaluation"], settings, "--config.evaluaton.every=3")
-    add("override of the wrong type", ["config.stream.batch='many'", "expected int"], settings, "--config.stream.batch=many")
+    add(
+        "override of the wrong type",
+        ["config.stream.batch='many'", "expected int"],
+        settings,
+        "--config.stream.batch=many",
+    )
     add("override that does not fit", ["config.stream.batch=0", "at least 1"], settings, "--config.stream.batch=0")
     add("misspelt flag", ["wrokdir"], settings, "--wrokdir=x")
     add("not a flag", ["'now'", "not a flag"], settings, "now")
     add("missing config file", ["command line", "No such file", "usage: "], None)
     add("config file with a syntax error", ["command line", "syntax", "line 1"], "def get_config(:\n    return\n")
-    add("config file with a wrong name", ["command line", "'ConfigDcit' is not defined"], "def get_config():\n    return ConfigDcit()\n")
+    add(
+        "config file with a wrong name",
+        ["command line", "'ConfigDcit' is not defined"],
+        "def get_config():\n    return ConfigDcit()\n",
+    )
     add("config file without a config", ["command line", "get_config"], "x = 1\n")
 
 
@@ -216,7 +225,9 @@ def test_a_row_damaged_after_the_start_ends_the_run_in_one_line(folder, tmp_path
     victim.write_bytes(whole.replace(b"e\0\0\0", b"f\0\0\0"))  # tokens are bytes of text, four bytes each
     assert victim.read_bytes() != whole
     config = small.write(small.config(folder, packing__directory=str(cache)), tmp_path / "config.py")
-    (started,) = processes.start("run", "none", f"--config={config}", f"--workdir={tmp_path / 'run'}", env=small.environment(folder))
+    (started,) = processes.start(
+        "run", "none", f"--config={config}", f"--workdir={tmp_path / 'run'}", env=small.environment(folder)
+    )
     processes.finish([started], codes=(2,))
     (line,) = [line for line in started.log.read_text().splitlines() if line.startswith("error: ")]
     assert victim.name in line

@@ -52,7 +52,7 @@ def start(worker: str, *args: object, processes: int = 1, devices: int = 1, env:
     return started
 
 
-def finish(started: list[Process], timeout: float = 240, codes: tuple[int, ...] = (0,)) -> list[Any]:
+def finish(started: list[Process], timeout: float = 600, codes: tuple[int, ...] = (0,)) -> list[Any]:
     """Waits for all processes and returns what each reported; kills them all and shows their logs if one fails."""
     end = time.monotonic() + timeout
     try:
@@ -71,12 +71,12 @@ def finish(started: list[Process], timeout: float = 240, codes: tuple[int, ...] 
     return [_reported(process.log) for process in started]
 
 
-def run(worker: str, *args: object, processes: int = 1, devices: int = 1, timeout: float = 240, **options: Any) -> list:
+def run(worker: str, *args: object, processes: int = 1, devices: int = 1, timeout: float = 600, **options: Any) -> list:
     """Starts the worker, waits, and returns what each process reported."""
     return finish(start(worker, *args, processes=processes, devices=devices, **options), timeout)
 
 
-def wait_for(started: list[Process], text: str, timeout: float = 120) -> None:
+def wait_for(started: list[Process], text: str, timeout: float = 300) -> None:
     """Blocks until every process has written `text`: the moment to send a signal."""
     end = time.monotonic() + timeout
     while not all(text in process.log.read_text() for process in started):

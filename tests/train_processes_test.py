@@ -22,7 +22,7 @@ def command(folder, workdir, count, devices, mesh, point="none", codes=(0,)):
     config = small.write(small.config(folder, mesh=mesh), workdir.parent / f"{workdir.name}.py")
     arguments = ("run", point, f"--config={config}", f"--workdir={workdir}")
     env = small.environment(folder)
-    processes.finish(processes.start(*arguments, processes=count, devices=devices, env=env), timeout=240, codes=codes)
+    processes.finish(processes.start(*arguments, processes=count, devices=devices, env=env), timeout=600, codes=codes)
     return workdir
 
 
