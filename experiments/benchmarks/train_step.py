@@ -22,7 +22,8 @@ import time
 from absl import app, flags
 
 HERE = pathlib.Path(__file__).resolve().parent
-# One thread each (and one core, see main). Huge pages spare both sides the page faults of fresh memory, of which XLA takes more (README).
+# One thread each (and one core, see main). Huge pages spare both sides the page faults of fresh memory, of which XLA
+# takes more.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
