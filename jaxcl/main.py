@@ -15,7 +15,12 @@ from jaxcl import schema
 from jaxcl.schema import UserError
 
 USAGE = "usage: python -m jaxcl.main --config=FILE --workdir=FOLDER [--config.KEY=VALUE ...]"
-CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), e.g. configs/quickstart.py.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "File with get_config(), e.g. configs/quickstart.py.",
+    sys_argv=[""],  # overrides are applied by `read`: the flag would refuse keys that the file leaves at their default
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is found there continues.")
 
 
@@ -38,6 +43,7 @@ def read(argv: list[str]) -> tuple[dict[str, Any], str]:
     try:
         rest = flags.FLAGS([arg for arg in argv if arg not in given])[1:]
         config = CONFIG.value
+        getattr(config, "keys", None)  # a file that could not be read shows itself only here
     except Exception as error:  # a config file is a program: it can fail in any way
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"command line: {text}; {USAGE}") from error

@@ -103,6 +103,7 @@ def add_command_lines(cases, settings):
         settings,
         "--config.stream.batch=many",
     )
+    add("override of a default", ["config.stream.batch=8", "multiple of 3"], settings, "--config.microbatches=3")
     add("override that does not fit", ["config.stream.batch=0", "at least 1"], settings, "--config.stream.batch=0")
     add("misspelt flag", ["wrokdir"], settings, "--wrokdir=x")
     add("not a flag", ["'now'", "not a flag"], settings, "now")
@@ -183,6 +184,7 @@ def attempts(folder, begun, tmp_path_factory):
 NAMES = [
     *SECTIONS,
     *("misspelt override", "override of the wrong type", "override that does not fit", "misspelt flag", "not a flag"),
+    "override of a default",
     *("missing config file", "config file with a syntax error", "config file with a wrong name"),
     *("config file without a config", "empty corpus", "task shorter than a batch", "binary corpus", "damaged train"),
     *(
@@ -220,16 +222,15 @@ def test_all_cases_are_checked(attempts):
 
 def test_a_row_damaged_after_the_start_ends_the_run_in_one_line(folder, tmp_path):
     cache = shutil.copytree(small.config(folder)["packing"]["directory"], tmp_path / "cache")
-    victim = next(cache.glob("d0-*/train-*.array_record"))
-    whole = victim.read_bytes()
-    victim.write_bytes(whole.replace(b"e\0\0\0", b"f\0\0\0"))  # tokens are bytes of text, four bytes each
-    assert victim.read_bytes() != whole
+    for victim in cache.glob("d0-*/train-*.array_record"):
+        whole = victim.read_bytes()
+        victim.write_bytes(whole.replace(b"e\0\0\0", b"f\0\0\0"))  # tokens are bytes of text, four bytes each
+        assert victim.read_bytes() != whole
     config = small.write(small.config(folder, packing__directory=str(cache)), tmp_path / "config.py")
     (started,) = processes.start(
         "run", "none", f"--config={config}", f"--workdir={tmp_path / 'run'}", env=small.environment(folder)
     )
     processes.finish([started], codes=(2,))
     (line,) = [line for line in started.log.read_text().splitlines() if line.startswith("error: ")]
-    assert victim.name in line
-    assert f"delete {victim.parent}" in line
+    assert f"delete {cache}/d0-" in line
     assert "Traceback" not in started.log.read_text()

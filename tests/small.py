@@ -64,6 +64,14 @@ def config(folder, **overrides):
     return made
 
 
+def stream(settings):
+    """Returns the stream of a config."""
+    _, pieces = train.split(settings)
+    corpora, _ = program.corpora_of(pieces["sources"], {}, program.Packing(**pieces["packing"]))
+    rows = {name: corpus.train for name, corpus in corpora.items()}
+    return program.stream_of(rows, pieces["seed"], 1, **pieces["stream"])
+
+
 @functools.lru_cache(maxsize=1)
 def shared(folder):
     """Returns settings, the loop's part and the program on one device: one compilation serves many runs.
