@@ -108,7 +108,7 @@ def test_with_no_sound_checkpoint_nothing_is_touched(folder, tmp_path):
     for step in (3, 6):
         damage(workdir, step)
     before = small.tree_of(workdir)
-    with pytest.raises(UserError, match="no checkpoint can be read.*restore it from a copy"):
+    with pytest.raises(UserError, match=r"no checkpoint can be read.*restore it from a copy"):
         go_on(folder, workdir)
     assert small.tree_of(workdir) == before
 
