@@ -4,7 +4,7 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: run test lint bench report clean
+.PHONY: run test lint bench clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/python -m jaxcl.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -17,9 +17,10 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# PEER=PYTHON, an interpreter that has torch and transformers, adds the comparison with them.
 bench: $(VENV)/test.stamp
-	$(BIN)/python experiments/benchmarks/overhead.py
-	$(BIN)/python experiments/benchmarks/train_step.py $(if $(PEER),--peer=$(PEER))
+	$(BIN)/python -m experiments.benchmarks.overhead
+	$(if $(PEER),$(BIN)/python -m experiments.benchmarks.train_step --peer_python=$(PEER))
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache

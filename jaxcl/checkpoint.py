@@ -5,7 +5,7 @@
       ...
       if checkpoints.due(step):
           checkpoints.save(step, state, {"ledger": ...})    returns once the state may be donated
-  branch(workdir, other_workdir, step=2700)                 a new run that goes on from there
+  copy(directory, other_directory, step=2700)               the beginning of a branch, see `jaxcl.branch`
 
 On disk, WORKDIR/checkpoints/STEP holds `state` (written by Orbax), `host.json` and, written last, `MANIFEST`: a line of
 JSON with size and sha256 of every file and shape, type and checksum of every leaf, and a line with its own sha256.
@@ -41,6 +41,7 @@ from jaxcl.tree import named_leaves
 from jaxcl.types import PyTree, TrainState
 
 MANIFEST = "MANIFEST"
+PART = "part-"  # then the number of a process: its share of the hashes
 CLOCK_STEPS = 20  # several processes ask process 0 for the time only this often: each answer is a collective
 
 
@@ -227,12 +228,12 @@ class Checkpoints:
         index, count = jax.process_index(), jax.process_count()
         mine = {name: _fingerprint(target / name) for name in _files(target)[index::count]}
         if index > 0:
-            _write(target / f"part-{index}", json.dumps(mine))
+            _write(target / f"{PART}{index}", json.dumps(mine))
         self._barrier(step, "hashed")
         if index == 0:
             for other in range(1, count):
-                mine |= json.loads((target / f"part-{other}").read_text())
-                (target / f"part-{other}").unlink()
+                mine |= json.loads((target / f"{PART}{other}").read_text())
+                (target / f"{PART}{other}").unlink()
             leaves = {name: [*shape_type, total] for (name, shape_type), total in zip(table.items(), sums, strict=True)}
             line = json.dumps({"step": step, "files": mine, "leaves": leaves})
             _write(target / MANIFEST, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
@@ -255,29 +256,28 @@ class Checkpoints:
             asyncio.run(ocp.multihost.sync_global_processes(phase, operation_id=f"jaxcl-{step}-{self._saves}"))
 
 
-def branch(source: str | os.PathLike[str], target: str | os.PathLike[str], *, step: int | None = None) -> int:
-    """Copies one checkpoint of the run in `source` to a new run directory `target` and returns its step.
+def copy(source: str | os.PathLike[str], target: str | os.PathLike[str], *, step: int | None = None) -> int:
+    """Copies one checkpoint, by default the newest, between two directories of checkpoints and returns its step.
 
-    For several processes, call it on one of them before the others look. WORKDIR/branch.json says where it came from.
+    For several processes, call it on one of them before the others look.
 
     Raises:
-      UserError: no such checkpoint, a damaged one, or `target` has checkpoints of its own.
+      UserError: no such checkpoint, a damaged one, or `target` has one already.
     """
-    old, new = epath.Path(source) / "checkpoints", epath.Path(target) / "checkpoints"
+    old, new = epath.Path(source), epath.Path(target)
     whole = [number for number in _steps(old) if (old / str(number) / MANIFEST).exists()]
     if not whole or (step is not None and step not in whole):
-        raise UserError(f"branch: {source} has no checkpoint at step {step}; it has {whole}")
+        raise UserError(f"{source}: no checkpoint at step {step}; it has {whole}")
     if _steps(new):
-        raise UserError(f"branch: {target} has checkpoints already: {_steps(new)}; choose a new directory")
+        raise UserError(f"{target}: has checkpoints already: {_steps(new)}; choose a new directory")
     step = whole[-1] if step is None else step
     path = old / str(step)
     reason, manifest = _verify(path, everything=True)
     if manifest is None:
-        raise UserError(f"branch: checkpoint {step} of {source} is damaged: {reason}; choose one of {whole}")
+        raise UserError(f"{source}: checkpoint {step} is damaged: {reason}; choose one of {whole}")
     for name in manifest["files"]:
         (new / str(step) / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).copy(new / str(step) / name)
-    _write(epath.Path(target) / "branch.json", json.dumps({"source": str(source), "step": step}))
     _write(new / str(step) / MANIFEST, (path / MANIFEST).read_text())
     return step
 
@@ -348,12 +348,12 @@ def _steps(directory: epath.Path) -> list[int]:
 
 
 def _files(root: epath.Path, prefix: str = "") -> list[str]:
-    """Returns the names of all files below `root`, sorted; they are the same on every process."""
+    """Returns the names of all files below `root`, sorted, without those by which processes exchange hashes."""
     names = []
     for entry in (root / prefix).iterdir():
         name = f"{prefix}/{entry.name}" if prefix else entry.name
         names += _files(root, name) if entry.is_dir() else [name]
-    return sorted(name for name in names if not name.startswith("part-"))
+    return sorted(name for name in names if not name.startswith((PART, f".{PART}")))
 
 
 def _fingerprint(path: epath.Path) -> list[Any]:

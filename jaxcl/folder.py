@@ -17,6 +17,7 @@ from jaxcl.schema import UserError
 
 # What may differ between two starts of one run. The rows of past stages are checked against the checkpoint itself.
 FREE = ("checkpoint", "rollback", "tensorboard", "wandb", "stream.stages", "stream.steps", "packing.directory")
+BRANCH = "branch.json"  # in the folder of a run that goes on from another: where it came from
 PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -26,13 +27,10 @@ def about(place: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is missing or damaged.
     """
-    path = place / "run.json"
     try:
-        return json.loads(path.read_text())
+        return _read(place / "run.json")
     except FileNotFoundError:
         raise UserError(f"{place}: not the folder of a run, it has no run.json; name a new or empty one") from None
-    except ValueError:
-        raise UserError(f"{path}: damaged; remove the folder to start anew") from None
 
 
 def finished(place: Path, config: Mapping[str, Any]) -> bool:
@@ -44,6 +42,10 @@ def finished(place: Path, config: Mapping[str, Any]) -> bool:
     if place.exists() and not place.is_dir():
         raise UserError(f"--workdir={place}: is a file; name a folder")
     if not place.exists() or not any(place.iterdir()):
+        return False
+    if (whole := branched(place)) is not None:
+        if not whole:
+            raise UserError(f"{place}: a branch that was cut short; make it again with python -m jaxcl.branch")
         return False
     known = about(place)
     plain = json.loads(json.dumps(config))
@@ -57,6 +59,12 @@ def finished(place: Path, config: Mapping[str, Any]) -> bool:
     return known["finished"] and known["config"] == plain
 
 
+def branched(place: Path) -> bool | None:
+    """Returns whether `place` is a whole branch of another run; None if it is no branch, or has begun to train."""
+    path = place / BRANCH
+    return bool(_read(path)["whole"]) if path.exists() and not (place / "run.json").exists() else None
+
+
 def claim(place: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Writes run.json and config.json for a run that starts or continues. Process 0 only."""
     if jax.process_index():
@@ -65,6 +73,8 @@ def claim(place: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> N
     identity = about(place)["id"] if (place / "run.json").exists() else uuid.uuid4().hex[:12]
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     record = {"id": identity, "finished": False, "facts": facts, "versions": versions, "config": config}
+    if (place / BRANCH).exists():
+        record["branch"] = _read(place / BRANCH)
     write(place / "config.json", config)
     write(place / "run.json", record)
 
@@ -95,6 +105,13 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(item, f"{name}[{i}]")
     else:
         yield name, value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: damaged; remove the folder to start anew") from None
 
 
 def _version(package: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from jaxcl import checkpoint, optim, tree
 from jaxcl import mesh as meshes
-from jaxcl.checkpoint import MANIFEST, Checkpoints, branch
+from jaxcl.checkpoint import MANIFEST, Checkpoints, copy
 from jaxcl.checksum import checksums
 from jaxcl.schema import UserError
 from jaxcl.types import TrainState
@@ -262,20 +262,28 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_branch_starts_a_new_run(saved, tmp_path):
-    assert branch(saved.parent, tmp_path / "new", step=10) == 10
-    restored = Checkpoints(tmp_path / "new" / "checkpoints").restore(abstract())
+def test_a_copy_of_one_checkpoint_is_whole(saved, tmp_path):
+    assert copy(saved, tmp_path / "new", step=10) == 10
+    restored = Checkpoints(tmp_path / "new").restore(abstract())
     assert (restored.step, restored.host) == (10, {"position": 10})
     assert_same(restored.state, make_state(10))
-    assert json.loads((tmp_path / "new" / "branch.json").read_text())["step"] == 10
     assert Checkpoints(saved).steps() == [10, 20]
     with pytest.raises(UserError, match="has checkpoints already"):
-        branch(saved.parent, tmp_path / "new")
+        copy(saved, tmp_path / "new")
     with pytest.raises(UserError, match=r"no checkpoint at step 15.*\[10, 20\]"):
-        branch(saved.parent, tmp_path / "other", step=15)
+        copy(saved, tmp_path / "other", step=15)
     (saved / "20" / "host.json").write_text("{}")
     with pytest.raises(UserError, match=r"damaged: host.json was altered"):
-        branch(saved.parent, tmp_path / "other")
+        copy(saved, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_that_another_process_writes_are_not_hashed(tmp_path):
+    """Every process lists the folder while the others write their share of the hashes beside it."""
+    for name in ("host.json", "state/d/0", "part-1", ".part-1.tmp", ".part-12.tmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert checkpoint._files(tmp_path) == ["host.json", "state/d/0"]
 
 
 def test_killed_while_saving_it_goes_on_from_a_whole_checkpoint(tmp_path):
