@@ -3,6 +3,7 @@
 Needs torch and transformers only, in an environment of its own. The argument is the shape as JSON.
 """
 
+import ctypes
 import json
 import sys
 import time
@@ -11,6 +12,9 @@ import torch
 import transformers
 
 shape = json.loads(sys.argv[1])
+if shape.pop("keep_pages"):  # the options of glibc's mallopt(3) that jaxcl/allocator.py sets
+    for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):
+        ctypes.CDLL(None).mallopt(parameter, value)
 torch.manual_seed(0)
 torch.set_num_threads(1)
 config = transformers.LlamaConfig(

@@ -1,6 +1,6 @@
 """What Reptile, stream replay, the guard and data loading cost beside a plain train step, in processor seconds.
 
-python experiments/benchmarks/overhead.py [--steps=20] [--out=experiments/benchmarks/results/overhead_cpu.json]
+python -m experiments.benchmarks.overhead [--steps=20] [--out=experiments/benchmarks/results/overhead_cpu.json]
 
 All variants are built from the same quickstart config and stepped in turn, round after round, so that a drift of the
 machine hits all of them alike. A figure is the median over rounds of the difference to the plain step.
@@ -78,7 +78,7 @@ def main_():
         "machine": {"processor": platform.processor() or platform.machine(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "date": datetime.date.today().isoformat(),
-        "command": f"python experiments/benchmarks/overhead.py --steps={options.steps}",
+        "command": f"python -m experiments.benchmarks.overhead --steps={options.steps}",
         "summary": table,
         "processor_seconds": spent,
     }

@@ -21,22 +21,22 @@ import time
 
 from absl import app, flags
 
+from jaxcl import allocator
+
 HERE = pathlib.Path(__file__).resolve().parent
-# One thread each (and one core, see main). Huge pages spare both sides the page faults of fresh memory, of which XLA
-# takes more.
+# One thread each (and one core, see main).
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "JAX_PLATFORMS": "cpu",
 }
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 PEER_PYTHON = flags.DEFINE_string("peer_python", None, "interpreter that has torch and transformers")
 CASES = flags.DEFINE_list("cases", ["0.8m", "3m", "12m"], "names of the shapes to run")
 REPEATS = flags.DEFINE_integer("repeats", 10, "timed steps of each side and shape, after two that are not counted")
 OUTPUT = flags.DEFINE_string("output", str(HERE / "results" / "train_step_cpu.json"), "file of raw results")
-DEFAULT_PAGES = flags.DEFINE_bool("default_pages", False, "run both sides without huge pages")
+KEEP_PAGES = flags.DEFINE_bool("keep_pages", True, "both sides keep freed memory, as jaxcl.train does on a CPU")
 WORKER = flags.DEFINE_string("worker", None, "internal: be the jaxcl side for this shape")
 
 
@@ -146,7 +146,9 @@ class Side:
 def measure(name: str, environment: dict[str, str]) -> dict:
     """Returns the raw and the derived results of one shape."""
     ours = [sys.executable, "-m", "experiments.benchmarks.train_step", f"--worker={name}"]
-    peer = [PEER_PYTHON.value, str(HERE / "hf_train_step.py"), json.dumps(dataclasses.asdict(SHAPES[name]))]
+    ours.append(f"--keep_pages={KEEP_PAGES.value}")
+    told = json.dumps(dataclasses.asdict(SHAPES[name]) | {"keep_pages": KEEP_PAGES.value})
+    peer = [PEER_PYTHON.value, str(HERE / "hf_train_step.py"), told]
     sides = {"jaxcl": Side(ours, environment), "torch": Side(peer, environment)}
     if sides["jaxcl"].about["params"] != sides["torch"].about["params"]:
         raise RuntimeError(f"not the same model: {sides['jaxcl'].about} and {sides['torch'].about}")
@@ -180,25 +182,27 @@ def machine() -> dict:
 
 def main(argv: list[str]) -> None:
     if WORKER.value:
+        if KEEP_PAGES.value:
+            allocator.keep_pages()
         serve(*jaxcl_step(SHAPES[WORKER.value]))
         return
     if PEER_PYTHON.value is None:
         raise app.UsageError("give --peer_python, an interpreter that has torch and transformers")
     # XLA runs independent operations on one thread per core that it sees, whatever its flags say.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    extra = ENVIRONMENT if DEFAULT_PAGES.value else ENVIRONMENT | HUGE_PAGES
     results = {
-        "command": "python -m experiments.benchmarks.train_step " + " ".join(["--peer_python=PYTHON", *CASES.value]),
+        "command": "python -m experiments.benchmarks.train_step --peer_python=PYTHON",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "environment": extra,
+        "environment": ENVIRONMENT,
+        "keep_pages": KEEP_PAGES.value,
         "cases": {},
     }
     print(f"{'case':6} {'params':>10} {'jaxcl CPU-s':>12} {'torch CPU-s':>12} {'ratio':>6} {'of medians':>11}")
     output = pathlib.Path(OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in CASES.value:
-        case = results["cases"][name] = measure(name, os.environ | extra)
+        case = results["cases"][name] = measure(name, os.environ | ENVIRONMENT)
         low = case["cpu_s_min"]
         print(
             f"{name:6} {case['params']:10,} {low['jaxcl']:12.3f} {low['torch']:12.3f} {case['ratio_of_minima']:6.2f} "
