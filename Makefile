@@ -15,7 +15,7 @@ test: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # PEER=PYTHON, an interpreter that has torch and transformers, adds the comparison with them.
 bench: $(VENV)/test.stamp

@@ -11,7 +11,6 @@ constant phase anneals to a model for release and is not trained further (Ibrahi
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path

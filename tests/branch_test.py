@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 import small
 
@@ -38,11 +39,15 @@ def test_a_branch_anneals_and_the_trunk_stays(folder, trunk, tmp_path, capsys):
     annealed = settings(folder, anneal=6, anneal_from=AT, end=1e-4)
     annealed["stream"]["stages"] = annealed["stream"]["stages"][:2]
     annealed["stream"]["stages"][1]["steps"] = AT + 6 - small.STEPS
-    assert train.run(annealed, str(new)) == 0
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles in a third of the time
+    try:
+        assert train.run(annealed, str(new)) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
     own, old = small.records(new, "train"), small.records(trunk, "train")
     assert own[:AT] == old[:AT]
     rates = {r["step"]: r["lr"] for r in own}
-    assert [rates[s] for s in range(AT - 1, AT + 1)] == pytest.approx([5e-3, 5e-3])
+    assert [rates[s] for s in (AT, AT + 1)] == pytest.approx([5e-3, 5e-3])
     falls = [5e-3 * (1e-4 / 5e-3) ** (k / 6) for k in range(6)]
     assert [rates[AT + 1 + k] for k in range(6)] == pytest.approx(falls, rel=1e-5)
     assert own[AT]["loss"] == pytest.approx(old[AT]["loss"], rel=1e-5)  # the same state and rows; another program

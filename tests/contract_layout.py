@@ -12,17 +12,17 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxcl").rglob("*.py"))
 LAYERS = (
     {"types", "tree", "random", "schema"},
-    {"grad", "losses", "memory", "optim", "schedules", "mesh", "compose", "guard", "alignment", "probe"},
+    {"grad", "losses", "memory", "optim", "schedules", "mesh", "compose", "guard", "alignment"},
     {"models", "kernels"},
     {"methods"},
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "evaluate", "metrics", "progress"},
     {"folder", "report", "checkpoint", "checksum", "distributed", "allocator", "hf"},
     {"program", "train"},
-    {"sweep", "main"},
+    {"sweep", "main", "branch"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
-IO_LAYERS |= {"main", "sweep"}
+IO_LAYERS |= {"main", "sweep", "branch"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 

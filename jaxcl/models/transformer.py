@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
             kernel = _weight(self, name, (c.embed, heads, c.head_dim), ("embed", axis, "head"), c.init_std)
-            y = linear(x, kernel.astype(dtype))  # [B, L, heads, K]
+            y: Any = linear(x, kernel.astype(dtype))  # [B, L, heads, K]
             if c.qkv_bias:
                 bias = _weight(self, f"{name}_bias", (heads, c.head_dim), (axis, "head"), 0.0)
                 y = y + bias.astype(dtype)[None, None]
