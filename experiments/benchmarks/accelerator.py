@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
 HERE = pathlib.Path(__file__).resolve().parent
 PRESETS = flags.DEFINE_list("presets", ["100m", "1b"], "names of shapes in jaxcl.models.presets")
@@ -93,6 +93,7 @@ def measure(preset: str) -> dict:
 
 def main(_: list[str]) -> None:
     """Measures every preset, prints a line each and writes the raw results."""
+    logging.set_verbosity(logging.ERROR)  # JAX tells of every backend that is not there
     import jax
     import jaxlib
 
