@@ -42,7 +42,7 @@ figure, .card { background: var(--surface); border: 1px solid var(--rule); borde
   margin: 14px 0; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 14px;
   margin: 14px 0; }
-.pairs figure { margin: 0; min-width: 0; }
+.pairs figure, .pairs .card { margin: 0; min-width: 0; }
 figcaption, .hint { color: var(--soft); font-size: 0.87rem; margin: 8px 0 0; max-width: 78ch; }
 svg { display: block; width: 100%; height: auto; }
 svg.narrow, .legend.narrow { display: none; }
@@ -65,6 +65,7 @@ th { font-weight: 600; font-size: 0.85rem; } thead th { color: var(--soft); vert
 th:first-child, td.text, th.text { text-align: left; } td.text { white-space: normal; overflow-wrap: anywhere; }
 tbody tr:last-child > * { border-bottom: 0; }
 td.heat { background: color-mix(in srgb, var(--heat) var(--share), var(--surface)); }
+td.ally { background: color-mix(in srgb, var(--c0) var(--share), var(--surface)); }
 td.own { font-weight: 700; box-shadow: inset 0 0 0 2px var(--accent); }
 .pm { color: var(--soft); font-size: 0.84em; font-weight: 400; } .good { color: var(--good); font-weight: 600; }
   .bad { color: var(--bad); font-weight: 600; }
