@@ -114,16 +114,7 @@ def build(
     tx = optimisers.make(lr=rate, **optim)
     setting = compose.Setting(network, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
     pieces = compiled(devices, network, learner_of(method, setting, guard), flow, rate, seed)
-    known = facts(devices, network, pieces["abstract"], corpora, packing["length"])
-    cost, peak = known["flops_per_token"], known["peak_flops_per_device"]
-    return Program(
-        stream=flow,
-        utilisation=lambda speed: flops.utilisation(speed, cost, devices.size, peak),
-        facts=known,
-        held_out={name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
-        **pieces,
-        **evaluations(devices, setting, corpora, flow.width, chosen),
-    )
+    return Program(stream=flow, **pieces, **measures(devices, setting, pieces["abstract"], corpora, chosen))
 
 
 def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluation: Evaluation, domains: int) -> None:
@@ -269,20 +260,26 @@ def compiled(
     }
 
 
-def evaluations(
+def measures(
     mesh: jax.sharding.Mesh,
     setting: compose.Setting,
+    abstract: TrainState,
     corpora: Mapping[str, prepare.Corpus],
-    size: int,
     chosen: Evaluation,
 ) -> dict[str, Any]:
-    """Returns what a Program measures with, all of it on the same held-out rows in batches of `size`."""
+    """Returns what a Program measures with. The held-out rows are put on the devices here, in batches of B."""
+    size = setting.example.task.shape[0]
     batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
+    known = facts(mesh, setting, abstract, corpora)
+    cost, peak = known["flops_per_token"], known["peak_flops_per_device"]
     return {
         "evaluate": evaluator(setting.model, corpora, rows),
         "evaluate_every": chosen.every,
         "align": aligner(mesh, setting, rows) if chosen.alignment else None,
+        "utilisation": lambda speed: flops.utilisation(speed, cost, mesh.size, peak),
+        "facts": known,
+        "held_out": {name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
     }
 
 
@@ -323,17 +320,13 @@ def aligner(
 
 
 def facts(
-    mesh: jax.sharding.Mesh,
-    network: Model,
-    abstract: TrainState,
-    corpora: Mapping[str, prepare.Corpus],
-    length: int,
+    mesh: jax.sharding.Mesh, setting: compose.Setting, abstract: TrainState, corpora: Mapping[str, prepare.Corpus]
 ) -> dict[str, Any]:
-    """Returns what the report says of the run besides its metrics; `length` is that of a row in tokens."""
-    device = mesh.devices.flat[0]
+    """Returns what the report says of the run besides its metrics."""
+    device, length = mesh.devices.flat[0], setting.example.targets.shape[1]
     return {
         "parameters": tree.size(abstract.params),
-        "flops_per_token": round(flops.of_model(network.axes, abstract.params, length)),  # forward and backward
+        "flops_per_token": round(flops.of_model(setting.model.axes, abstract.params, length)),  # forward and backward
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
         "devices": f"{mesh.devices.size} x {device.device_kind}",
         "peak_flops_per_device": flops.peak(device),
