@@ -21,7 +21,7 @@ def section(run: Run) -> str:
 def data(run: Run) -> str:
     """Returns the sources as `jaxcl.data.provenance` describes them: the rows for training, below them the held-out."""
     rows, tokenizers = [], []
-    for name, about in _sources(run).items():
+    for name, about in sorted(_sources(run).items(), key=lambda item: _place(run, item[0])):
         splits = [about.get(split, {}) for split in ("train", "held_out")]
         cells = [
             _both(*(words.count(split.get(key, 0)) for split in splits)) for key in ("documents", "rows", "tokens")
@@ -35,7 +35,15 @@ def data(run: Run) -> str:
     known = {f"{t['name']}, {t['vocab']:,} tokens" for t in tokenizers if "name" in t and "vocab" in t}
     hint = "First line: for training. Second: held out, evaluated on alone. Tokens are targets of the loss."
     hint += f" Tokenizer: {escape(words.join(sorted(known)))}." if known else ""
-    heads = ["source", "description", "licence", "documents", "rows", "tokens", "text", "fingerprint"]
+    heads = [
+        "source",
+        *map(page.text_head, ("description", "licence")),
+        "documents",
+        "rows",
+        "tokens",
+        "text",
+        "fingerprint",
+    ]
     return page.table("Data", heads, rows, hint=hint)
 
 
@@ -45,7 +53,7 @@ def ledger(run: Run) -> str:
     if not largest:
         return ""
     rows, sources = [], _sources(run)
-    for source in sorted(run.ledger, key=lambda s: run.domains.index(s) if s in run.domains else len(run.domains)):
+    for source in sorted(run.ledger, key=lambda name: _place(run, name)):
         row = run.ledger[source]
         new, old = row.get("new_tokens", 0), row.get("replayed_tokens", 0)
         there = sources.get(source, {}).get("train", {}).get("tokens", 0)
@@ -82,6 +90,10 @@ def describe(source: Mapping[str, Any]) -> str:
 def _sources(run: Run) -> dict[str, dict[str, Any]]:
     """Returns the sources by name; a run that was recorded without them has none."""
     return run.about.get("facts", {}).get("sources") or {}
+
+
+def _place(run: Run, source: str) -> int:
+    return run.domains.index(source) if source in run.domains else len(run.domains)
 
 
 def _both(train: str, held_out: str) -> str:

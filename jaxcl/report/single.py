@@ -244,7 +244,7 @@ def events(run: Run) -> str:
          f'<td class="text">{escape(str(event.get("message", "")))}</td>']
         for event in run.events
     ]  # fmt: skip
-    return page.table("Events", ["step", "event", "message"], rows)
+    return page.table("Events", ["step", *map(page.text_head, ("event", "message"))], rows)
 
 
 def appendix(run: Run) -> str:
