@@ -43,14 +43,13 @@ def alignment(setting: Setting) -> Callable[[Params, Batch, Batch], Metrics]:
 def gram(setting: Setting) -> Callable[[Params, Batch], jax.Array]:
     """Returns a function of (params, T batches stacked [T, B, ...]) to their gradients' inner products, [T, T].
 
-    Memory: T gradients. Row and column t belong to batch t; see `cosines`.
+    Memory: T gradients, cut over the devices like the parameters. Row and column t belong to batch t; see `cosines`.
     """
     of = gradient(setting)
 
     def measure(params: Params, batches: Batch) -> jax.Array:
         grads = jax.lax.map(lambda rows: of(params, rows), batches)  # leaves [T, ...]
-        flat = [g.reshape(g.shape[0], -1).astype(jnp.float32) for g in jax.tree.leaves(grads)]
-        return jnp.sum(jnp.stack([g @ g.T for g in flat]), axis=0)
+        return jnp.sum(jnp.stack([_products(g.astype(jnp.float32)) for g in jax.tree.leaves(grads)]), axis=0)
 
     return measure
 
@@ -59,3 +58,12 @@ def cosines(products: jax.Array) -> jax.Array:
     """Returns the cosines [T, T] that belong to inner products [T, T]; 0 where a gradient is 0."""
     norms = jnp.sqrt(jnp.diagonal(products))
     return grad.mean(products, norms[:, None] * norms[None, :])
+
+
+def _products(g: jax.Array) -> jax.Array:
+    """Returns the inner products [T, T] of T arrays stacked [T, ...].
+
+    Contracted dimension by dimension: flattening would gather a gradient that is cut over devices.
+    """
+    axes = tuple(range(1, g.ndim))
+    return jax.lax.dot_general(g, g, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)

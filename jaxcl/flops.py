@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
+from jaxcl.types import PyTree
+
 # Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets (without sparsity), by the beginning of
 # `device_kind`; the first match counts. TPU v2 and v3 list two devices per chip, so half a chip each.
 PEAKS: tuple[tuple[str, float], ...] = (
@@ -39,6 +43,34 @@ def per_token(params: int, layers: int = 0, length: int = 0, width: int = 0, *, 
       causal: halve the attention term, which a causal mask does not need.
     """
     return 6.0 * params + 12.0 * layers * length * width * (0.5 if causal else 1.0)
+
+
+def of_model(axes: PyTree, params: PyTree, length: int) -> float:
+    """Returns `per_token` of a model, told by the logical axes of its parameters.
+
+    A parameter with two dimensions or more, not counting `layers` and with `heads` and `head` as one, is a matrix that
+    every token meets once; so biases and scales do not count. A table with `vocab` or `length` first is looked up and
+    does not count either, unless there is no matrix with `vocab` last: then it is the head as well (tied).
+    Projections (..., embed, heads, head) are the queries of the attention, whose scores span the whole row by
+    convention, although a packed document attends to itself alone. Experts would all count: dense models only.
+
+    Args:
+      axes: `Model.axes`.
+      params: arrays or jax.ShapeDtypeStruct.
+      length: L, tokens per row.
+    """
+    leaves = jax.tree.leaves(params)
+    names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    matrices, queries = [], 0
+    for leaf, own in zip(leaves, names, strict=True):
+        dims = [name for name in own if name not in ("layers", "head")]
+        if len(dims) > 1:
+            matrices.append((dims, leaf.size))
+        if own[-3:] == ("embed", "heads", "head"):
+            queries += leaf.size // leaf.shape[-3]  # layers x H x K
+    tied = not any(dims[-1] == "vocab" for dims, _ in matrices)
+    used = sum(size for dims, size in matrices if dims[0] != "length" and (dims[0] != "vocab" or tied))
+    return per_token(used, 1, length, queries)
 
 
 def peak(device: Any) -> float | None:

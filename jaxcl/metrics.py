@@ -88,20 +88,39 @@ class TensorBoard:
 
 
 class Wandb:
-    """Sends the numbers of each record to Weights & Biases; a resumed run continues under the same id."""
+    """Sends the numbers of each record to Weights & Biases; a resumed run continues under the same id.
+
+    Curves are drawn over `step`, the step of the run. The client's own counter of calls only grows, so what a resumed
+    or rolled-back run writes again would be ignored if steps were given to it. Here it is appended: such steps are
+    there twice, with equal values after a resume, while metrics.jsonl has the last of them alone.
+    """
 
     def __init__(self, directory: str | os.PathLike[str], *, project: str, run_id: str, config: Record):
+        """Starts or continues a run.
+
+        Raises:
+          UserError: the client is not installed, not logged in, or cannot reach its server.
+        """
         try:
             import wandb  # noqa: PLC0415  an extra
         except ImportError as error:
             raise UserError("config.wandb: wandb is not installed; run pip install 'jaxcl[wandb]'") from error
-        self._run = wandb.init(
-            dir=str(directory), project=project, id=run_id, resume="allow", config=dict(plain(config))
-        )
+        try:
+            self._run = wandb.init(
+                dir=str(directory), project=project, id=run_id, resume="allow", config=dict(plain(config))
+            )
+        except wandb.Error as error:
+            text = " ".join(str(error).split())
+            raise UserError(
+                f"config.wandb={project!r}: {text}; run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:
-        """Logs every number of the record at its step."""
-        self._run.log(dict(scalars(record)), step=record["step"])
+        """Logs every number of the record, and its step."""
+        if numbers := dict(scalars(record)):
+            self._run.log({**numbers, "step": plain(record["step"])})
 
     def sync(self) -> None:
         """Does nothing: the client uploads in the background."""

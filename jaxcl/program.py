@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import compose, losses, schedules, schema, tree
+from jaxcl import alignment, compose, flops, losses, schedules, schema, tree
 from jaxcl import evaluate as scores
 from jaxcl import guard as guards
 from jaxcl import mesh as meshes
 from jaxcl import optim as optimisers
-from jaxcl.data import prepare
+from jaxcl.data import prepare, provenance
 from jaxcl.data import rows as tables
 from jaxcl.data import stream as streams
 from jaxcl.data import tokenizer as tokenizers
@@ -39,9 +39,11 @@ class Program(NamedTuple):
     end_task: Callable[[TrainState, Batch], TrainState]
     evaluate: Callable[[Params], dict[str, dict[str, float]]]  # loss (nats per token) and bits_per_byte by domain
     evaluate_every: int  # steps
+    align: Callable[[Params], dict[str, dict[str, float]]] | None  # domain -> domain -> cosine of their gradients
+    utilisation: Callable[[float], float | None]  # tokens per second -> share of the devices' peak, None if unknown
     place: Callable[[int], Batch]  # step -> the global batch on the devices
     place_task: Callable[[int], Batch]  # stage -> its last batches without replayed rows, stacked [K, B, ...]
-    facts: dict[str, Any]  # for the report: parameters, devices, rows
+    facts: dict[str, Any]  # for the report: parameters, devices, sources
     held_out: dict[str, str]  # domain -> fingerprint of its held-out rows
 
 
@@ -58,6 +60,7 @@ class Evaluation(NamedTuple):
 
     every: int = 50  # steps
     rows: int = 64  # held-out rows per domain, at the most
+    alignment: bool = False  # compare the gradients of the domains, before training and after every task
 
 
 def build(
@@ -100,7 +103,7 @@ def build(
     """
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
-    check_options(schedule, optim, chosen)
+    check_options(schedule, optim, chosen, len(sources))
     corpora, words = corpora_of(sources, tokenizer or {}, schema.call(Packing, packing, field="packing"))
     multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
     rows = {name: corpus.train for name, corpus in corpora.items()}
@@ -111,21 +114,19 @@ def build(
     tx = optimisers.make(lr=rate, **optim)
     setting = compose.Setting(network, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
     pieces = compiled(devices, network, learner_of(method, setting, guard), flow, rate, seed)
-    return Program(
-        stream=flow,
-        evaluate=evaluator(devices, network, corpora, flow.width, chosen.rows),
-        evaluate_every=chosen.every,
-        facts=facts(devices, pieces["abstract"], corpora),
-        held_out={name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
-        **pieces,
-    )
+    return Program(stream=flow, **pieces, **measures(devices, setting, pieces["abstract"], corpora, chosen))
 
 
-def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluation: Evaluation) -> None:
+def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluation: Evaluation, domains: int) -> None:
     """Raises UserError for what the signatures of these sections cannot say."""
-    for key, value in evaluation._asdict().items():
+    for key, value in (("every", evaluation.every), ("rows", evaluation.rows)):
         if value < 1:
             raise UserError(f"config.evaluation.{key}={value}: must be at least 1")
+    if evaluation.alignment and domains == 1:
+        raise UserError(
+            "config.evaluation.alignment=True: compares the gradients of domains, and config.sources names one alone; "
+            "name another, or set it to False"
+        )
     if not isinstance(schedule.get("name"), str):
         raise UserError("config.schedule.name: missing; choose from constant, cosine, rewarm_cosine, wsd, infinite")
     for key in ("lr", "field"):
@@ -259,13 +260,34 @@ def compiled(
     }
 
 
-def evaluator(
-    mesh: jax.sharding.Mesh, network: Model, corpora: Mapping[str, prepare.Corpus], size: int, limit: int
-) -> Callable[[Params], dict[str, dict[str, float]]]:
-    """Returns the evaluation of every domain on its held-out rows, which are put on the devices here."""
-    batches = {name: list(tables.batches(c.held_out, size=size, limit=limit)) for name, c in corpora.items()}
-    ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()}
+def measures(
+    mesh: jax.sharding.Mesh,
+    setting: compose.Setting,
+    abstract: TrainState,
+    corpora: Mapping[str, prepare.Corpus],
+    chosen: Evaluation,
+) -> dict[str, Any]:
+    """Returns what a Program measures with. The held-out rows are put on the devices here, in batches of B."""
+    size = setting.example.task.shape[0]
+    batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
+    known = facts(mesh, setting, abstract, corpora)
+    cost, peak = known["flops_per_token"], known["peak_flops_per_device"]
+    return {
+        "evaluate": evaluator(setting.model, corpora, rows),
+        "evaluate_every": chosen.every,
+        "align": aligner(mesh, setting, rows) if chosen.alignment else None,
+        "utilisation": lambda speed: flops.utilisation(speed, cost, mesh.size, peak),
+        "facts": known,
+        "held_out": {name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
+    }
+
+
+def evaluator(
+    network: Model, corpora: Mapping[str, prepare.Corpus], rows: scores.Rows
+) -> Callable[[Params], dict[str, dict[str, float]]]:
+    """Returns the evaluation of every domain on its held-out rows."""
+    ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()}
     score = scores.make(network, losses.cross_entropy)
 
     def run(params: Params) -> dict[str, dict[str, float]]:
@@ -275,13 +297,39 @@ def evaluator(
     return run
 
 
-def facts(mesh: jax.sharding.Mesh, abstract: TrainState, corpora: Mapping[str, prepare.Corpus]) -> dict[str, Any]:
+def aligner(
+    mesh: jax.sharding.Mesh, setting: compose.Setting, rows: scores.Rows
+) -> Callable[[Params], dict[str, dict[str, float]]]:
+    """Returns the comparison of the domains: the cosines of their gradients of the training loss.
+
+    Each gradient is that of the first held-out batch of a domain, so a comparison costs as much as one training step
+    for each domain, and one gradient of memory for each.
+    """
+    first = [batches[0] for batches in rows.values()]
+    products = alignment.gram(setting)
+
+    @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
+    def compare(params: Params, batches: list[Batch]) -> jax.Array:
+        return alignment.cosines(products(params, jax.tree.map(lambda *x: jnp.stack(x), *batches)))  # [T, T]
+
+    def run(params: Params) -> dict[str, dict[str, float]]:
+        table = meshes.fetch(compare(params, first)).tolist()
+        return {name: dict(zip(rows, line, strict=True)) for name, line in zip(rows, table, strict=True)}
+
+    return run
+
+
+def facts(
+    mesh: jax.sharding.Mesh, setting: compose.Setting, abstract: TrainState, corpora: Mapping[str, prepare.Corpus]
+) -> dict[str, Any]:
     """Returns what the report says of the run besides its metrics."""
-    device = mesh.devices.flat[0]
+    device, length = mesh.devices.flat[0], setting.example.targets.shape[1]
     return {
         "parameters": tree.size(abstract.params),
+        "flops_per_token": round(flops.of_model(setting.model.axes, abstract.params, length)),  # forward and backward
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
         "devices": f"{mesh.devices.size} x {device.device_kind}",
+        "peak_flops_per_device": flops.peak(device),
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "rows": {name: {"train": len(c.train), "held_out": len(c.held_out)} for name, c in corpora.items()},
+        "sources": provenance.table(corpora),
     }

@@ -102,6 +102,8 @@ class Progress:
             parts.append(f"lr {record['lr']:.2e}")
         if (speed := record.get("time", {}).get("tokens_per_s")) is not None:
             parts.append(f"{_short(speed)} tokens/s")
+        if (share := record.get("time", {}).get("mfu")) is not None:
+            parts.append(f"MFU {100 * share:.0f} %")
         eta = self.eta_s()
         return [*parts, f"{duration(eta)} left"] if eta else parts
 

@@ -193,7 +193,9 @@ class Session:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         stage = self.made.stream.stage_of(step - 1)
-        speed = {"step_s": seconds, "tokens_per_s": fetched["weight"] / seconds}
+        tokens = fetched["weight"] / seconds  # targets trained on, replayed ones too; not padding or context
+        share = self.made.utilisation(tokens)
+        speed = {"step_s": seconds, "tokens_per_s": tokens} | ({} if share is None else {"mfu": share})
         about = {"task": stage, "stage": self.made.stream.stages[stage].name}
         self.out.write({"kind": "train", "step": step, **about, **fetched, "time": speed})
         if fetched.get("guard/consecutive", 0) >= 1:
@@ -205,14 +207,17 @@ class Session:
             )
 
     def evaluate(self, boundary: int | None = None) -> None:
-        """Evaluates every domain and writes the result and the ledger."""
+        """Evaluates every domain and writes the result and the ledger; at a boundary, also their alignment."""
         self.flush()
         began = time.perf_counter()
         scores = self.made.evaluate(self.state.params)
-        spent = time.perf_counter() - began
+        spent = {"seconds": time.perf_counter() - began}
+        if boundary is not None and self.made.align:
+            scores = scores | {"alignment": self.made.align(self.state.params)}
+            spent["alignment_s"] = time.perf_counter() - began - spent["seconds"]
         task = self.made.stream.stage_of(self.step - 1) if self.step else -1
         about = {"step": self.step, "task": task, "boundary": boundary}
-        self.out.write({"kind": "eval", **about, **scores, "time": {"seconds": spent}})
+        self.out.write({"kind": "eval", **about, **scores, "time": spent})
         self.out.write({"kind": "ledger", "step": self.step, "sources": self.ledger})
         self.clock = time.perf_counter()
 

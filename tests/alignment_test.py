@@ -47,6 +47,35 @@ def test_limits():
     assert float(measure(PARAMS, up, none)["alignment/cosine"]) == 0.0  # no gradient, no direction
 
 
+def test_gram_matrix_takes_parameters_of_any_shape():
+    """The inner products are those of the flattened gradients, whatever the number of dimensions of a leaf."""
+    rng = np.random.default_rng(3)
+    rows = toys.stack([toys.text(seed, task=seed % 3) for seed in range(3)])
+    model = toys.language_model()
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
+        jax.eval_shape(model.init, jax.random.key(0)),
+    )
+    params = {
+        **params,
+        "scale": jnp.float32(1.5),
+        "mlp": {**params["mlp"], "w": params["mlp"]["w"].reshape(2, 8, 4, 4)},
+    }
+
+    def apply(params, batch, cache=None):
+        scaled = {**params, "mlp": {**params["mlp"], "w": params["scale"] * params["mlp"]["w"].reshape(16, 16)}}
+        return model.apply(scaled, batch)
+
+    setting = toys.setting(model=model._replace(apply=apply))
+    products = toys.quick(alignment.gram(setting))(params, rows)
+    of = toys.quick(alignment.gradient(setting))
+    flat = []
+    for i in range(3):
+        grads = of(params, jax.tree.map(lambda x, i=i: x[i], rows))
+        flat.append(np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(grads)]))
+    np.testing.assert_allclose(products, np.stack(flat) @ np.stack(flat).T, rtol=1e-4)
+
+
 def test_gram_matrix_of_several_tasks():
     x, y = RNG.normal(size=(5, 4, 3)), RNG.normal(size=(5, 4))
     y[3] = x[3] @ W

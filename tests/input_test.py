@@ -18,6 +18,10 @@ SECTIONS = {
     "wrong type in a section": ({"evaluation": {"every": "often"}}, ["config.evaluation.every='often'", "int"]),
     "no patience": ({"rollback": 0}, ["config.rollback=0", "at least 1"]),
     "not positive": ({"evaluation": {"every": 0}}, ["config.evaluation.every=0", "at least 1"]),
+    "nothing to compare": (
+        {"sources": {"d0": {"name": "text", "path": "any.txt"}}},
+        ["config.evaluation.alignment=True", "names one alone", "set it to False"],
+    ),
     "missing key": ({"packing": {}}, ["config.packing.length", "missing"]),
     "unknown model": ({"model": {"name": "transfomer"}}, ["config.model.name='transfomer'", "'transformer'"]),
     "unknown preset": ({"model": {"name": "transformer", "preset": "tinny"}}, ["config.model.preset", "'tiny'"]),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from jaxcl import flops, metrics, progress
+from jaxcl import metrics, progress
 from jaxcl.schema import UserError
 
 
@@ -168,12 +168,6 @@ def test_tensorboard_gets_every_number_and_resumes(tmp_path):
     assert any(tag == "purged" and step == 8 for step, tag, _ in events(tmp_path))
 
 
-def test_missing_wandb_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'jaxcl\[wandb\]'"):
-        metrics.Wandb(tmp_path, project="p", run_id="r", config={})
-
-
 def test_several_writers_get_the_same_records(tmp_path):
     paths = [tmp_path / "a", tmp_path / "b"]
     writer = metrics.Several([metrics.Jsonl(path) for path in paths])
@@ -216,6 +210,14 @@ def test_plain_progress_is_calm_and_complete():
     assert "\x1b" not in "".join(lines)
 
 
+def test_progress_shows_the_share_of_the_peak_where_it_is_known():
+    show = progress.Progress(10, console=Console(file=io.StringIO()))
+    show.write(train(1, time={"tokens_per_s": 12345.0, "mfu": 0.4137}))
+    assert "12.3k tokens/s  MFU 41 %" in show.line()
+    show.write(train(2, time={"tokens_per_s": 12345.0}))
+    assert "MFU" not in show.line()
+
+
 def test_live_progress_shows_bar_losses_and_time_left():
     text = shown(terminal=True)
     for part in ("100 %", "step 10 of 10", "domain", "-0.500", "not finite", "tokens/s", "left"):
@@ -239,28 +241,6 @@ def test_time_left_counts_the_steps_of_this_process_after_compiling():
 )
 def test_durations(seconds, text):
     assert progress.duration(seconds) == text
-
-
-def test_flops_of_a_token_and_utilisation():
-    assert flops.per_token(10) == 60
-    assert flops.per_token(10, layers=2, length=8, width=4) == 60 + 12 * 2 * 8 * 4
-    assert flops.per_token(10, layers=2, length=8, width=4, causal=True) == 60 + 6 * 2 * 8 * 4
-    assert flops.utilisation(100.0, 1e10, 2, 1e12) == pytest.approx(0.5)
-    assert flops.utilisation(100.0, 1e10, 2, None) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "value"),
-    [
-        ("TPU v5 lite", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v4", 275e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks_by_device_kind(kind, value):
-    assert flops.peak(type("Device", (), {"device_kind": kind})()) == value
 
 
 def test_file_is_plain_json_for_other_tools(tmp_path):

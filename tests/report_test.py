@@ -100,7 +100,7 @@ def test_page_of_a_run_says_it_in_words(one):
     assert "Replay took 17 % of training" in text
     for part in ("complete", "Evaluation matrix", "Token ledger", "Learning rate", "Throughput", "skip", "restore"):
         assert part in text
-    for part in ("now, bits per byte", "parameters 1,123,456", "prose train 900, held_out 16", "reptile/distance"):
+    for part in ("now, bits per byte", "parameters 1,123,456", "flops_per_token 8,000,000", "reptile/distance"):
         assert part in text
     assert "Domains that no task trains on" in text
     assert "versions jax 0.10.2" in text

@@ -51,7 +51,7 @@ def config(folder, **overrides):
         "optim": {"name": "adamw", "weight_decay": 0.1, "clip": 1.0},
         "schedule": {"name": "infinite", "peak": 1e-2, "constant": 5e-3, "warmup": 3, "cooldown": 8},
         "guard": {"spike": 20.0, "warmup": 4, "window": 8},
-        "evaluation": {"every": 4, "rows": 8},
+        "evaluation": {"every": 4, "rows": 8, "alignment": True},
         "checkpoint": {"every_steps": 3, "every_minutes": None, "keep": 3},
         "tensorboard": False,
     }
@@ -85,7 +85,9 @@ def shared(folder):
         made = program.build(**{**pieces, "mesh": {"devices": jax.devices()[:1]}})
         state = made.create()
         state, _ = made.step(state, made.place(0))
-        made.evaluate(made.end_task(state, made.place_task(0)).params)
+        state = made.end_task(state, made.place_task(0))
+        made.evaluate(state.params)
+        made.align(state.params)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     return settings, loop, made
@@ -160,7 +162,7 @@ def reuse(folder, monkeypatch, poison=lambda step, batch: batch):
     @functools.wraps(build)
     def again(**pieces):
         new = build(**{**pieces, "mesh": {"devices": jax.devices()[:1]}})
-        same = {name: getattr(made, name) for name in ("create", "step", "end_task", "evaluate")}
+        same = {name: getattr(made, name) for name in ("create", "step", "end_task", "evaluate", "align")}
         return new._replace(place=lambda step: poison(step, new.place(step)), **same)
 
     monkeypatch.setattr(program, "build", again)

@@ -2,13 +2,17 @@
 
 import copy
 import dataclasses
+import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import small
+import toys
 
-from jaxcl import train
+from jaxcl import distributed, flops, losses, metrics, program, train
+from jaxcl.data import rows as tables
 from jaxcl.schema import UserError
 
 
@@ -47,6 +51,78 @@ def test_every_step_is_written_once_and_every_boundary_evaluated(straight):
     assert evals == {0: -1, 4: None, 8: 0, 12: None, 16: 1, 20: None, 24: 2}
     assert small.events(straight) == []
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["18", "21", "24"]
+
+
+def test_at_every_boundary_the_gradients_of_the_domains_are_compared(straight, folder):
+    _, _, made = small.shared(folder)
+    told = {r["boundary"]: r.get("alignment") for r in small.records(straight, "eval")}
+    assert set(told) == {-1, 0, 1, 2, None}
+    assert told.pop(None) is None
+    for table in told.values():
+        cosines = np.array([[table[a][b] for b in made.stream.sources] for a in made.stream.sources])
+        np.testing.assert_allclose(np.diagonal(cosines), 1, rtol=1e-5)
+        np.testing.assert_array_equal(cosines, cosines.T)
+        assert np.all(np.abs(cosines) <= 1 + 1e-6)
+    assert told[-1] != told[0] != told[1] != told[2]
+    spent = [r["time"] for r in metrics.read(straight / "metrics.jsonl") if r["kind"] == "eval"]
+    assert ["alignment_s" in times for times in spent] == [True, False, True, False, True, False, True]
+
+
+def test_what_is_compared_is_the_gradient_of_the_training_loss(straight, folder):
+    """Against gradients of the first held-out batch of each domain, flattened and multiplied in float64."""
+    settings, _, made = small.shared(folder)
+    corpora, words = program.corpora_of(settings["sources"], {}, program.Packing(**settings["packing"]))
+    network = program.network_of(settings["model"], words, settings["packing"]["length"])
+    params = made.create().params
+
+    def loss(params, rows):
+        total, weight = losses.cross_entropy(network.apply(params, rows), rows)
+        return total / weight
+
+    gradient = toys.quick(jax.grad(loss))
+    flat = []
+    for corpus in corpora.values():
+        grads = gradient(params, next(tables.batches(corpus.held_out, size=8, limit=8)))
+        flat.append(np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(grads)]))
+    unit = np.stack([g / np.linalg.norm(g) for g in flat])
+    told = next(r["alignment"] for r in small.records(straight, "eval") if r["boundary"] == -1)
+    found = [[told[a][b] for b in corpora] for a in corpora]
+    np.testing.assert_allclose(found, unit @ unit.T, atol=1e-5)
+    assert np.ptp(found) > 0.01  # the domains differ
+
+
+def test_the_share_of_the_peak_is_written_where_the_peak_is_known(folder, straight, tmp_path, monkeypatch):
+    times = [r["time"] for r in metrics.read(straight / "metrics.jsonl") if r["kind"] == "train"]
+    assert not any("mfu" in time for time in times)  # of a CPU
+    assert "mfu" not in (straight / "report.html").read_text().lower()
+    monkeypatch.setattr(flops, "PEAKS", (("cpu", 1e12),))
+    settings, own, made = small.shared(folder)
+    _, pieces = train.split(settings)
+    known = program.build(**{**pieces, "mesh": {"devices": jax.devices()[:2], "data": 2}})
+    cost, peak = known.facts["flops_per_token"], known.facts["peak_flops_per_device"]
+    assert (cost, peak) == (made.facts["flops_per_token"], 1e12)
+    assert known.utilisation(1000.0) == pytest.approx(1000.0 * cost / 2e12)
+    small.strike(monkeypatch, "SIGTERM", 2)
+    session = train.Session(made._replace(utilisation=known.utilisation), own, tmp_path / "run", settings)
+    with pytest.raises(train.Stopped), distributed.stop_on_signal() as stopped:
+        session.train(stopped)
+    session.close()
+    times = [r["time"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert len(times) == 3
+    for time in times:
+        assert time["mfu"] == pytest.approx(time["tokens_per_s"] * cost / 2e12)
+
+
+def test_run_json_says_where_the_data_came_from(straight, folder):
+    sources = json.loads((straight / "run.json").read_text())["facts"]["sources"]
+    _, _, made = small.shared(folder)
+    assert list(sources) == ["d0", "d1", "d2"]
+    assert {name: about["held_out"]["fingerprint"] for name, about in sources.items()} == made.held_out
+    assert sources["d1"]["source"]["path"] == small.config(folder)["sources"]["d1"]["path"]
+    text = (straight / "report.html").read_text()
+    for about in sources.values():
+        assert about["train"]["fingerprint"][:12] in text
+    assert about["train"]["fingerprint"] not in text
 
 
 def test_the_ledger_counts_what_the_batches_held(straight, folder):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import jaxcl
 from jaxcl import metrics
@@ -100,11 +97,4 @@ def _replace(target: Path, text: str) -> None:
 
 def _time(run: Run) -> dict[str, Any]:
     """Returns what depends on the clock and on interruptions."""
-    speed = run.speed.get("tokens_per_s", np.array([]))
-    known = speed[np.isfinite(speed)]
-    step_s = run.speed.get("step_s", np.array([]))
-    return {
-        "tokens_per_s": float(np.median(known)) if known.size else math.nan,
-        "train_s": float(np.nansum(step_s)) if step_s.size else math.nan,
-        "events": run.events,
-    }
+    return {**figures.speed(run), "events": run.events}

@@ -35,6 +35,7 @@ def of(run: Run) -> dict[str, Any]:
         "per_task_forgetting": forgetting.per_task_forgetting(done).tolist() if done.shape[1] else [],
         "figures": forgetting.summary(done) | _anytime(run) | _worst_gap(gaps),
         "gaps": gaps,
+        "alignment": alignment(run),
         "others": _others(run),
         "bits_per_byte": {domain: _last(values) for domain, values in run.bits_per_byte.items()},
         "tokens": tokens(run),
@@ -64,15 +65,50 @@ def stability_gaps(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+def alignment(run: Run) -> list[dict[str, Any]]:
+    """Returns one entry per boundary at which gradients were compared, in their order.
+
+    `cosines` [D, D] are those of `domains`; `mean` is that of the pairs of different domains.
+    """
+    rows = []
+    for boundary, table in sorted(run.alignment.items()):
+        pairs = table[np.triu_indices(len(table), 1)]
+        mean = float(np.mean(pairs)) if pairs.size else float("nan")
+        entry = {"boundary": boundary, "step": run.boundaries[boundary], "mean": mean, "cosines": table.tolist()}
+        rows.append(entry)
+    return rows
+
+
 def tokens(run: Run) -> dict[str, int]:
     """Returns new and replayed tokens over all sources."""
     return {kind: sum(int(row.get(f"{kind}_tokens", 0)) for row in run.ledger.values()) for kind in ("new", "replayed")}
+
+
+def speed(run: Run) -> dict[str, float]:
+    """Returns what a typical step reached, the median of each: `tokens_per_s` (targets trained on, replayed ones too),
+    `model_flops_per_s` (their FLOPs by `jaxcl.flops`, forward and backward) and `mfu` (share of the devices' peak); and
+    `train_s`, the seconds of all steps. NaN where not known.
+    """
+    tokens_per_s = _median(run.speed.get("tokens_per_s", np.array([])))
+    cost = run.about.get("facts", {}).get("flops_per_token")
+    seconds = run.speed.get("step_s", np.array([]))
+    return {
+        "tokens_per_s": tokens_per_s,
+        "model_flops_per_s": tokens_per_s * cost if cost else float("nan"),
+        "mfu": _median(run.speed.get("mfu", np.array([]))),
+        "train_s": float(np.nansum(seconds)) if seconds.size else float("nan"),
+    }
 
 
 def peak_lr(run: Run) -> float:
     """Returns the largest learning rate that was used; NaN if none was recorded."""
     rates = run.train.get("lr", np.array([]))
     return float(np.nanmax(rates)) if np.isfinite(rates).any() else float("nan")
+
+
+def _median(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else float("nan")
 
 
 def _last(values: np.ndarray) -> float:

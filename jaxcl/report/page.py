@@ -42,7 +42,7 @@ figure, .card { background: var(--surface); border: 1px solid var(--rule); borde
   margin: 14px 0; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 14px;
   margin: 14px 0; }
-.pairs figure { margin: 0; min-width: 0; }
+.pairs figure, .pairs .card { margin: 0; min-width: 0; }
 figcaption, .hint { color: var(--soft); font-size: 0.87rem; margin: 8px 0 0; max-width: 78ch; }
 svg { display: block; width: 100%; height: auto; }
 svg.narrow, .legend.narrow { display: none; }
@@ -65,6 +65,7 @@ th { font-weight: 600; font-size: 0.85rem; } thead th { color: var(--soft); vert
 th:first-child, td.text, th.text { text-align: left; } td.text { white-space: normal; overflow-wrap: anywhere; }
 tbody tr:last-child > * { border-bottom: 0; }
 td.heat { background: color-mix(in srgb, var(--heat) var(--share), var(--surface)); }
+td.ally { background: color-mix(in srgb, var(--c0) var(--share), var(--surface)); }
 td.own { font-weight: 700; box-shadow: inset 0 0 0 2px var(--accent); }
 .pm { color: var(--soft); font-size: 0.84em; font-weight: 400; } .good { color: var(--good); font-weight: 600; }
   .bad { color: var(--bad); font-weight: 600; }
@@ -82,6 +83,7 @@ footer { color: var(--soft); font-size: 0.85rem; margin-top: 48px; }
   .tiles { grid-template-columns: repeat(2, 1fr); gap: 8px; }
   main { padding: 24px 14px 48px; } h1 { font-size: 1.5rem; } figure, .card { padding: 12px; }
   th[scope=row] { position: sticky; left: 0; background: var(--surface); white-space: normal; min-width: 104px; }
+  td.text { min-width: 140px; }
   svg.wide { display: none; } svg.narrow { display: block; } .legend.narrow { display: flex; } th,
   td { padding: 6px 8px; } }
 @media print { body { background: none; } figure, .card, .tiles div { break-inside: avoid; } }
@@ -106,11 +108,11 @@ def html(title: str, body: str) -> str:
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, hint: str = "") -> str:
     """Returns a table in a card; cells are HTML, the first of each row is its heading.
 
-    A cell may begin with `<td`; otherwise it is wrapped. Scrolls sideways on narrow screens.
+    A cell may begin with `<td`, one of the head with `<th`; else it is wrapped. Scrolls sideways on narrow screens.
     """
     if not rows:
         return ""
-    heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    heads = "".join(cell if cell.startswith("<th") else f'<th scope="col">{cell}</th>' for cell in head)
     lines = "".join(
         f'<tr><th scope="row">{row[0]}</th>'
         + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row[1:])
@@ -122,6 +124,11 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, h
         f'<div class="card"><div class="scroll" tabindex="0"><table><caption>{caption}</caption>'
         f"<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>{note}</div>"
     )
+
+
+def text_head(name: str) -> str:
+    """Returns the head of a column of text, which is set to the left."""
+    return f'<th scope="col" class="text">{name}</th>'
 
 
 def tiles(entries: Sequence[tuple[str, str, str]]) -> str:

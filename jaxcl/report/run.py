@@ -29,6 +29,7 @@ class Run:
     losses: dict[str, np.ndarray]  # domain -> float [N], NaN where not measured
     bits_per_byte: dict[str, np.ndarray]  # the same in bits per byte; empty if not recorded
     boundaries: dict[int, int]  # k -> step of the evaluation after task k; -1 = before training
+    alignment: dict[int, np.ndarray]  # k -> cosines [D, D] of the gradients of `domains`; empty if not recorded
     train: dict[str, np.ndarray]  # column -> float [M], with "step" and "task"
     speed: dict[str, np.ndarray]  # columns of "time"
     ledger: dict[str, dict[str, int]]  # source -> counts at the end
@@ -122,6 +123,9 @@ def _assemble(
             d: _column([r["bits_per_byte"] for r in ordered], d) for d in domains if ordered[0]["bits_per_byte"]
         },
         boundaries={record["boundary"]: record["step"] for record in evals if _is_boundary(record)},
+        alignment={
+            r["boundary"]: _square(r["alignment"], domains) for r in evals if _is_boundary(r) and r.get("alignment")
+        },
         train=_columns(train),
         speed=_columns([{"step": r["step"], **r.get("time", {})} for r in train]),
         ledger=ledgers[-1].get("sources", {}) if ledgers else {},
@@ -201,6 +205,11 @@ def _number(value: Any) -> float:
 
 def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([_number(row.get(name)) for row in rows])
+
+
+def _square(table: dict[str, dict[str, Any]], names: list[str]) -> np.ndarray:
+    """Returns a table by names, row -> column -> value, as an array [D, D]."""
+    return np.stack([_column([table.get(row, {}) for row in names], name) for name in names], axis=1)
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 import jaxcl
-from jaxcl.report import page, words
+from jaxcl.report import origin, page, words
 from jaxcl.report.chart import Line, Span, figure
-from jaxcl.report.figures import TOLERANCE, WINDOW
+from jaxcl.report.figures import TOLERANCE, WINDOW, speed
 from jaxcl.report.run import Run, readable
 
 STANDARD = ("step", "task", "loss", "lr", "grad_norm", "weight")  # columns that every method has
@@ -26,7 +26,8 @@ def body(run: Run, figures: dict[str, Any]) -> str:
         learning(run),
         matrix(run, figures),
         gaps(run, figures),
-        ledger(run),
+        alignment(run, figures),
+        origin.section(run),
         machinery(run),
         particulars(run),
         events(run),
@@ -172,29 +173,25 @@ def gaps(run: Run, figures: dict[str, Any]) -> str:
     return "<h2>Stability gaps</h2>" + chart + page.table("Gap of each earlier domain", heads, rows, hint=hint)
 
 
-def ledger(run: Run) -> str:
-    """Returns where the tokens came from."""
-    largest = max((row.get("new_tokens", 0) + row.get("replayed_tokens", 0) for row in run.ledger.values()), default=0)
-    if not largest:
+def alignment(run: Run, figures: dict[str, Any]) -> str:
+    """Returns the cosines between the gradients of the domains at each boundary, as small heat tables."""
+    tables = []
+    for entry in figures["alignment"]:
+        k = entry["boundary"]
+        rows = [
+            [escape(domain), *(_cosine(value, own=i == j) for j, value in enumerate(entry["cosines"][i]))]
+            for i, domain in enumerate(run.domains)
+        ]
+        caption = "Before training" if k < 0 else f"After {escape(run.tasks[k])}"
+        caption += f" (mean of the pairs {nats(entry['mean'], 2, sign=True)})"
+        tables.append(page.table(caption, ["", *map(escape, run.domains)], rows))
+    if not tables:
         return ""
-    rows = []
-    for source in sorted(run.ledger, key=lambda s: run.domains.index(s) if s in run.domains else len(run.domains)):
-        row = run.ledger[source]
-        new, old = row.get("new_tokens", 0), row.get("replayed_tokens", 0)
-        widths = (("new", 100 * new / largest), ("old", 100 * old / largest))
-        bar = "".join(f'<i class="{kind}" style="width:{width:.1f}%"></i>' for kind, width in widths)
-        cells = [words.count(new), words.count(old), words.percent(old, new + old)]
-        rows.append([escape(source), *cells, f'<td><div class="bar" aria-hidden="true">{bar}</div></td>'])
-    new, old = (sum(row.get(f"{kind}_tokens", 0) for row in run.ledger.values()) for kind in ("new", "replayed"))
-    rows.append(["<strong>all</strong>", words.count(new), words.count(old), words.percent(old, new + old), ""])
-    heads = [
-        "source",
-        "new",
-        "replayed",
-        "share replayed",
-        "<span class='key c0'></span>new <span class='key c1'></span>replayed",
-    ]
-    return "<h2>Where the tokens came from</h2>" + page.table("Token ledger", heads, rows)
+    hint = (
+        "Cosines between the gradients of the training loss on held-out rows of each domain. Positive (blue): a small "
+        "step on one domain lowers the loss of the other. Negative (orange): it raises it."
+    )
+    return f'<h2>Do the domains pull together?</h2><p class="hint">{hint}</p>{page.pairs(tables)}'
 
 
 def machinery(run: Run) -> str:
@@ -209,14 +206,20 @@ def machinery(run: Run) -> str:
         line = Line("", columns["step"], columns[name], colour, thin=True)
         return figure([line], title=title, x="step", y=unit, spans=shaded, half=True, **more)
 
-    speed = run.speed.get("tokens_per_s", np.array([]))
-    middle = f"Median {words.count(float(np.nanmedian(speed)))} tokens per second." if np.isfinite(speed).any() else ""
     return "<h2>How the training went</h2>" + page.pairs(
         [
             one(train, "loss", "Training loss", "nats per token", 0),
             one(train, "lr", "Learning rate", "learning rate", 2, zero=True),
             one(train, "grad_norm", "Gradient norm", "norm", 3, zero=True),
-            one(run.speed, "tokens_per_s", "Throughput", "tokens per second", 5, zero=True, caption=middle),
+            one(
+                run.speed,
+                "tokens_per_s",
+                "Throughput",
+                "tokens per second",
+                5,
+                zero=True,
+                caption=words.speed(speed(run)),
+            ),
         ]
     )
 
@@ -241,13 +244,14 @@ def events(run: Run) -> str:
          f'<td class="text">{escape(str(event.get("message", "")))}</td>']
         for event in run.events
     ]  # fmt: skip
-    return page.table("Events", ["step", "event", "message"], rows)
+    return page.table("Events", ["step", *map(page.text_head, ("event", "message"))], rows)
 
 
 def appendix(run: Run) -> str:
     """Returns configuration and version."""
     text = escape(json.dumps(run.config, indent=2, sort_keys=True, ensure_ascii=False))
-    facts = {**run.about.get("facts", {}), "versions": run.about.get("versions")}
+    facts = {k: v for k, v in run.about.get("facts", {}).items() if k != "sources"}  # these have a table of their own
+    facts["versions"] = run.about.get("versions")
     rows = [
         [escape(str(name)), f'<td class="text">{escape(_plain(value))}</td>'] for name, value in facts.items() if value
     ]
@@ -281,6 +285,13 @@ def _heat(value: float, low: float, high: float, *, own: bool) -> str:
         return "<td>–</td>"
     share = 0 if high == low else 60 * (value - low) / (high - low)
     return f'<td class="heat{" own" if own else ""}" style="--share:{share:.0f}%">{nats(value)}</td>'
+
+
+def _cosine(value: float, *, own: bool) -> str:
+    if own or not np.isfinite(value):
+        return f'<td class="pm">{"1" if own else "–"}</td>'
+    side = " ally" if value > 0 else ""
+    return f'<td class="heat{side}" style="--share:{60 * min(abs(value), 1):.0f}%">{nats(value, 2, sign=True)}</td>'
 
 
 def _plain(value: Any) -> str:

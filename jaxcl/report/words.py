@@ -28,16 +28,43 @@ def interval(value: Interval, *, sign: bool = False) -> str:
 
 def count(value: float) -> str:
     """Returns a number of tokens: 850, 12.3 k, 4.10 M, 512 M."""
-    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    return _scaled(value, ((1e9, " B"), (1e6, " M"), (1e3, " k")))
+
+
+def measure(value: float, unit: str) -> str:
+    """Returns a figure with its unit: 850 B, 1.23 MB, 310 GFLOP/s."""
+    prefixes = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+    return (
+        _scaled(value, tuple((limit, f" {letter}{unit}") for limit, letter in prefixes)) if value >= 1 else f"0 {unit}"
+    )
+
+
+def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    for limit, unit in units:
         if value >= limit:
             scaled = value / limit
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {letter}"
+            return f"{scaled:.{0 if limit == 1 or scaled >= 100 else 1 if scaled >= 10 else 2}f}{unit}"
     return f"{value:,.0f}"
 
 
+def speed(figures: dict[str, float]) -> str:
+    """Returns the speed of a typical step: tokens, model arithmetic and its share of the peak, as far as known."""
+    tokens, arithmetic, share = (figures[name] for name in ("tokens_per_s", "model_flops_per_s", "mfu"))
+    if math.isnan(tokens):
+        return ""
+    text = f"Median {count(tokens)} tokens per second, counting targets trained on, replayed ones too."
+    if math.isnan(arithmetic):
+        return text
+    text += f" That is {measure(arithmetic, 'FLOP/s')} of model arithmetic"
+    return f"{text}." if math.isnan(share) else f"{text}, {percent(share, 1)} of the bfloat16 peak (MFU)."
+
+
 def percent(part: float, whole: float) -> str:
-    """Returns a share such as 25 %; a dash of nothing."""
-    return f"{100 * part / whole:.2g} %" if whole else "–"
+    """Returns a share such as 25 %, 0.41 % or 130 %; a dash of nothing."""
+    if not whole:
+        return "–"
+    value = 100 * part / whole
+    return f"{value:,.0f} %" if value >= 99.5 else f"{value:.2g} %"
 
 
 def join(names: list[str]) -> str:

@@ -1,0 +1,86 @@
+"""FLOPs of a token by hand and by counting a program's matrix products; peaks of devices."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxcl import flops
+from jaxcl.kernels.attention import reference
+from jaxcl.models import mlp, transformer
+from jaxcl.types import Batch
+
+
+def test_flops_of_a_token_and_utilisation():
+    assert flops.per_token(10) == 60
+    assert flops.per_token(10, layers=2, length=8, width=4) == 60 + 12 * 2 * 8 * 4
+    assert flops.per_token(10, layers=2, length=8, width=4, causal=True) == 60 + 6 * 2 * 8 * 4
+    assert flops.utilisation(100.0, 1e10, 2, 1e12) == pytest.approx(0.5)
+    assert flops.utilisation(100.0, 1e10, 2, None) is None
+
+
+def products(jaxpr):
+    """Returns the FLOPs of all matrix products of a program, loops unrolled; of a branch by platform, the first."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+            total += 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+        times = eqn.params.get("length", 1)
+        inner = jax.tree.leaves(list(eqn.params.values()))
+        bodies = [getattr(p, "jaxpr", p) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
+        total += times * sum(map(products, bodies[:1] if eqn.primitive.name == "cond" else bodies))
+    return total
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "tiny"},
+        {"preset": "tiny", "tied": True},
+        {
+            "preset": "tiny",
+            "tied": False,
+            "kv_heads": 2,
+            "head_dim": 10,
+            "qkv_bias": True,
+            "qk_norm": True,
+            "layers": 3,
+        },
+    ],
+)
+def test_flops_of_a_transformer_are_those_of_its_matrix_products(options, monkeypatch):
+    """Three times those of the forward pass, counted in its program with plain attention."""
+    monkeypatch.setattr(transformer, "attention", reference.attention)
+    model, length = transformer.make(**options), 24
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    batch = Batch(row, row, row, row, row, jax.ShapeDtypeStruct((1,), jnp.int32))
+    forward = jax.make_jaxpr(lambda p, b: model.apply(p, b).logits)(params, batch)
+    assert flops.of_model(model.axes, params, length) * length == 3 * products(forward.jaxpr)
+
+
+def test_flops_of_models_without_attention_and_without_names():
+    model = mlp.make(inputs=5, hidden=[7, 3], classes=2)
+    assert flops.of_model(model.axes, jax.eval_shape(model.init, jax.random.key(0)), 1) == 6 * (5 * 7 + 7 * 3 + 3 * 2)
+    params = {"w": jnp.ones((4, 5)), "scale": jnp.ones(5), "gain": jnp.ones(())}
+    assert flops.of_model({"w": (None, None), "scale": (None,), "gain": ()}, params, 8) == 6 * 20
+    tables = {"positions": jnp.ones((9, 4)), "tokens": jnp.ones((11, 4)), "head": jnp.ones((4, 11))}
+    axes = {"positions": ("length", "embed"), "tokens": ("vocab", "embed"), "head": ("embed", "vocab")}
+    assert flops.of_model(axes, tables, 8) == 6 * 44
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v4", 275e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks_by_device_kind(kind, value):
+    assert flops.peak(type("Device", (), {"device_kind": kind})()) == value
