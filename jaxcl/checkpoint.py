@@ -353,7 +353,7 @@ def _files(root: epath.Path, prefix: str = "") -> list[str]:
     for entry in (root / prefix).iterdir():
         name = f"{prefix}/{entry.name}" if prefix else entry.name
         names += _files(root, name) if entry.is_dir() else [name]
-    return sorted(name for name in names if not name.startswith("part-"))
+    return sorted(name for name in names if not name.startswith(("part-", ".part-")))  # others may be writing theirs
 
 
 def _fingerprint(path: epath.Path) -> list[Any]:

@@ -9,6 +9,7 @@ import pytest
 import small
 from train_test import damage, nan_at
 
+from jaxcl import folder as run_folder
 from jaxcl import train
 from jaxcl.data.archive import Archive
 from jaxcl.data.reservoir import Reservoir
@@ -22,7 +23,6 @@ CHAIN = [
     ("SIGKILL:step:10", -9),  # the reservoir has steps 0 to 7, the checkpoint is of step 9
     ("SIGKILL:commit:112", -9),
     ("SIGKILL:commit:112", -9),
-    ("SIGTERM:step:17", 0),
     ("SIGKILL:save:21", -9),
     ("none", 0),
 ]
@@ -83,20 +83,28 @@ def flip(settings, workdir, slot):
 def test_processes_change_no_bit(folder, tmp_path):
     settings = config(folder, mesh={"data": 2}, stream__steps=5, method="er(capacity=24)")
     del settings["guard"]
-    command(settings, folder, tmp_path / "one", devices=2)
-    command(settings, folder, tmp_path / "two", "SIGTERM:step:9@1", count=2)
-    assert 9 <= small.checkpoint(tmp_path / "two")[0] < 15
-    shutil.copytree(tmp_path / "two", tmp_path / "mixed")
-    shutil.copytree(tmp_path / "two", tmp_path / "damaged")
-    flip(settings, tmp_path / "damaged", 1)
-    log = command(settings, folder, tmp_path / "damaged", count=2, code=2)
+    one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
+    command(settings, folder, one, devices=2)
+    command(settings, folder, two, count=2)
+    assert outcome(settings, two) == outcome(settings, one)
+    assert len(list((two / "reservoir").glob("stripe-*"))) == 2
+    shutil.copytree(two, mixed)
+    back_to(mixed, 9)
+    command(settings, folder, mixed, devices=2)  # one process goes on with the files of two
+    assert outcome(settings, mixed) == outcome(settings, one)
+    back_to(two, 9)
+    flip(settings, two, 1)
+    log = command(settings, folder, two, count=2, code=2)
     assert "of the stream is damaged; restore a copy" in log
     assert "process 1 cannot go on" in log
-    command(settings, folder, tmp_path / "two", count=2)
-    command(settings, folder, tmp_path / "mixed", devices=2)  # one process goes on with the files of two
-    assert outcome(settings, tmp_path / "two") == outcome(settings, tmp_path / "one")
-    assert outcome(settings, tmp_path / "mixed") == outcome(settings, tmp_path / "one")
-    assert len(list((tmp_path / "two" / "reservoir").glob("stripe-*"))) == 2
+
+
+def back_to(workdir, step):
+    """Removes what a run did after the checkpoint at a step."""
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    run_folder.write(workdir / "run.json", {**run_folder.about(workdir), "finished": False})
 
 
 def go_on(folder, workdir, settings=None, stop=None, **options):
@@ -123,13 +131,6 @@ def begun(folder, tmp_path_factory):
     return workdir
 
 
-def back_to(workdir, step):
-    """Removes the checkpoints after a step."""
-    for path in (workdir / "checkpoints").iterdir():
-        if int(path.name) > step:
-            shutil.rmtree(path)
-
-
 @pytest.mark.parametrize("stop", [6, 7, 8, 15, 16])
 def test_a_stop_around_a_commit_changes_no_bit(folder, straight, tmp_path, stop):
     go_on(folder, tmp_path / "run", stop=stop)
@@ -139,7 +140,7 @@ def test_a_stop_around_a_commit_changes_no_bit(folder, straight, tmp_path, stop)
 
 def test_a_rollback_changes_no_bit(folder, straight, tmp_path):
     settings = config(folder, rollback=3)
-    go_on(folder, tmp_path / "run", settings, poison=nan_at([16, 17, 18], times=1))  # back to 15, before the commit
+    go_on(folder, tmp_path / "run", settings, poison=nan_at([15, 16, 17], times=1))  # back to 15, before the commit
     assert (15, "rollback") in small.events(tmp_path / "run")
     assert outcome(settings, tmp_path / "run") == outcome(settings, straight)
 
