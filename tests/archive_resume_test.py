@@ -81,7 +81,7 @@ def flip(settings, workdir, slot):
 
 
 def test_processes_change_no_bit(folder, tmp_path):
-    settings = config(folder, mesh={"data": 2}, stream__steps=5, method="er(capacity=24)")
+    settings = config(folder, mesh={"data": 2}, stream__steps=5, method="cpt")
     del settings["guard"]
     one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
     command(settings, folder, one, devices=2)

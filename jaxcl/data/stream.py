@@ -14,15 +14,15 @@ change when a later stage is edited, added or removed. New rows: slot n of a sta
 counts (`mixture.py`); each source walks through its rows in an order shuffled anew every epoch (`permutation.py`)
 and goes on in later stages where it stopped. Replay is an index transform over exactly the rows seen so far:
 
-  over="earlier"  the distinct rows that were new in earlier stages, none twice until all have come
-  over="seen"     all distinct rows before this step, drawn anew each step, none twice in a step
-  over="reservoir"  a uniform sample of `capacity` of the rows before this step, drawn anew each step; for data that may
-                  not be kept. The index says which rows; their content is read from the run's disk (`archive.py`)
-                  and given to `at` as `recall`. A row counts once for every time that it was new
-  mode="replace"  the batch stays at B rows and replayed rows take the place of new ones (compute-equivalent replay;
-                  Ibrahim et al., TMLR 2024)
-  mode="extend"   all B new rows stay and replayed ones are added until they are `fraction` of the rows;
-                  the batch has a fixed width, filled with rows of weight 0 where the count alternates
+  over="earlier"    the distinct rows that were new in earlier stages, none twice until all have come
+  over="seen"       all distinct rows before this step, drawn anew each step, none twice in a step
+  over="reservoir"  a uniform sample of `capacity` rows of all that have come, drawn anew each step; for data that may
+                    not be kept. The index names the rows, and `recall` reads their content from the run's disk
+                    (`archive.py`). A row counts as often as it was new; the newest join every COMMIT_STEPS steps
+  mode="replace"    the batch stays at B rows and replayed rows take the place of new ones (compute-equivalent replay;
+                    Ibrahim et al., TMLR 2024)
+  mode="extend"     all B new rows stay and replayed ones are added until they are `fraction` of the rows;
+                    the batch has a fixed width, filled with rows of weight 0 where the count alternates
 
 The number of replayed rows is rounded with error diffusion: over any prefix of a stage it is within half a row of the
 fraction. The stream's `replay` holds from the second stage on; a stage with its own `replay` overrides it, also in the
