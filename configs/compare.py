@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 
-PEAK = 5e-3
+PEAK = 3e-3
 STEPS = {"prose": 900, "code": 450, "headers": 450}  # the first is trained until it improves slowly
 MER = "reptile(every=10, keep=0.5)"
 
@@ -31,6 +31,7 @@ def get_config():
     config.packing.length = 64
     config.stream.stages = tuple({"name": d, "mixture": {d: 1.0}, "steps": n} for d, n in STEPS.items())
     config.schedule = ConfigDict({"name": "rewarm_cosine", "peak": PEAK, "warmup": 0.05, "end": PEAK / 10})
+    config.guard = ConfigDict({"spike": float("inf")})  # skips what is not finite; spikes are part of the result
     config.evaluation.update({"every": 50, "rows": 128})
     config.checkpoint.update({"every_steps": 900, "every_minutes": None})
 

@@ -5,6 +5,7 @@ with distributed.stop_on_signal() as stopped:
     ...
     if reason := stopped(step):             the same answer on every process, so all of them save and leave
         break
+distributed.together(action)                fails on all processes if it fails on one
 distributed.shutdown()                      last: a process that leaves early makes the others abort
 """
 
@@ -17,7 +18,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+
+from jaxcl.schema import UserError
 
 
 def initialize() -> bool:
@@ -55,6 +59,26 @@ def shutdown() -> None:
     """Waits for the other processes and leaves; harmless without a cluster."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def together(action: Callable[[], object]) -> None:
+    """Calls `action` on every process and returns once all have done it.
+
+    Raises:
+      UserError: that of `action`; and on the other processes, so that none waits for one that has left.
+    """
+    error = None
+    try:
+        action()
+    except UserError as found:
+        error = found
+    failed = [error is not None]
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.int32(failed[0])).tolist()
+    if error:
+        raise error
+    if any(failed):
+        raise UserError(f"process {failed.index(True)} cannot go on; its own message says why")
 
 
 @contextlib.contextmanager

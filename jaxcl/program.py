@@ -41,7 +41,7 @@ class Program(NamedTuple):
     evaluate_every: int  # steps
     align: Callable[[Params], dict[str, dict[str, float]]] | None  # domain -> domain -> cosine of their gradients
     utilisation: Callable[[float], float | None]  # tokens per second -> share of the devices' peak, None if unknown
-    place: Callable[[int], Batch]  # step -> the global batch on the devices
+    place: Callable[..., Batch]  # step[, recall of the reservoir] -> the global batch on the devices
     place_task: Callable[[int], Batch]  # stage -> its last batches without replayed rows, stacked [K, B, ...]
     facts: dict[str, Any]  # for the report: parameters, devices, sources
     held_out: dict[str, str]  # domain -> fingerprint of its held-out rows
@@ -167,7 +167,7 @@ def stream_of(
       batch: B, rows per step.
       stages: dicts with name, mixture (domain -> weight), and optionally steps and replay; one task each.
       steps: of every stage that does not say.
-      replay: fraction, mode and over; see `jaxcl.data.stream`.
+      replay: fraction, mode, over and capacity; see `jaxcl.data.stream`.
     """
     table = []
     for i, stage in enumerate(stages):
@@ -239,14 +239,14 @@ def compiled(
     def end_task(state: TrainState, batch: Batch) -> TrainState:
         return learner.end_task(state, batch, key_for(seed, "end_task", state.step))
 
-    def place(number: int) -> Batch:
+    def place(number: int, recall: streams.Recall | None = None) -> Batch:
         index = flow.index(number)
-        return meshes.place(mesh, lambda part: flow.read(index, part), rows=flow.width)
+        return meshes.place(mesh, lambda part: flow.read(index, part, recall), rows=flow.width)
 
     def place_task(stage: int) -> Batch:
         end = flow.boundaries[stage]
         first = max(end - TASK_BATCHES, end - flow.stages[stage].steps)
-        batches = [flow.at(number) for number in range(first, end)]
+        batches = [flow.at(number, recall=lambda _: {}) for number in range(first, end)]
         new = [dataclasses.replace(b, weights=b.weights * (1 - b.extra["replayed"])[:, None]) for b in batches]
         return meshes.place(mesh, jax.tree.map(lambda *x: np.stack(x), *new), axis=1)
 

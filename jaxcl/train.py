@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxcl import allocator, checkpoint, distributed, folder, mesh, metrics, program, progress, report, schema
+from jaxcl.data.archive import Archive
 from jaxcl.report import terminal
 from jaxcl.types import Batch, Metrics, TrainState
 
@@ -41,8 +43,8 @@ class BadSteps(Exception):
 class Feeder:
     """Reads and places the next batches in a thread while the device works."""
 
-    def __init__(self, made: program.Program, start: int):
-        self._place, self._next, self._end = made.place, start, made.stream.total_steps
+    def __init__(self, place: Callable[[int], Batch], start: int, end: int):
+        self._place, self._next, self._end = place, start, end
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feeder")
         self._queue: deque[Future[Batch]] = deque()
 
@@ -54,8 +56,8 @@ class Feeder:
         return self._queue.popleft().result()
 
     def close(self) -> None:
-        """Drops what was read ahead."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Drops what was read ahead, but reads it: another process may wait for rows that are committed on the way."""
+        self._pool.shutdown(wait=True)
 
 
 class Session:
@@ -74,8 +76,13 @@ class Session:
         self.clock = time.perf_counter()
         self.fresh = self.rolled_back = False
         self.saved: int | None = None  # step of the newest checkpoint
+        self.archive: Archive | None = None
+        if made.stream.contents:
+            who = {"process": jax.process_index(), "processes": jax.process_count()}
+            self.archive = Archive(str(place / "reservoir"), made.stream, **who)
         message = self.restore()
-        folder.claim(place, config, made.facts)
+        distributed.together(lambda: folder.claim(place, config, made.facts))  # before anything else is written there
+        self.rewind()
         self.out = metrics.Several(self.writers())
         if message:
             self.event("restore", message)
@@ -97,7 +104,8 @@ class Session:
         """Takes the newest sound checkpoint, or a fresh state; returns what there is to say about it.
 
         Raises:
-          UserError: the corpus, the seed or a past stage is not what the checkpoint was trained on.
+          UserError: the corpus, the seed or a past stage is not what the checkpoint was trained on, or the reservoir
+            is not what it was then.
         """
         found = self.checkpoints.restore(self.made.abstract)
         self.fresh = found is None
@@ -120,10 +128,21 @@ class Session:
             self.step, self.state, self.ledger = found.step, found.state, found.host["ledger"]
             self.saved = found.step
             message = found.message or f"continues from step {found.step}"
+        if self.archive:
+            distributed.together(functools.partial(self.archive.check, self.step))
         if not jax.process_index():
             metrics.truncate(self.place / "metrics.jsonl", self.step if found else -1)
         self.clock = time.perf_counter()
         return message
+
+    def rewind(self) -> None:
+        """Brings the reservoir back to the present step."""
+        if self.archive:
+            distributed.together(functools.partial(self.archive.open, self.step))
+
+    def batch(self, step: int) -> Batch:
+        """Returns the batch of a step; called in order, by the feeder."""
+        return self.made.place(step, self.archive.at(step)) if self.archive else self.made.place(step)
 
     def train(self, stopped: Callable[[int], str | None]) -> None:
         """Trains to the end of the stream; rolls back once if steps stay bad.
@@ -141,6 +160,7 @@ class Session:
                 self.rolled_back, self.pending = True, None
                 self.out.close()  # before the records after the checkpoint are cut off
                 self.restore()
+                self.rewind()
                 self.out = metrics.Several(self.writers())
                 self.event("rollback", f"{bad}; back to step {self.step}")
 
@@ -149,7 +169,8 @@ class Session:
         flow = self.made.stream
         if self.fresh:
             self.evaluate(boundary=-1)
-        with contextlib.closing(Feeder(self.made, self.step)) as feeder, jax.transfer_guard("disallow"):
+        feeding = contextlib.closing(Feeder(self.batch, self.step, flow.total_steps))
+        with feeding as feeder, jax.transfer_guard("disallow"):
             while self.step < flow.total_steps:
                 if reason := stopped(self.step):
                     self.save()
@@ -230,6 +251,8 @@ class Session:
         past = self.made.stream.fingerprint(self.step)
         host = {"ledger": self.ledger, "stream": past, "held_out": self.made.held_out}
         self.checkpoints.save(self.step, self.state, host)
+        if self.archive:
+            self.archive.release(min(self.checkpoints.steps(), default=0))
         self.saved = self.step
         self.clock = time.perf_counter()
 
@@ -242,6 +265,8 @@ class Session:
         """Waits for the last checkpoint and closes the files."""
         self.checkpoints.wait()
         self.out.close()
+        if self.archive:
+            self.archive.close()
 
 
 def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:

@@ -41,6 +41,10 @@ SECTIONS = {
         ["config.stream.stages[0].mixture.d7", "no such source"],
     ),
     "no stages": ({"stream__stages": []}, ["config.stream.stages", "at least one stage"]),
+    "reservoir of no size": (
+        {"stream__replay": {"fraction": 0.1, "over": "reservoir"}},
+        ["config.stream.replay.capacity", "missing", "how many rows"],
+    ),
     "vocabulary too small": (
         {"model": {"name": "transformer", "preset": "tiny", "vocab": 200}},
         ["config.model.vocab=200", "259", "set config.model.vocab="],

@@ -45,7 +45,7 @@ def fill(path, end, *, step=16, capacity=20, stripes=3, **options):
 
 def check(r, count, capacity=20):
     """The state at `count` is the oracle's, and the words are those of the rows."""
-    index, _ = r.held(count)
+    index = r.held(count)
     np.testing.assert_array_equal(index, oracle(count, capacity, 1))
     words, drawn = r.sample(0, len(index), count)
     assert sorted(drawn) == sorted(index)
@@ -201,6 +201,8 @@ def test_a_reader_sees_the_commits_of_the_other_process(tmp_path):
         check(a, start + 16)
         for r in (a, b):
             r.release(start)
+        for i, words in zip(a.contents.at(start + 16), a.read(a.contents.at(start + 16)), strict=True):
+            np.testing.assert_array_equal(words, rows(i, 1)[0])  # a has not been told of b's new log
         generation = max(generation, b.stripes[1].head.generation)
     assert generation > 1  # the log that the other process reads was rewritten meanwhile
     for r in (a, b):
@@ -278,11 +280,15 @@ def test_damage_is_noticed(tmp_path):
     r.close()
     (file,) = tmp_path.rglob("rows-*")
     content = bytearray(file.read_bytes())
-    place = int(r.held()[1][3]) * WIDTH * 4
+    place = int(r.stripes[0].find(r.held()[3:4])[0]) * WIDTH * 4
     content[place] ^= 1
     file.write_bytes(content)
     with fill(tmp_path, 0, stripes=1) as r, pytest.raises(UserError, match="is damaged"):
         r.sample(0, 20)
+    file.rename(tmp_path / "gone")
+    with fill(tmp_path, 0, stripes=1) as r, pytest.raises(UserError, match="a log is missing; restore a copy"):
+        r.sample(0, 20)
+    (tmp_path / "gone").rename(file)
     (head,) = tmp_path.rglob("head.json")
     head.write_text(head.read_text().replace('"count": 100', '"count": 101'))
     with pytest.raises(UserError, match=r"head.json is damaged"):
@@ -299,6 +305,7 @@ def test_errors_say_what_to_do(tmp_path):
         (lambda: make(str(tmp_path), capacity=5, width=WIDTH), "capacity': 4"),
         (lambda: make(str(tmp_path), capacity=0, width=WIDTH), "capacity=0"),
         (lambda: make(str(tmp_path), capacity=4, width=WIDTH, own=[1]), "numbered 0 to 0"),
+        (lambda: r.read(np.array([3])), "lacks row 3"),
     ]:
         with pytest.raises(UserError, match=words):
             call()

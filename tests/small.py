@@ -163,7 +163,7 @@ def reuse(folder, monkeypatch, poison=lambda step, batch: batch):
     def again(**pieces):
         new = build(**{**pieces, "mesh": {"devices": jax.devices()[:1]}})
         same = {name: getattr(made, name) for name in ("create", "step", "end_task", "evaluate", "align")}
-        return new._replace(place=lambda step: poison(step, new.place(step)), **same)
+        return new._replace(place=lambda step, *recall: poison(step, new.place(step, *recall)), **same)
 
     monkeypatch.setattr(program, "build", again)
     monkeypatch.setattr(train.allocator, "keep_pages", lambda: True)

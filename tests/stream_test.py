@@ -144,6 +144,8 @@ def test_fingerprint_sees_content_seed_and_past_stages():
     assert stream(seed=4).fingerprint(35) != base
     assert stream([STAGES[0]._replace(steps=29), *STAGES[1:]]).fingerprint(35) != base
     assert stream(replay={"fraction": 0.1}).fingerprint(35) != base
+    sizes = [stream(replay={"fraction": 0.1, "over": "reservoir", "capacity": n}).fingerprint(35) for n in (8, 9)]
+    assert sizes[0] != sizes[1]
     assert stream(replay={"fraction": 0.1}).fingerprint(30) == stream().fingerprint(30)
     assert stream(table=dict(reversed(ROWS.items()))).fingerprint(35) == base
 
@@ -229,7 +231,7 @@ def test_first_stage_may_replay_what_it_has_seen():
     s = stream([STAGES[0]._replace(replay={"fraction": 0.5, "over": "seen"}), STAGES[1]])
     assert not s.index(0).replayed.any()
     assert all(s.index(step).replayed.sum() == 3 for step in range(1, 30))
-    assert set(new_rows(s, [0])) >= {(int(k), int(r)) for k, r, old, _ in zip(*s.index(1), strict=True) if old}
+    assert set(new_rows(s, [0])) >= {(int(k), int(r)) for k, r, old, *_ in zip(*s.index(1), strict=True) if old}
 
 
 @pytest.mark.parametrize("mode", ["replace", "extend"])
@@ -289,6 +291,10 @@ def test_rows_in_columns_and_evaluation_batches():
     images["positions"] = np.zeros((10, 1), np.int32)
     table = rows.from_columns(images)
     batch = stream([Stage("x", 3, {"a": 1})], batch=4, table={"a": table}).at(1)
+    with pytest.raises(UserError, match="the rows of a are no packed text; use over='seen'"):
+        stream(
+            [Stage("x", 3, {"a": 1})], table={"a": table}, replay={"fraction": 0.1, "over": "reservoir", "capacity": 9}
+        )
     np.testing.assert_array_equal(batch.inputs[:, 0, 0] / 4, batch.targets)
     found = list(rows.batches(table, size=4, task=2))
     assert [b.targets.shape for b in found] == [(4,)] * 3
@@ -315,6 +321,16 @@ def test_rows_in_columns_and_evaluation_batches():
         ({"replay": {"fraction": 0.1, "mode": "both"}}, "replay.mode='both'"),
         ({"replay": {"rate": 0.1}}, "replay.rate: unknown key"),
         ({"stages": [Stage("x", 1, {"a": 1}, {"fraction": 0.1})]}, "nothing comes before the first stage"),
+        ({"replay": {"fraction": 0.1, "over": "reservoir"}}, "replay.capacity: missing; say how many rows"),
+        ({"replay": {"fraction": 0.1, "over": "seen", "capacity": 9}}, "capacity=9: only over='reservoir' has one"),
+        ({"replay": {"fraction": 0.1, "over": "reservoir", "capacity": 0}}, "capacity=0: must be at least 1"),
+        (
+            {
+                "replay": {"fraction": 0.1, "over": "reservoir", "capacity": 9},
+                "stages": [*STAGES, Stage("w", 1, {"a": 1}, {"capacity": 8})],
+            },
+            r"capacity is \[8, 9\]; one reservoir serves all stages",
+        ),
     ],
 )
 def test_bad_tables_are_user_errors(change, words):

@@ -4,6 +4,7 @@
     r.add(words, start_index=r.count)      # rows of the stream, uint32 [n, width], in order
     r.commit()                             # from here on they can be sampled, and no crash loses them
     words, index = r.sample(step, 16)      # a function of (seed, step, committed count)
+    words = r.read(index)                  # the same rows, by their numbers
     r.rewind(count)                        # on resume: exactly the state at the checkpoint
     r.release(count)                       # no checkpoint before `count` will be restored: disk space may be reused
 
@@ -30,6 +31,7 @@ from jaxcl.data.stripe import Stripe
 from jaxcl.schema import UserError
 
 _FORMAT = 1
+_CHUNK = 1 << 16  # rows hashed at a time
 
 
 def slots_of(index: np.ndarray, capacity: int, seed: int) -> np.ndarray:
@@ -43,13 +45,51 @@ def slots_of(index: np.ndarray, capacity: int, seed: int) -> np.ndarray:
     return np.where(slot < capacity, slot, -1)
 
 
+class Contents:
+    """Which rows algorithm R holds after any number of rows, by hashing alone: nothing is read.
+
+    A function of the count; the last two answers are kept because the next one starts from them.
+    """
+
+    def __init__(self, capacity: int, seed: int):
+        self.capacity, self.seed = capacity, seed
+        self._known: tuple[tuple[int, np.ndarray], ...] = ()
+
+    def at(self, count: int) -> np.ndarray:
+        """Returns the number of the row in each slot after `count` rows, int64 [min(count, M)]; not to be changed."""
+        known = [(0, np.zeros(0, np.int64)), *self._known]  # one reading: two threads may ask
+        since, index = max((k for k in known if k[0] <= count), key=lambda k: k[0])
+        if since == count:
+            return index
+        index = np.concatenate([index, np.full(min(count, self.capacity) - len(index), -1)])
+        for start in range(since, count, _CHUNK):
+            number = np.arange(start, min(start + _CHUNK, count))
+            slots = slots_of(number, self.capacity, self.seed)
+            index[slots[slots >= 0]] = number[slots >= 0]  # of equal slots, the last stays
+        self._known = (*known[1:][-1:], (count, index))
+        return index
+
+    def draw(self, step: int, n: int, count: int) -> np.ndarray:
+        """Returns the numbers of n rows drawn uniformly without replacement (with, once all have come), int64 [n].
+
+        Args:
+          step: training step; another step draws other rows.
+          n: number of rows.
+          count: rows of the stream that have come, at least 1.
+        """
+        index = self.at(count)
+        rounds, rank = np.divmod(np.arange(n), len(index))
+        key = fold_in(fold_in(key_of(_FORMAT, self.seed, "sample"), step), rounds)
+        return index[permute(rank, len(index), key)]
+
+
 class Reservoir:
     """See the module's docstring; made by `make`."""
 
     def __init__(self, path: str, capacity: int, seed: int, stripes: list[Stripe]):
         self.path, self.capacity, self.seed, self.stripes = path, capacity, seed, stripes
         self.count = self.committed  # rows of the stream decided on, committed or not
-        self._held = (-1, [], np.zeros(0, np.int64), np.zeros(0, np.int64))  # what `held` said last
+        self.contents = Contents(capacity, seed)
         if self.count == 0:
             lost = [stripe.path for stripe in stripes if not stripe.exists]
             if lost and any(stripe.head.count for stripe in stripes):
@@ -137,45 +177,32 @@ class Reservoir:
         for stripe in self._owned():
             stripe.release(count, lambda index: slots_of(index, self.capacity, self.seed) // stripes)
 
-    def held(self, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what each slot holds at a committed count.
+    def refresh(self) -> int:
+        """Reads what other processes have committed and returns the committed count."""
+        for stripe in self.stripes:
+            if not stripe.owned:
+                stripe.refresh()
+        return self.committed
+
+    def held(self, count: int | None = None) -> np.ndarray:
+        """Returns the number of the row in each slot at a committed count, int64 [min(count, M)].
 
         Args:
           count: default: the committed count.
 
-        Returns:
-          Number of the row in the stream and place in the log of the stripe slot mod `stripes`, int64 [min(count, M)].
-
         Raises:
-          UserError: some stripe is not committed up to `count`.
+          UserError: some stripe is not committed up to `count`, or `count` was released.
         """
-        for stripe in self.stripes:
-            if not stripe.owned:
-                stripe.refresh()
-        count = self.committed if count is None else count
-        low, high = max(stripe.head.floor for stripe in self.stripes), self.committed
+        high, low = self.refresh(), max(stripe.head.floor for stripe in self.stripes)
+        count = high if count is None else count
         if not low <= count <= high:
             raise UserError(
                 f"{self.path}: holds the states from row {low} to {high}, not {count}; commit on every process first"
             )
-        logs = [(stripe.head.generation, stripe.head.rewinds) for stripe in self.stripes]
-        since, before, index, place = self._held
-        if since > count or before != logs:
-            since, index, place = 0, np.zeros(0, np.int64), np.zeros(0, np.int64)
-        missing = np.full(min(count, self.capacity) - len(index), -1, np.int64)
-        index, place = np.concatenate([index, missing]), np.concatenate([place, missing])
-        for stripe in self.stripes:
-            first, end = np.searchsorted(stripe.index, [since, count])
-            slots = slots_of(stripe.index[first:end], self.capacity, self.seed)
-            index[slots], place[slots] = (
-                stripe.index[first:end],
-                np.arange(first, end),
-            )  # of equal slots, the last stays
-        self._held = (count, logs, index, place)
-        return index, place
+        return self.contents.at(count)
 
     def sample(self, step: int, n: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns n rows drawn uniformly without replacement (with, once all have come).
+        """Returns n rows drawn as by `Contents.draw`.
 
         Args:
           step: training step; another step draws other rows.
@@ -189,20 +216,51 @@ class Reservoir:
         Raises:
           UserError: the reservoir is empty, or some stripe is not committed up to `count`.
         """
-        index, place = self.held(count)
-        if not len(index):
+        count = self.refresh() if count is None else count
+        if not len(self.held(count)):
             raise UserError(f"{self.path}: nothing committed yet; add rows and commit before sampling")
-        rounds, rank = np.divmod(np.arange(n), len(index))
-        key = fold_in(fold_in(key_of(_FORMAT, self.seed, "sample"), step), rounds)
-        slots = permute(rank, len(index), key)
-        out = np.empty((n, self.stripes[0].width), np.uint32)
+        index = self.contents.draw(step, n, count)
+        return self.read(index), index
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """Returns the rows of these numbers in the stream, uint32 [n, width].
+
+        Raises:
+          UserError: a row is damaged, or held in no state that was committed and not released.
+        """
+        for _ in range(10):
+            try:
+                return self._read(index)
+            except FileNotFoundError:  # the owner has compacted a log since its header was read
+                self.refresh()
+        raise UserError(f"{self.path}: a log is missing; restore a copy, or delete the reservoir and start over")
+
+    def _read(self, index: np.ndarray) -> np.ndarray:
+        out = np.empty((len(index), self.stripes[0].width), np.uint32)
+        owner = slots_of(index, self.capacity, self.seed) % len(self.stripes)
         for k, stripe in enumerate(self.stripes):
-            mine = np.flatnonzero(slots % len(self.stripes) == k)
-            out[mine] = stripe.read(place[slots[mine]])
-        return out, index[slots]
+            mine = np.flatnonzero(owner == k)
+            out[mine] = stripe.read(stripe.find(index[mine]))
+        return out
 
     def _owned(self) -> list[Stripe]:
         return [stripe for stripe in self.stripes if stripe.owned]
+
+
+def shape_of(path: str) -> dict[str, int]:
+    """Returns what the reservoir in a folder was made with: capacity, width, seed, stripes; empty if there is none.
+
+    Raises:
+      UserError: the file that says so is damaged.
+    """
+    file = os.path.join(path, "reservoir.json")
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return json.load(stream)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged; restore a copy, or delete {path} and start over") from error
 
 
 def make(
@@ -245,8 +303,7 @@ def make(
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)  # processes that create it together write the same
-    with open(file, encoding="utf-8") as stream:
-        found = json.load(stream)
+    found = shape_of(path)
     if found != shape:
         other = {key: value for key, value in found.items() if value != shape.get(key)}
         raise UserError(f"config.reservoir: {path} was made with {other}; use the same values or another folder")

@@ -14,36 +14,43 @@ change when a later stage is edited, added or removed. New rows: slot n of a sta
 counts (`mixture.py`); each source walks through its rows in an order shuffled anew every epoch (`permutation.py`)
 and goes on in later stages where it stopped. Replay is an index transform over exactly the rows seen so far:
 
-  over="earlier"  the distinct rows that were new in earlier stages, none twice until all have come
-  over="seen"     all distinct rows before this step, drawn anew each step, none twice in a step
-  mode="replace"  the batch stays at B rows and replayed rows take the place of new ones (compute-equivalent replay;
-                  Ibrahim et al., TMLR 2024)
-  mode="extend"   all B new rows stay and replayed ones are added until they are `fraction` of the rows;
-                  the batch has a fixed width, filled with rows of weight 0 where the count alternates
+  over="earlier"    the distinct rows that were new in earlier stages, none twice until all have come
+  over="seen"       all distinct rows before this step, drawn anew each step, none twice in a step
+  over="reservoir"  a uniform sample of `capacity` rows of all that have come, drawn anew each step; for data that may
+                    not be kept. The index names the rows, and `recall` reads their content from the run's disk
+                    (`archive.py`). A row counts as often as it was new; the newest join every COMMIT_STEPS steps
+  mode="replace"    the batch stays at B rows and replayed rows take the place of new ones (compute-equivalent replay;
+                    Ibrahim et al., TMLR 2024)
+  mode="extend"     all B new rows stay and replayed ones are added until they are `fraction` of the rows;
+                    the batch has a fixed width, filled with rows of weight 0 where the count alternates
 
 The number of replayed rows is rounded with error diffusion: over any prefix of a stage it is within half a row of the
 fraction. The stream's `replay` holds from the second stage on; a stage with its own `replay` overrides it, also in the
-first stage, where it can only be over="seen". `fraction=0` takes the same new rows as no replay at all.
+first stage, where it cannot be over="earlier". `fraction=0` takes the same new rows as no replay at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxcl import schema
-from jaxcl.data import mixture
+from jaxcl.data import mixture, replays
 from jaxcl.data.permutation import fold_in, key_of, permute
+from jaxcl.data.reservoir import Contents
 from jaxcl.data.rows import Columns, Rows, batch_of
 from jaxcl.schema import UserError
 from jaxcl.types import Batch
 
 _FORMAT = 1  # enters every key and fingerprint: raise it when the order of rows changes
+COMMIT_STEPS = 8  # between commits of the reservoir: each costs fsyncs and a wait for the others; fixed like _FORMAT
+
+Recall = Callable[[np.ndarray], Columns]  # numbers of rows of the stream, int64 [n] -> columns [n, ...]
 
 
 class Stage(NamedTuple):
@@ -52,15 +59,7 @@ class Stage(NamedTuple):
     name: str
     steps: int
     mixture: Mapping[str, float]  # source -> weight, need not sum to 1
-    replay: Mapping[str, Any] | None = None  # overrides the stream's: fraction, mode, over
-
-
-class Replay(NamedTuple):
-    """Which share of the rows is replayed, how, and out of what."""
-
-    fraction: Fraction
-    mode: str
-    over: str
+    replay: Mapping[str, Any] | None = None  # overrides the stream's: fraction, mode, over, capacity
 
 
 class Index(NamedTuple):
@@ -69,7 +68,8 @@ class Index(NamedTuple):
     source: np.ndarray  # int32, position in `Stream.sources`; -1 = padding
     row: np.ndarray  # int64, row number within the source
     replayed: np.ndarray  # bool
-    task: np.ndarray  # int32, stage in which the row was new for the first time
+    task: np.ndarray  # int32, stage in which the row was new: for the first time, or when the reservoir took it
+    stored: np.ndarray  # int64, number among the new rows, if it is to be read from the reservoir; else -1
 
 
 class Plan(NamedTuple):
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
     start: int  # first step
     mixture: mixture.Mixture
-    replay: Replay
+    replay: replays.Replay
     rate: Fraction  # replayed rows per step
     delay: int  # steps at the beginning without replay, because nothing has been seen
     base: np.ndarray  # int64 [K] rows of each source consumed before the stage, repeats included
@@ -97,6 +97,7 @@ class Stream(NamedTuple):
     sizes: np.ndarray  # int64 [K]
     bases: np.ndarray  # int64 [T + 1, K] rows consumed before each stage and after the last
     keys: np.ndarray  # uint64 [K]
+    contents: Contents | None = None  # of the reservoir, if there is one
 
     @property
     def total_steps(self) -> int:
@@ -120,7 +121,7 @@ class Stream(NamedTuple):
         first, after = _new(plan, self.batch, local), _new(plan, self.batch, local + 1)
         source, before = mixture.locate(plan.mixture, np.arange(first, after))
         count = _replayed(plan, local + 1) - _replayed(plan, local)
-        old_source, old_position = self._replay(s, step, first, local, count)
+        old_source, old_position, stored = self._replay(s, step, first, local, count)
         sources = np.concatenate([source, old_source])
         row = self._row(sources, np.concatenate([plan.base[source] + before, old_position]))
         task = np.full(self.width, s, np.int32)
@@ -131,29 +132,46 @@ class Stream(NamedTuple):
             np.concatenate([row, np.zeros(pad, np.int64)]),
             (place >= len(source)) & (place < len(row)),
             task,
+            np.concatenate([np.full(len(source), -1), stored, np.full(pad, -1)]),
         )
 
-    def at(self, step: int, rows: slice | None = None) -> Batch:
+    def at(self, step: int, rows: slice | None = None, recall: Recall | None = None) -> Batch:
         """Returns the batch at `step`, or the given rows of it; every leaf is a NumPy array [width, ...].
 
         `extra["replayed"]` is float32 [width]: 1 for replayed rows, else 0.
         """
-        return self.read(self.index(step), rows)
+        return self.read(self.index(step), rows, recall)
 
-    def read(self, index: Index, rows: slice | None = None) -> Batch:
-        """Reads the rows of an index, or a slice of them: the part that a process holds."""
-        source, row, replayed, task = (column[rows or slice(None)] for column in index)
+    def read(self, index: Index, rows: slice | None = None, recall: Recall | None = None) -> Batch:
+        """Reads the rows of an index, or a slice of them: the part that a process holds.
+
+        Args:
+          index: of the batch.
+          rows: which rows of it; default: all.
+          recall: reads rows from the reservoir; rows for which it returns no columns stay blank, with weight 0.
+        """
+        source, row, replayed, task, stored = (column[rows or slice(None)] for column in index)
+        pieces = []
+        for k in np.unique(source[(source >= 0) & (stored < 0)]):
+            mine = np.flatnonzero((source == k) & (stored < 0))
+            pieces.append((mine, self.rows[k].fetch(row[mine])))
+        held = np.flatnonzero(stored >= 0)
+        if held.size:
+            if recall is None:
+                raise ValueError("rows of this batch lie in the reservoir of the run: give `recall`, see archive.py")
+            pieces.append((held, recall(stored[held])))
         columns: Columns = {}
-        for k in np.unique(source[source >= 0]):
-            mine = np.flatnonzero(source == k)
-            for name, values in self.rows[k].fetch(row[mine]).items():
+        for mine, piece in pieces:
+            for name, values in piece.items():
                 if name not in columns:
                     columns[name] = np.zeros((len(source), *values.shape[1:]), values.dtype)
                 columns[name][mine] = values
-        if not columns:  # a slice of padding alone: any row gives the shapes
-            k = int(self.plans[0].mixture.order[0])
-            columns = {name: np.zeros_like(v[:0]) for name, v in self.rows[k].fetch(np.zeros(1, np.int64)).items()}
-        return batch_of(columns, task, {"replayed": replayed.astype(np.float32)})
+        return batch_of(columns or self.blank(), task, {"replayed": replayed.astype(np.float32)})
+
+    def blank(self) -> Columns:
+        """Returns columns of no rows, [0, ...]; any row gives the shapes."""
+        k = int(self.plans[0].mixture.order[0])
+        return {name: np.zeros_like(v[:0]) for name, v in self.rows[k].fetch(np.zeros(1, np.int64)).items()}
 
     def account(self, step: int) -> dict[str, dict[str, int]]:
         """Returns new and replayed rows and tokens (targets in the loss) of each source at `step`."""
@@ -179,6 +197,16 @@ class Stream(NamedTuple):
         counts = plan.base + mixture.counts(plan.mixture, _new(plan, self.batch, local), len(self.rows))
         return dict(zip(self.sources, counts.tolist(), strict=True))
 
+    def stored(self, step: int) -> int:
+        """Returns how many new rows the reservoir has been given when the batch at `step` is drawn from it."""
+        step = min(max(step, 0), self.total_steps)
+        return sum(self.consumed(step - step % COMMIT_STEPS).values())
+
+    def find(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns source and row of the given new rows, numbered from the beginning of the stream; int64 [n] each."""
+        source, position = self._walk(number)
+        return source, self._row(source, position)
+
     def fingerprint(self, step: int | None = None) -> str:
         """Returns a hash of all that decides the rows before `step` (default: of the whole stream).
 
@@ -190,7 +218,8 @@ class Stream(NamedTuple):
         table = []
         for i in past:
             weights = {name: str(mixture.exact(w)) for name, w in sorted(self.stages[i].mixture.items()) if w}
-            replay = [str(x) for x in self.plans[i].replay] if self.plans[i].replay.fraction else None
+            options = [str(x) for x in self.plans[i].replay if x is not None]
+            replay = options if self.plans[i].replay.fraction else None
             table.append([min(self.boundaries[i], end) - self.plans[i].start, weights, replay])
         used = sorted({name for _, weights, _ in table for name in weights})
         content = {name: self.rows[self.sources.index(name)].fingerprint for name in used}
@@ -202,21 +231,38 @@ class Stream(NamedTuple):
         epoch, place = np.divmod(position, self.sizes[source])
         return permute(place, self.sizes[source], fold_in(self.keys[source], epoch))
 
-    def _replay(self, s: int, step: int, new: int, local: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns source and position (within the first epoch, which has every row once) of the replayed rows."""
-        plan, seen = self.plans[s], self.plans[s].base
+    def _walk(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns source and position in its walk of the given new rows of the stream."""
+        starts = self.bases.sum(axis=1)  # [T + 1] new rows before each stage
+        stage = np.searchsorted(starts, number, side="right") - 1
+        source, position = np.empty(number.shape, np.int64), np.empty(number.shape, np.int64)
+        for s in np.unique(stage):
+            mine = stage == s
+            source[mine], before = mixture.locate(self.plans[s].mixture, number[mine] - starts[s])
+            position[mine] = self.plans[s].base[source[mine]] + before
+        return source, position
+
+    def _replay(self, s: int, step: int, new: int, local: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns source and position of the replayed rows, and their numbers in the reservoir or -1.
+
+        Positions are within the first epoch, which has every row once, unless they come from the reservoir.
+        """
+        plan, seen, none = self.plans[s], self.plans[s].base, np.full(count, -1)
+        if not count:
+            return none, none, none
+        if plan.replay.over == "reservoir" and self.contents:
+            number = self.contents.draw(step, count, self.stored(step))
+            return *self._walk(number), number
         if plan.replay.over == "earlier":
             draws, key = np.arange(count) + _replayed(plan, local), key_of(_FORMAT, self.seed, "replay", s)
         else:
             seen = seen + mixture.counts(plan.mixture, new, len(self.rows))
             draws, key = np.arange(count), key_of(_FORMAT, self.seed, "replay", s, step)
         ends = np.cumsum(np.minimum(seen, self.sizes))
-        if not count:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         rounds, place = np.divmod(draws, ends[-1])
         pick = permute(place, int(ends[-1]), fold_in(key, rounds))
         source = np.searchsorted(ends, pick, side="right")
-        return source, pick - np.concatenate([[0], ends])[source]
+        return source, pick - np.concatenate([[0], ends])[source], none
 
 
 _KINDS = ("new", "replayed")
@@ -248,7 +294,8 @@ def make(
       stages: the stage table; a mapping stands for `Stage(**mapping)`.
       batch: B rows per step (new rows per step with mode="extend").
       seed: of every shuffle.
-      replay: `fraction` in [0, 1), `mode` ("replace" or "extend") and `over` ("earlier" or "seen"), or None.
+      replay: `fraction` in [0, 1), `mode` ("replace" or "extend"), `over` ("earlier", "seen" or "reservoir") and, with
+        over="reservoir", its `capacity` in rows; or None.
       multiple: with mode="extend", the width is rounded up to a multiple of this (devices x microbatches).
 
     Raises:
@@ -265,9 +312,10 @@ def make(
     start, base, bases = 0, np.zeros(len(sources), np.int64), [np.zeros(len(sources), np.int64)]
     for i, stage in enumerate(stages):
         weights = {sources.index(name): weight for name, weight in stage.mixture.items() if weight}
-        chosen = _replay_of(stage, i, replay)
+        chosen = replays.make(stage.replay, i, replay)
         ratio = chosen.fraction if chosen.mode == "replace" else chosen.fraction / (1 - chosen.fraction)
-        plan = Plan(start, mixture.make(weights), chosen, batch * ratio, 1 if i == 0 else 0, base)
+        delay = max((COMMIT_STEPS if chosen.over == "reservoir" else 1) - start, 0)
+        plan = Plan(start, mixture.make(weights), chosen, batch * ratio, delay, base)
         start, base = (
             start + stage.steps,
             base + mixture.counts(plan.mixture, _new(plan, batch, stage.steps), len(sources)),
@@ -275,7 +323,6 @@ def make(
         plans.append(plan)
         bases.append(base)
     extra = max([-(-p.rate.numerator // p.rate.denominator) for p in plans if p.replay.mode == "extend"], default=0)
-    keys = np.array([key_of(_FORMAT, seed, "rows", name) for name in sources], np.uint64)
     return Stream(
         tuple(rows[name] for name in sources),
         sources,
@@ -287,7 +334,8 @@ def make(
         seed,
         sizes,
         np.stack(bases),
-        keys,
+        np.array([key_of(_FORMAT, seed, "rows", name) for name in sources], np.uint64),
+        replays.contents([plan.replay for plan in plans], rows, seed),
     )
 
 
@@ -317,25 +365,3 @@ def _check(rows: Mapping[str, Rows], stages: Sequence[Stage], batch: int, multip
                 f"{field}: {', '.join(used)} hold {sum(used.values())} rows, less than one batch of {batch}; "
                 f"add text, shorten the rows or lower the batch"
             )
-
-
-def _replay_options(
-    *, fraction: float, mode: Literal["replace", "extend"] = "replace", over: Literal["earlier", "seen"] = "earlier"
-) -> Replay:
-    """Returns the checked replay of a stage; its signature is the schema."""
-    return Replay(mixture.exact(fraction).limit_denominator(10**6), mode, over)
-
-
-def _replay_of(stage: Stage, i: int, default: Mapping[str, Any] | None) -> Replay:
-    """Returns the replay that holds in stage i."""
-    field = "stream.replay" if stage.replay is None else f"stream.stages[{i}].replay"
-    options = dict(default or {"fraction": 0.0}) if stage.replay is None else {**(default or {}), **stage.replay}
-    schema.check(_replay_options, options, field=field)
-    if not 0 <= options["fraction"] < 1:
-        raise UserError(f"config.{field}.fraction={options['fraction']}: must be at least 0 and less than 1")
-    chosen = _replay_options(**options)
-    if i == 0 and stage.replay is None:
-        return chosen._replace(fraction=Fraction(0))
-    if i == 0 and chosen.fraction and chosen.over == "earlier":
-        raise UserError(f"config.{field}.over='earlier': nothing comes before the first stage; use over='seen'")
-    return chosen

@@ -149,6 +149,22 @@ class Stripe:
         self.head = head
         self._tidy()
 
+    def find(self, index: np.ndarray) -> np.ndarray:
+        """Returns where in the log the rows of these numbers lie, int64 [n].
+
+        Raises:
+          UserError: the log lacks one of them.
+        """
+        place = np.searchsorted(self.index, index)
+        lost = place == len(self.index)
+        lost[~lost] = self.index[place[~lost]] != index[~lost]
+        if lost.any():
+            raise UserError(
+                f"{self.path}: lacks row {index[lost][0]} of the stream; restore a copy, or delete the reservoir and "
+                f"start over"
+            )
+        return place
+
     def read(self, places: np.ndarray) -> np.ndarray:
         """Returns rows of the log, uint32 [n, width].
 

@@ -5,6 +5,7 @@ POINT is `none`, or SIGNAL:WHERE:STEP, or SIGNAL:WHERE:STEP@PROCESS for one proc
   end_task  the stage that ends at STEP is closed and evaluated, nothing is saved
   save      the checkpoint is on disk but for its manifest
   record    half a line of its metrics is written
+  commit    rows are on their way to the reservoir: STEP of them are on disk, the header does not count them yet
 """
 
 import os
@@ -17,6 +18,7 @@ import processes
 def hook(point: str) -> None:
     """Plants the signal."""
     from jaxcl import checkpoint, metrics, train
+    from jaxcl.data import stripe
 
     name, where, step = point.split(":")
     owner, method = {
@@ -24,20 +26,23 @@ def hook(point: str) -> None:
         "end_task": (train.Session, "end_task"),
         "save": (checkpoint.Checkpoints, "_commit"),
         "record": (metrics.Jsonl, "write"),
+        "commit": (stripe.Stripe, "_write_head"),
     }[where]
     original = getattr(owner, method)
 
     def strike() -> None:
         os.kill(os.getpid(), getattr(signal, name))
 
-    def changed(self, first, *rest):
+    def changed(self, first, *rest, **named):
         if where == "save" and first == int(step):
+            strike()
+        if where == "commit" and first.count == int(step):
             strike()
         if where == "record" and first["kind"] == "train" and first["step"] == int(step):
             self._file.write('{"kind":"train","st')
             self._file.flush()
             strike()
-        result = original(self, first, *rest)
+        result = original(self, first, *rest, **named)
         if (where == "step" and first + 1 == int(step)) or (where == "end_task" and self.step == int(step)):
             strike()
         return result
