@@ -48,6 +48,8 @@ def make(source: Path, target: Path, *, step: int | None = None) -> int:
         shutil.rmtree(target)
         raise
     shutil.copyfile(source / "metrics.jsonl", target / "metrics.jsonl")
+    if (source / "reservoir").exists():  # rewound when the branch starts
+        shutil.copytree(source / "reservoir", target / "reservoir")
     metrics.truncate(target / "metrics.jsonl", step)
     folder.write(target / folder.BRANCH, {"source": str(source), "step": step, "whole": True})
     return step

@@ -15,7 +15,7 @@ from jaxcl.types import Batch, Key, Method, Metrics, Params, TrainState
 _FLOOR = 0.05  # least spread as a share of the median, or a loss that hardly varies would be guarded too closely
 
 
-def guard(method: Method, *, spike: float = 10.0, warmup: int = 32, window: int = 64, patience: int = 16) -> Method:
+def guard(method: Method, *, spike: float = 10.0, warmup: int = 32, window: int = 64, patience: int = 4) -> Method:
     """Returns `method` with bad steps undone inside the compiled step.
 
     A step is bad if its loss or gradient norm is not finite, or if either exceeds median + spike * spread over the
@@ -24,7 +24,9 @@ def guard(method: Method, *, spike: float = 10.0, warmup: int = 32, window: int 
     count included) and memory; the step counter goes on, so the stream moves past the rows.
 
     Statistics start anew at the end of a task, where the loss jumps for a good reason. After `patience` outliers in
-    a row the level is taken to be new: the step is accepted and statistics start anew. Non-finite steps never are.
+    a row the level is taken to be new: the step is accepted and statistics start anew. (The update before them may
+    have led there, and skipping does not lead back.) Non-finite steps never are. Keep `patience` below the loop's
+    `rollback`, or outliers end the run before they are believed.
 
     The memory is {"inner": of the method, "guard": counters and window}. Metrics: `guard/skipped` in total and
     `guard/consecutive` up to this step.

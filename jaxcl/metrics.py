@@ -87,6 +87,19 @@ class TensorBoard:
         self._writer.close()
 
 
+def wandb_client() -> Any:
+    """Returns the module `wandb`, an extra.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError("config.wandb: wandb is not installed; run pip install 'jaxcl[wandb]'") from error
+    return wandb
+
+
 class Wandb:
     """Sends the numbers of each record to Weights & Biases; a resumed run continues under the same id.
 
@@ -101,10 +114,7 @@ class Wandb:
         Raises:
           UserError: the client is not installed, not logged in, or cannot reach its server.
         """
-        try:
-            import wandb  # noqa: PLC0415  an extra
-        except ImportError as error:
-            raise UserError("config.wandb: wandb is not installed; run pip install 'jaxcl[wandb]'") from error
+        wandb = wandb_client()
         try:
             self._run = wandb.init(
                 dir=str(directory), project=project, id=run_id, resume="allow", config=dict(plain(config))

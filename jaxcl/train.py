@@ -324,7 +324,7 @@ def split(config: Mapping[str, Any]) -> tuple[Loop, dict[str, Any]]:
     """Returns the loop's part of a config, and the keyword arguments of `jaxcl.program.build`.
 
     Raises:
-      UserError: unknown or missing key, or a value of the wrong type.
+      UserError: unknown or missing key, a value of the wrong type, or a missing package.
     """
     own = {key: value for key, value in config.items() if key in Loop._fields}
     rest = {key: value for key, value in config.items() if key not in Loop._fields}
@@ -332,4 +332,6 @@ def split(config: Mapping[str, Any]) -> tuple[Loop, dict[str, Any]]:
     schema.check(program.build, rest, field="")
     if loop.rollback < 1:
         raise schema.UserError(f"config.rollback={loop.rollback}: must be at least 1 bad step")
+    if loop.wandb:
+        metrics.wandb_client()
     return loop, rest

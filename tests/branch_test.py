@@ -63,6 +63,22 @@ def test_a_branch_that_changes_nothing_ends_like_the_trunk(folder, trunk, tmp_pa
     assert small.outcome(tmp_path / "new") == small.outcome(trunk)
 
 
+def test_a_branch_takes_the_reservoir_along(folder, tmp_path):
+    replay = {"fraction": 0.25, "over": "reservoir", "capacity": 24}
+    kept = {"every_steps": 6, "every_minutes": None, "keep": 99}
+    settings = small.config(folder, stream__replay=replay, checkpoint=kept, method="cpt")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert train.run(settings, str(tmp_path / "run")) == 0
+        branch.make(tmp_path / "run", tmp_path / "new", step=12)
+        before = small.tree_of(tmp_path / "run")
+        assert train.run(settings, str(tmp_path / "new")) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert small.outcome(tmp_path / "new") == small.outcome(tmp_path / "run")
+    assert small.tree_of(tmp_path / "run") == before
+
+
 def test_a_branch_that_was_cut_short_is_not_trained_and_is_made_anew(folder, trunk, tmp_path, monkeypatch):
     new = tmp_path / "new"
 

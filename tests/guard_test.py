@@ -1,6 +1,7 @@
 """The guard: no effect on good steps, no trace of bad ones, statistics that cannot be poisoned."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 import toys
 
-from jaxcl import compose
+from jaxcl import compose, train
 from jaxcl.guard import guard
 from jaxcl.schema import UserError
 from jaxcl.types import Method, TrainState
@@ -108,6 +109,11 @@ def test_a_level_that_stays_is_believed():
     values = NOISE[:20] + [v + 20 for v in NOISE[:10]]
     _, told = run(values, warmup=4, patience=3)
     assert [t[1] for t in told[20:]] == [1, 2, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_by_default_outliers_are_believed_before_the_loop_gives_up():
+    patience = inspect.signature(guard).parameters["patience"].default
+    assert patience < train.Loop().rollback
 
 
 def test_the_limit_is_robust():

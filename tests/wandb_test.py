@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 
 from jaxcl import metrics
+from jaxcl import train as loop
 from jaxcl.schema import UserError
 
 
@@ -95,10 +97,12 @@ def test_a_refusal_of_wandb_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_wandb_says_how_to_get_it(tmp_path, monkeypatch):
+def test_missing_wandb_is_told_before_anything_is_done(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'jaxcl\[wandb\]'"):
-        metrics.Wandb(tmp_path, project="p", run_id="r", config={})
+    with pytest.raises(UserError, match=r"config\.wandb: wandb is not installed; run pip install 'jaxcl\[wandb\]'"):
+        loop.run(small.config(tmp_path, wandb="p"), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 def offline(folder):
