@@ -33,7 +33,7 @@ def get_config():
     config.schedule = ConfigDict({"name": "rewarm_cosine", "peak": PEAK, "warmup": 0.05, "end": PEAK / 10})
     config.guard = ConfigDict({"spike": float("inf")})  # skips what is not finite; spikes are part of the result
     config.evaluation.update({"every": 50, "rows": 128})
-    config.checkpoint.update({"every_steps": 900, "every_minutes": None})
+    config.checkpoint.update({"every_steps": 900, "every_minutes": None, "keep_every": None})
 
     joint = ({"name": "all", "mixture": {d: float(n) for d, n in STEPS.items()}, "steps": sum(STEPS.values())},)
     config.seeds = (10, 11, 12, 13, 14)

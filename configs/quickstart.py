@@ -35,6 +35,6 @@ def get_config():
     config.microbatches = 1
 
     config.evaluation = ConfigDict({"every": 10, "rows": 16})
-    config.checkpoint = ConfigDict({"every_steps": 100, "every_minutes": 1.0, "keep": 2})
+    config.checkpoint = ConfigDict({"every_steps": 100, "every_minutes": 1.0, "keep": 2, "keep_every": 100})
     config.mesh = ConfigDict({"data": 1})
     return config
