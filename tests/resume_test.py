@@ -1,5 +1,6 @@
 """A run that is killed, stopped and continued ends with the bits of one that was not; nothing of the state is idle."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import processes
 import pytest
 import small
+
+from jaxcl import train
 
 # Killed in the middle of a task; after a meta-update (every=5); at a boundary; while step 15 is being saved, twice in
 # a row; with half a line written. Then stopped in the first and in the last task: exit status 0 and 130.
@@ -117,6 +120,21 @@ def expected(whole):
 @pytest.mark.parametrize("at", range(3, small.TOTAL, 3))
 def test_every_checkpoint_continues_to_the_same_bits(folder, whole, tmp_path, at):
     assert resumed(folder, whole, tmp_path / "run", at) == expected(whole)
+
+
+def test_one_program_serves_the_whole_stream_and_what_is_restored(folder, whole, tmp_path):
+    """Three tasks, their ends and a resume: nothing is compiled a second time."""
+    made = small.shared(folder)[2]
+    resumed(folder, whole, tmp_path / "run", AT)
+    assert (made.step._cache_size(), made.end_task._cache_size()) == (1, 1)
+
+
+def test_the_loop_forbids_transfers_that_are_not_meant(folder, tmp_path):
+    settings, own, made = small.shared(folder)
+    careless = made._replace(place=made.stream.at)  # NumPy arrays: every call would copy them
+    session = train.Session(careless, own, tmp_path / "run", settings)
+    with contextlib.closing(session), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        session.train(lambda step: None)
 
 
 def replaced(state, name, value):

@@ -1,5 +1,6 @@
 """The loop on bad days: signals, damaged checkpoints, bad steps, edited stages."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -134,6 +135,41 @@ def test_the_ledger_counts_what_the_batches_held(straight, folder):
     assert sum(counts["replayed_rows"] for counts in ledger.values()) == replayed == 2 * 8 * 2  # 25 % of stages 2, 3
     assert sum(counts["new_rows"] for counts in ledger.values()) == small.TOTAL * 8 - replayed
     assert sum(counts["new_tokens"] + counts["replayed_tokens"] for counts in ledger.values()) == tokens
+
+
+def test_bits_per_byte_count_the_bytes_of_the_held_out_text(straight, folder):
+    settings, _, _ = small.shared(folder)
+    corpora, _ = program.corpora_of(settings["sources"], {}, program.Packing(**settings["packing"]))
+    size = {name: c.manifest["splits"]["held_out"] for name, c in corpora.items()}
+    for record in small.records(straight, "eval"):
+        for name, loss in record["loss"].items():
+            bits = loss * size[name]["stored"] / size[name]["bytes"] / np.log(2)
+            assert record["bits_per_byte"][name] == pytest.approx(bits, rel=1e-6)
+    assert all(0.9 < x["bytes"] / x["stored"] < 0.999 for x in size.values())  # every document ends with a token
+
+
+def test_every_task_is_closed_once_with_its_own_last_rows(folder, tmp_path):
+    """The method gets them without those that were replayed: they belong to other tasks."""
+    settings, own, made = small.shared(folder)
+    closed = []
+
+    def end_task(state, batch):
+        closed.append((int(jax.device_get(state.step)), jax.device_get(batch)))
+        return made.end_task(state, batch)
+
+    with contextlib.closing(
+        train.Session(made._replace(end_task=end_task), own, tmp_path / "run", settings)
+    ) as session:
+        session.train(lambda step: None)
+    assert [step for step, _ in closed] == list(made.stream.boundaries)
+    for stage, (end, batch) in enumerate(closed):
+        steps = range(end - program.TASK_BATCHES, end)
+        for i, expected in enumerate(made.stream.at(step) for step in steps):
+            old = expected.extra["replayed"] > 0
+            assert old.sum() == (2 if stage else 0)
+            np.testing.assert_array_equal(batch.inputs[i], expected.inputs)
+            np.testing.assert_array_equal(batch.weights[i][~old], expected.weights[~old])
+            assert not batch.weights[i][old].any()
 
 
 @pytest.mark.parametrize(
