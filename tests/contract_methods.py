@@ -198,6 +198,16 @@ def constants(jaxpr):
                     yield from constants(inner)
 
 
+@pytest.mark.parametrize("big", [jnp.ones(2048), np.ones(2048, "f")], ids=["jax", "numpy"])
+def test_a_captured_array_would_be_found(big):
+    def method(x):
+        return jax.lax.scan(lambda c, _: (jax.lax.cond(c > 0, lambda: c + jnp.sum(big), lambda: c), None), x, None, 2)[
+            0
+        ]
+
+    assert sum(np.asarray(c).nbytes for c in constants(jax.make_jaxpr(jax.jit(method))(0.0))) > 4096
+
+
 MESHES = {"8 data": {"data": 8}, "2 fsdp x 4 tensor": {"fsdp": 2, "tensor": 4, "data": 1}}
 SPREAD = [("everything", "8 data"), *[(case, "2 fsdp x 4 tensor") for case in ["everything", "cpt", *APART]]]
 

@@ -15,6 +15,7 @@ import toys
 from jaxcl import distributed, flops, losses, metrics, program, train
 from jaxcl.data import rows as tables
 from jaxcl.schema import UserError
+from jaxcl.types import Output
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,28 @@ def test_the_ledger_counts_what_the_batches_held(straight, folder):
     assert sum(counts["replayed_rows"] for counts in ledger.values()) == replayed == 2 * 8 * 2  # 25 % of stages 2, 3
     assert sum(counts["new_rows"] for counts in ledger.values()) == small.TOTAL * 8 - replayed
     assert sum(counts["new_tokens"] + counts["replayed_tokens"] for counts in ledger.values()) == tokens
+
+
+def test_a_config_reaches_every_piece(folder, monkeypatch):
+    other, seen, make = small.shared(folder)[2], [], program.compose.make
+    monkeypatch.setattr(
+        program.compose, "make", lambda options, setting: seen.append(setting) or make(options, setting)
+    )
+    settings = small.config(folder, seed=5, microbatches=2, loss={"z_loss": 0.1})
+    made = program.build(**{**train.split(settings)[1], "mesh": {"devices": jax.devices()[:1]}})
+    (setting,) = seen
+    assert (setting.microbatches, setting.tasks, made.stream.seed) == (2, small.STAGES, 5)
+    corpora, _ = program.corpora_of(settings["sources"], {}, program.Packing(**settings["packing"]))
+    trained = {name: rows.fingerprint for name, rows in zip(made.stream.sources, made.stream.rows, strict=True)}
+    assert trained == {name: corpus.train.fingerprint for name, corpus in corpora.items()}
+    assert made.held_out == {name: corpus.held_out.fingerprint for name, corpus in corpora.items()}
+    batch = made.stream.at(0)
+    output = Output(np.random.default_rng(0).normal(size=(*batch.targets.shape, 259)).astype("f"))
+    assert setting.loss(output, batch) == losses.cross_entropy(output, batch, z_loss=0.1)
+    assert setting.loss(output, batch) > losses.cross_entropy(output, batch)
+    tables = [x.create().params["embedding"] for x in (made, other)]
+    assert not np.array_equal(*tables)
+    assert not np.array_equal(made.stream.index(0).row, other.stream.index(0).row)
 
 
 def test_bits_per_byte_count_the_bytes_of_the_held_out_text(straight, folder):
