@@ -7,6 +7,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -14,8 +15,9 @@ import toys
 
 from jaxcl import distributed, flops, losses, metrics, program, train
 from jaxcl.data import rows as tables
+from jaxcl.random import key_for
 from jaxcl.schema import UserError
-from jaxcl.types import Output
+from jaxcl.types import Method, Output, TrainState
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,30 @@ def test_a_config_reaches_every_piece(folder, monkeypatch):
     tables = [x.create().params["embedding"] for x in (made, other)]
     assert not np.array_equal(*tables)
     assert not np.array_equal(made.stream.index(0).row, other.stream.index(0).row)
+
+
+def test_keys_are_derived_from_the_seed_and_the_step(folder, monkeypatch):
+    """A method that remembers the keys that it is given."""
+
+    def init(params):
+        return TrainState(jnp.zeros((), jnp.int32), params, (), {"key": jnp.zeros(2, jnp.uint32)})
+
+    def step(state, batch, key):
+        return TrainState(state.step + 1, state.params, (), {"key": jax.random.key_data(key)}), {}
+
+    def end_task(state, batch, key):
+        return TrainState(state.step, state.params, (), {"key": jax.random.key_data(key)})
+
+    monkeypatch.setattr(program, "learner_of", lambda *rest: Method(init, step, end_task))
+    settings = small.config(folder, seed=5, evaluation={"every": 4})
+    made = program.build(**{**train.split(settings)[1], "mesh": {"devices": jax.devices()[:1]}})
+    state, told = made.create(), []
+    for i in range(3):
+        state, _ = made.step(state, made.place(i))
+        told.append(np.asarray(state.memory["key"]))
+    told.append(np.asarray(made.end_task(state, made.place_task(0)).memory["key"]))
+    wanted = [key_for(5, "step", i) for i in range(3)] + [key_for(5, "end_task", 3)]
+    np.testing.assert_array_equal(told, [jax.random.key_data(key) for key in wanted])
 
 
 def test_bits_per_byte_count_the_bytes_of_the_held_out_text(straight, folder):
