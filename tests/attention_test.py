@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
-from jaxcl.kernels.attention import reference
+from jaxcl.kernels.attention import attention, cpu, reference
 
 
 def oracle(q, k, v, *, segments, kv_segments, allowed, scale):
@@ -112,3 +113,42 @@ def test_arguments_that_do_not_fit_are_refused():
         reference.attention(q, k, v, kv_segments=SEGMENTS, causal=False)
     with pytest.raises(ValueError, match="give kv_segments"):
         reference.attention(q, k, v, segments=SEGMENTS[:, :2], causal=False)
+
+
+def packed(length, rows=2):
+    """Segments of documents that begin and end inside blocks, across them and at their edges, then padding."""
+    edges = [[0, 30, 64, 70, 200, length - 9], [0, 1, 128, 129, 192, length]]
+    place = np.arange(length)
+    segments = np.stack([(place[:, None] >= np.array(e)[None]).sum(1) for e in edges])
+    return np.where(segments == 6, 0, segments).astype(np.int32)[:rows]
+
+
+@pytest.mark.parametrize(
+    ("groups", "segments", "causal"),
+    [(2, packed(300), True), (2, None, True), (4, packed(300), False)],
+    ids=["packed", "whole", "both ways"],
+)
+def test_blocks_and_their_gradients_follow_the_definition(groups, segments, causal):
+    """300 tokens are three blocks forward and five backward, the last of them shorter."""
+    length = 300
+    assert length > 2 * cpu.FORWARD > 2 * cpu.BACKWARD
+    q, k, v = draw(length=length, slots=length, heads=4, groups=groups)
+    weights = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+    def both(function):
+        mixed, pull = jax.vjp(lambda *x: function(*x, segments=segments, causal=causal), q, k, v)
+        return mixed, *pull(weights)
+
+    got, want = (toys.quick(lambda f=f: both(f))() for f in (attention, reference.attention))
+    for name, a, b in zip(("mixed", "d_q", "d_k", "d_v"), got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4, err_msg=name)
+
+
+def test_long_rows_take_longer_blocks_instead_of_more():
+    for length in (64, 1000, 5000):
+        blocks = cpu._blocks(length, True, cpu.BACKWARD)
+        assert len(blocks) <= cpu.MOST_BLOCKS
+        assert [start for start, _, _ in blocks] == [0, *(stop for _, stop, _ in blocks[:-1])]
+        assert blocks[-1][1] == length
+        assert all(seen == stop for _, stop, seen in blocks)
+        assert {seen for _, _, seen in cpu._blocks(length, False, cpu.BACKWARD)} == {length}

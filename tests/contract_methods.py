@@ -52,6 +52,7 @@ def everything():
 
 
 CASES = [*NAMES, "everything", "guard"]
+WRAPPERS = [name for name in NAMES if isinstance(MAKE[name](toys.setting()), compose.Wrapper)]
 APART = [name for name in NAMES if name not in {entry["name"] for entry in everything()}]
 
 
@@ -161,6 +162,19 @@ def test_resume_is_exact(case):
     assert_equal(resumed, state)
 
 
+@pytest.mark.parametrize("name", [*WRAPPERS, "guard"])
+def test_a_wrapper_lets_the_method_close_its_task(name):
+    setting = toys.setting()
+    plain = compose.make([options_of("ewc")], setting)
+    wrapped = guard(plain) if name == "guard" else compose.make([options_of("ewc"), options_of(name)], setting)
+    states = []
+    for method in (plain, wrapped):
+        state, _ = toys.quick(method.step)(toys.quick(method.init)(params()), toys.text(0), key(0))
+        states.append(toys.quick(method.end_task)(state, toys.stack([toys.text(1), toys.text(2)]), key(1)))
+    assert_equal(compose.inner(states[1]).memory, states[0].memory)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(states[0].memory["ewc"]["fisher"]))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_captured(case):
     method = built(case)[0]
@@ -182,6 +196,16 @@ def constants(jaxpr):
             for inner in value if isinstance(value, (tuple, list)) else [value]:
                 if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                     yield from constants(inner)
+
+
+@pytest.mark.parametrize("big", [jnp.ones(2048), np.ones(2048, "f")], ids=["jax", "numpy"])
+def test_a_captured_array_would_be_found(big):
+    def method(x):
+        return jax.lax.scan(lambda c, _: (jax.lax.cond(c > 0, lambda: c + jnp.sum(big), lambda: c), None), x, None, 2)[
+            0
+        ]
+
+    assert sum(np.asarray(c).nbytes for c in constants(jax.make_jaxpr(jax.jit(method))(0.0))) > 4096
 
 
 MESHES = {"8 data": {"data": 8}, "2 fsdp x 4 tensor": {"fsdp": 2, "tensor": 4, "data": 1}}
@@ -207,6 +231,29 @@ def test_topology_does_not_matter(case, sizes):
     np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
 
 
+def test_closing_a_task_does_not_depend_on_the_topology():
+    """Fisher, path integral, teacher and anchors are used on rows, parameters and axes that are all cut."""
+    mesh = meshes.make(data=2, fsdp=2, tensor=2)
+    method, init = built("everything")[:2]
+    specs = meshes.state_shardings(mesh, toys.language_model().axes, init(params()))
+    step = toys.quick(method.step, out_shardings=(specs, meshes.replicated(mesh)))
+    end_task = toys.quick(method.end_task, out_shardings=specs)
+    state, reference, pairs = jax.device_put(init(params()), specs), init(params()), []
+    for i in range(4):
+        batch, stacked = toys.text(i, task=i // 2), toys.stack([toys.text(i + 10 * j, task=i // 2) for j in (1, 2)])
+        state, metrics = step(state, meshes.place(mesh, jax.device_get(batch)), key(i))
+        reference, expected = built("everything")[2](reference, batch, key(i))
+        pairs.append(jax.device_get((metrics, expected)))
+        if i % 2:
+            state = end_task(state, meshes.place(mesh, jax.device_get(stacked), axis=1), key(i))
+            reference = built("everything")[3](reference, stacked, key(i))
+    for cut, alone in pairs:
+        np.testing.assert_allclose(cut["loss"], alone["loss"], rtol=1e-5)
+        for name in ("ewc", "si", "lwf", "l2"):  # squares of small differences, so fewer digits agree
+            np.testing.assert_allclose(cut[name], alone[name], rtol=1e-3, atol=1e-9, err_msg=name)
+            assert alone is not pairs[-1][1] or alone[name] > 1e-6
+
+
 @functools.cache
 def reference_losses(case):
     """Losses on one device of three steps without a task end."""
@@ -225,5 +272,6 @@ def assert_equal(a, b):
 
 def test_discovery_found_the_methods():
     assert {"cpt", "er", "reptile", "ewc", "mer"} <= set(NAMES)
+    assert {"reptile", "ema"} <= set(WRAPPERS)
     assert len({entry["name"] for entry in everything()}) >= 8
     assert len(list(itertools.islice(variants(), 9))) == 9

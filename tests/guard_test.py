@@ -129,6 +129,12 @@ def test_the_limit_is_robust():
     assert run(values, warmup=8, spike=float("inf"))[1][-1][0] == 0
 
 
+def test_a_loss_that_hardly_varies_is_not_guarded_too_closely():
+    """The spread counts as at least 5 % of the median: of 2.0 and ten spreads that is a limit of 3.0."""
+    assert run([2.0] * 10 + [2.9], warmup=4)[1][-1] == (0, 0)
+    assert run([2.0] * 10 + [3.1], warmup=4)[1][-1] == (1, 1)
+
+
 @pytest.mark.parametrize("name", ["spike", "warmup", "window", "patience"])
 def test_options_are_checked(name):
     with pytest.raises(UserError, match=f"config.guard.{name}=0"):

@@ -239,6 +239,18 @@ def test_a_run_at_the_right_rate_with_other_replay_is_no_control(tmp_path):
     assert results["learning_rate_matched"][0]["control"] is None
 
 
+@pytest.mark.parametrize(
+    "change", [{"schedule": {"name": "cosine"}}, {"optim": {"name": "adamw", "weight_decay": 0.0}}]
+)
+def test_a_run_with_another_schedule_or_optimiser_is_no_control(tmp_path, change):
+    a = fake_run.make(tmp_path / "a", label="reptile", method="reptile(keep=0.5)")
+    b = fake_run.make(tmp_path / "b", label="half lr", lr=1.5e-3)
+    assert report.write([a, b])["learning_rate_matched"][0]["control"] == "half lr"
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(json.dumps({**config, **{k: {**config.get(k, {}), **v} for k, v in change.items()}}))
+    assert report.write([a, b])["learning_rate_matched"][0]["control"] is None
+
+
 def test_control_can_be_chosen(many, tmp_path):
     results = report.write([many], out=tmp_path / "r.html", control="replay 25 %")
     assert results["control"] == "replay 25 %"

@@ -53,6 +53,24 @@ def test_sgd_every_step_is_a_smaller_learning_rate():
         np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-7)
 
 
+def test_an_interval_may_span_two_tasks():
+    """The anchor is where the last meta-update was, not where the task began."""
+    start = leaves(toys.language_model().init(key(7)))
+    base, wrapped = (
+        compose.make(f"cpt{more}", toys.setting(tx=optax.sgd(0.2))) for more in ("", " + reptile(every=3)")
+    )
+    ends = []
+    for method in (base, wrapped):
+        state, step = method.init(toys.language_model().init(key(7))), toys.quick(method.step)
+        for i in range(3):
+            state, _ = step(state, toys.text(i, task=i // 2), key(i))
+            if i == 1:
+                state = method.end_task(state, toys.stack([toys.text(i)]), key(i))
+        ends.append(leaves(state.params))
+    for a, x, y in zip(start, *ends, strict=True):
+        np.testing.assert_allclose(y, a + 0.5 * (x - a), rtol=1e-5, atol=1e-6)
+
+
 def test_masters_survive_low_precision_compute():
     """Gradients come from bfloat16, the meta-update acts on float32 masters and the next step builds on it."""
     model, lr, keep, every = toys.language_model(dtype=jnp.bfloat16), 0.3, 0.1, 2

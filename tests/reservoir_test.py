@@ -79,6 +79,16 @@ def test_ages_are_uniform_and_the_published_variant_is_not():
     assert age_p_value(always=True) < 1e-100
 
 
+def test_a_row_enters_as_often_as_vitter_says():
+    """Row i with probability 2 / (i + 1); 2 / (i + 2), an off-by-one of published code, is 20 deviations away."""
+    index, trials = np.arange(2, 8), 4000
+    slots = np.stack([slots_of(index, 2, seed) for seed in range(trials)])
+    chance = 2 / (index + 1)
+    for slot in (0, 1):
+        expected = trials * np.sum(chance / 2)
+        assert abs(np.sum(slots == slot) - expected) < 4 * np.sqrt(trials * np.sum(chance / 2 * (1 - chance / 2)))
+
+
 def test_pairs_are_held_together_as_often_as_they_should():
     n, capacity, trials = 2000, 100, 600
     inside = np.zeros((trials, n), bool)

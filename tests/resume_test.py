@@ -1,6 +1,8 @@
 """A run that is killed, stopped and continued ends with the bits of one that was not; nothing of the state is idle."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import time
@@ -10,6 +12,8 @@ import jax.numpy as jnp
 import processes
 import pytest
 import small
+
+from jaxcl import train
 
 # Killed in the middle of a task; after a meta-update (every=5); at a boundary; while step 15 is being saved, twice in
 # a row; with half a line written. Then stopped in the first and in the last task: exit status 0 and 130.
@@ -58,6 +62,15 @@ def test_a_chain_of_kills_and_stops_changes_no_bit(straight, folder, tmp_path):
     assert [log.count("the same command continues") for log in logs] == [0, 1, 0, 0, 0, 0, 0, 1, 0]
     assert small.outcome(tmp_path / "run") == small.outcome(reference)
     assert {(5, "restore"), (23, "restore")} <= set(small.events(tmp_path / "run"))
+
+
+def test_killed_twice_in_a_row_at_steps_drawn_at_random(straight, folder, tmp_path):
+    config, reference = straight
+    steps = sorted(random.Random(0).sample(range(1, small.TOTAL + 1), 5))
+    for step in [step for step in steps for _ in range(2)]:
+        processes.finish([command(config, tmp_path / "run", folder, f"SIGKILL:step:{step}")], codes=(-9,))
+    processes.finish([command(config, tmp_path / "run", folder)])
+    assert small.outcome(tmp_path / "run") == small.outcome(reference)
 
 
 def test_killed_from_outside_during_a_save(straight, folder, tmp_path):
@@ -117,6 +130,22 @@ def expected(whole):
 @pytest.mark.parametrize("at", range(3, small.TOTAL, 3))
 def test_every_checkpoint_continues_to_the_same_bits(folder, whole, tmp_path, at):
     assert resumed(folder, whole, tmp_path / "run", at) == expected(whole)
+
+
+def test_a_resume_compiles_nothing_anew(folder, whole, tmp_path):
+    """What is restored looks to the compiler like what was there before, at every step and task end."""
+    made = small.shared(folder)[2]
+    sizes = made.step._cache_size(), made.end_task._cache_size()
+    resumed(folder, whole, tmp_path / "run", AT)
+    assert (made.step._cache_size(), made.end_task._cache_size()) == sizes
+
+
+def test_the_loop_forbids_transfers_that_are_not_meant(folder, tmp_path):
+    settings, own, made = small.shared(folder)
+    careless = made._replace(place=made.stream.at)  # NumPy arrays: every call would copy them
+    session = train.Session(careless, own, tmp_path / "run", settings)
+    with contextlib.closing(session), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        session.train(lambda step: None)
 
 
 def replaced(state, name, value):

@@ -1,11 +1,13 @@
 """The loop on bad days: signals, damaged checkpoints, bad steps, edited stages."""
 
+import contextlib
 import copy
 import dataclasses
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -13,7 +15,9 @@ import toys
 
 from jaxcl import distributed, flops, losses, metrics, program, train
 from jaxcl.data import rows as tables
+from jaxcl.random import key_for
 from jaxcl.schema import UserError
+from jaxcl.types import Method, Output, TrainState
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +138,87 @@ def test_the_ledger_counts_what_the_batches_held(straight, folder):
     assert sum(counts["replayed_rows"] for counts in ledger.values()) == replayed == 2 * 8 * 2  # 25 % of stages 2, 3
     assert sum(counts["new_rows"] for counts in ledger.values()) == small.TOTAL * 8 - replayed
     assert sum(counts["new_tokens"] + counts["replayed_tokens"] for counts in ledger.values()) == tokens
+
+
+def test_a_config_reaches_every_piece(folder, monkeypatch):
+    other, seen, make = small.shared(folder)[2], [], program.compose.make
+    monkeypatch.setattr(
+        program.compose, "make", lambda options, setting: seen.append(setting) or make(options, setting)
+    )
+    settings = small.config(folder, seed=5, microbatches=2, loss={"z_loss": 0.1})
+    made = program.build(**{**train.split(settings)[1], "mesh": {"devices": jax.devices()[:1]}})
+    (setting,) = seen
+    assert (setting.microbatches, setting.tasks, made.stream.seed) == (2, small.STAGES, 5)
+    corpora, _ = program.corpora_of(settings["sources"], {}, program.Packing(**settings["packing"]))
+    trained = {name: rows.fingerprint for name, rows in zip(made.stream.sources, made.stream.rows, strict=True)}
+    assert trained == {name: corpus.train.fingerprint for name, corpus in corpora.items()}
+    assert made.held_out == {name: corpus.held_out.fingerprint for name, corpus in corpora.items()}
+    batch = made.stream.at(0)
+    output = Output(np.random.default_rng(0).normal(size=(*batch.targets.shape, 259)).astype("f"))
+    assert setting.loss(output, batch) == losses.cross_entropy(output, batch, z_loss=0.1)
+    assert setting.loss(output, batch) > losses.cross_entropy(output, batch)
+    begun = toys.quick(setting.model.init)(key_for(5, "init"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), made.create().params, begun)
+    assert not np.array_equal(made.stream.index(0).row, other.stream.index(0).row)
+
+
+def test_keys_are_derived_from_the_seed_and_the_step(folder, monkeypatch):
+    """A method that remembers the keys that it is given."""
+
+    def init(params):
+        return TrainState(jnp.zeros((), jnp.int32), params, (), {"key": jnp.zeros(2, jnp.uint32)})
+
+    def step(state, batch, key):
+        return TrainState(state.step + 1, state.params, (), {"key": jax.random.key_data(key)}), {}
+
+    def end_task(state, batch, key):
+        return TrainState(state.step, state.params, (), {"key": jax.random.key_data(key)})
+
+    monkeypatch.setattr(program, "learner_of", lambda *rest: Method(init, step, end_task))
+    settings = small.config(folder, seed=5, evaluation={"every": 4})
+    made = program.build(**{**train.split(settings)[1], "mesh": {"devices": jax.devices()[:1]}})
+    state, told = made.create(), []
+    for i in range(3):
+        state, _ = made.step(state, made.place(i))
+        told.append(np.asarray(state.memory["key"]))
+    told.append(np.asarray(made.end_task(state, made.place_task(0)).memory["key"]))
+    wanted = [key_for(5, "step", i) for i in range(3)] + [key_for(5, "end_task", 3)]
+    np.testing.assert_array_equal(told, [jax.random.key_data(key) for key in wanted])
+
+
+def test_bits_per_byte_count_the_bytes_of_the_held_out_text(straight, folder):
+    settings, _, _ = small.shared(folder)
+    corpora, _ = program.corpora_of(settings["sources"], {}, program.Packing(**settings["packing"]))
+    size = {name: c.manifest["splits"]["held_out"] for name, c in corpora.items()}
+    for record in small.records(straight, "eval"):
+        for name, loss in record["loss"].items():
+            bits = loss * size[name]["stored"] / size[name]["bytes"] / np.log(2)
+            assert record["bits_per_byte"][name] == pytest.approx(bits, rel=1e-6)
+    assert all(0.9 < x["bytes"] / x["stored"] < 0.999 for x in size.values())  # every document ends with a token
+
+
+def test_every_task_is_closed_once_with_its_own_last_rows(folder, tmp_path):
+    """The method gets them without those that were replayed: they belong to other tasks."""
+    settings, own, made = small.shared(folder)
+    closed = []
+
+    def end_task(state, batch):
+        closed.append((int(jax.device_get(state.step)), jax.device_get(batch)))
+        return made.end_task(state, batch)
+
+    with contextlib.closing(
+        train.Session(made._replace(end_task=end_task), own, tmp_path / "run", settings)
+    ) as session:
+        session.train(lambda step: None)
+    assert [step for step, _ in closed] == list(made.stream.boundaries)
+    for stage, (end, batch) in enumerate(closed):
+        steps = range(end - program.TASK_BATCHES, end)
+        for i, expected in enumerate(made.stream.at(step) for step in steps):
+            old = expected.extra["replayed"] > 0
+            assert old.sum() == (2 if stage else 0)
+            np.testing.assert_array_equal(batch.inputs[i], expected.inputs)
+            np.testing.assert_array_equal(batch.weights[i][~old], expected.weights[~old])
+            assert not batch.weights[i][old].any()
 
 
 @pytest.mark.parametrize(

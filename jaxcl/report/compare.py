@@ -205,7 +205,9 @@ def _plain(methods: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[st
 
 
 def _without_method_and_rate(config: dict[str, Any]) -> str:
-    rest = {key: value for key, value in config.items() if key not in ("seed", "label", "method", "schedule", "optim")}
+    rest = {key: value for key, value in config.items() if key not in ("seed", "label", "method")}
+    if isinstance(schedule := config.get("schedule"), dict):
+        rest["schedule"] = {key: value for key, value in schedule.items() if key not in ("peak", "constant", "end")}
     return json.dumps(rest, sort_keys=True)
 
 
