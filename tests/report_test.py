@@ -212,6 +212,10 @@ def test_many_runs_are_grouped_with_intervals_and_paired_differences(many):
 def test_reptile_stands_beside_its_learning_rate_matched_control(many):
     results = report.write([many])
     (matched,) = results["learning_rate_matched"]
+    means = {group["label"]: group["figures"]["forgetting"]["mean"] for group in results["groups"]}
+    paired = matched.pop("differences")["forgetting"]
+    assert paired["mean"] == pytest.approx(means[matched["label"]] - means[matched["control"]])
+    assert paired["n"] == 3
     assert matched == {
         "label": "replay 25 % + reptile",
         "keep": 0.5,
@@ -220,7 +224,9 @@ def test_reptile_stands_beside_its_learning_rate_matched_control(many):
     }
     text = page_of(many / "report.html")
     assert "Learning-rate-matched controls" in text
-    assert "cannot be told apart on the retained loss" in text  # planted: Reptile is nothing but the smaller rate
+    assert (
+        "at the matched learning rate 0.0015 cannot be told apart." in text
+    )  # planted: Reptile is nothing but the smaller rate
 
 
 def test_reptile_without_its_control_is_called_out(many, tmp_path):
@@ -237,6 +243,18 @@ def test_a_run_at_the_right_rate_with_other_replay_is_no_control(tmp_path):
     b = fake_run.make(tmp_path / "b", label="less replay", lr=1.5e-3, fraction=0.1)
     results = report.write([a, b])
     assert results["learning_rate_matched"][0]["control"] is None
+
+
+def test_a_control_has_the_matched_rate_at_every_step(tmp_path):
+    a = fake_run.make(tmp_path / "a", label="reptile", method="reptile(keep=0.5)")
+    b = fake_run.make(tmp_path / "b", label="half lr", lr=1.5e-3)
+    assert report.write([a, b])["learning_rate_matched"][0]["control"] == "half lr"
+    path = b / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    last = [r for r in records if r["kind"] == "train"][-1]
+    last["lr"] *= 0.9
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert report.write([a, b])["learning_rate_matched"][0]["control"] is None
 
 
 @pytest.mark.parametrize(
@@ -267,6 +285,34 @@ def test_single_seeds_have_no_interval_and_say_so(many, tmp_path):
     assert "nan" not in text.lower().replace("finance", "")
     groups = json.loads((tmp_path / "r.json").read_text())["groups"]
     assert all(g["figures"]["retained"]["half_width"] is None for g in groups)
+
+
+def joined(path):
+    """Makes a run one of a single task with all domains."""
+    config = json.loads((path / "config.json").read_text())
+    config["stream"]["stages"] = [{"name": "all", "mixture": dict.fromkeys(fake_run.DOMAINS, 1.0)}]
+    (path / "config.json").write_text(json.dumps(config))
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for r in records:
+        r.update({"task": 0, "stage": "all"} if r["kind"] == "train" else {})
+        if r["kind"] == "eval" and r["boundary"] is not None:
+            r["boundary"] = {-1: -1, 2: 0}.get(r["boundary"])
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def test_joint_training_is_compared_by_all_its_domains_alone(tmp_path):
+    doses = {"naive": 0.0, "joint": 0.5, "replay": 0.25}
+    runs_ = [fake_run.make(tmp_path / f"{n}{s}", label=n, seed=s, fraction=f) for n, f in doses.items() for s in (0, 1)]
+    finals = [json.loads(line) for line in (runs_[2] / "metrics.jsonl").read_text().splitlines()]
+    last = [r["loss"] for r in finals if r["kind"] == "eval"][-1]
+    results = report.write([*runs_[:2], *map(joined, runs_[2:4]), *runs_[4:]], out=tmp_path / "r.html")
+    text = page_of(tmp_path / "r.html")
+    assert "Best at the end is <strong>replay</strong>" in text
+    assert "joint, which has everything as one task, ends at" in text
+    assert "nan" not in text.lower()
+    one = next(r for r in results["runs"] if (r["label"], r["seed"]) == ("joint", 0))
+    assert one["figures"]["final"] == pytest.approx(np.mean(list(last.values())))
 
 
 def test_same_label_with_other_settings_is_told_apart_and_a_seed_twice_is_refused(tmp_path):

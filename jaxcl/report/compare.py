@@ -14,7 +14,16 @@ from jaxcl import seeds
 from jaxcl.report.run import Run, parts, readable
 from jaxcl.schema import UserError, nearest
 
-FIGURES = ("learned", "retained", "forgetting", "backward_transfer", "gap_depth", "gap_transient", "worst_case")
+FIGURES = (
+    "learned",
+    "retained",
+    "final",
+    "forgetting",
+    "backward_transfer",
+    "gap_depth",
+    "gap_transient",
+    "worst_case",
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,7 @@ def matched(groups: Sequence[Group]) -> list[Matched]:
                 same
                 and _plain(parts(other.config)) == _plain(base)
                 and math.isclose(_peak(other), keep * lr, rel_tol=0.02)
+                and _proportional(g, other, keep)
             ):
                 control = other
         found.append(Matched(g, keep, lr, control))
@@ -163,6 +173,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "keep": m.keep,
                 "lr": m.wanted_lr,
                 "control": m.control.label if m.control else None,
+                "differences": m.control
+                and {n: _plain_interval(seeds.paired(m.group.figures[n], m.control.figures[n])) for n in FIGURES},
             }
             for m in comparison.matched
         ],
@@ -218,6 +230,15 @@ def _peak(g: Group) -> float:
     if np.isfinite(rates).any():
         return float(np.nanmax(rates))
     return float((run.config.get("schedule") or {}).get("peak", math.nan))
+
+
+def _proportional(g: Group, other: Group, keep: float) -> bool:
+    """Returns whether `other` used `keep` times the learning rate of `g` at every step that both recorded."""
+    a, b = (next(iter(group.runs.values())).train for group in (g, other))
+    if "lr" not in a or "lr" not in b:
+        return True
+    common, i, j = np.intersect1d(a["step"], b["step"], return_indices=True)
+    return bool(len(common) and np.allclose(keep * a["lr"][i], b["lr"][j], rtol=0.02, equal_nan=True))
 
 
 def _plain_interval(value: seeds.Interval) -> dict[str, float]:

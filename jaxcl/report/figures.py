@@ -33,7 +33,7 @@ def of(run: Run) -> dict[str, Any]:
         "finished_tasks": done.shape[1],
         "matrix": R.tolist(),
         "per_task_forgetting": forgetting.per_task_forgetting(done).tolist() if done.shape[1] else [],
-        "figures": forgetting.summary(done) | _anytime(run) | _worst_gap(gaps),
+        "figures": forgetting.summary(done) | {"final": _final(run)} | _anytime(run) | _worst_gap(gaps),
         "gaps": gaps,
         "alignment": alignment(run),
         "others": _others(run),
@@ -114,6 +114,11 @@ def _median(values: np.ndarray) -> float:
 def _last(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if finite.size else float("nan")
+
+
+def _final(run: Run) -> float:
+    """Returns the mean over all domains of the last loss: also for joint training, which is a single task."""
+    return float(np.mean([_last(values) for values in run.losses.values()]))
 
 
 def _anytime(run: Run) -> dict[str, float]:

@@ -14,10 +14,11 @@ from jaxcl.report.chart import Line, figure
 from jaxcl.report.compare import Comparison, Group, Matched
 from jaxcl.report.single import spans
 
-LOWER_IS_BETTER = ("learned", "retained", "forgetting", "gap_depth", "gap_transient", "worst_case")
+LOWER_IS_BETTER = ("learned", "retained", "final", "forgetting", "gap_depth", "gap_transient", "worst_case")
 NAMES = {
     "learned": "learned",
     "retained": "retained",
+    "final": "final",
     "forgetting": "forgetting",
     "backward_transfer": "backward transfer",
     "gap_depth": "gap depth",
@@ -67,23 +68,32 @@ def verdict(comparison: Comparison) -> list[str]:
         sentences.append(
             f"<strong>Some runs are still in progress</strong> ({names}); they are judged by their finished tasks."
         )
-    ranked = sorted(
-        (g for g in groups if math.isfinite(g.intervals["retained"].mean)), key=lambda g: g.intervals["retained"].mean
-    )
+    known = [g for g in groups if math.isfinite(g.intervals["final"].mean)]
+    together = _joint(known)
+    ranked = sorted((g for g in known if g not in together), key=lambda g: g.intervals["final"].mean)
     if len(ranked) > 1:
         best, value = ranked[0], ranked[0].intervals
         tied = words.join([escape(label) for label in _tied(best, ranked[1:])])
         also = f" {tied} cannot be told apart from it." if tied else ""
         sentences.append(
-            f"Best at the end is <strong>{escape(best.label)}</strong>: {words.nats(value['retained'].mean)} nats per "
-            f"token over all tasks, with {words.nats(value['forgetting'].mean)} forgotten.{also}"
+            f"Best at the end is <strong>{escape(best.label)}</strong>: {words.nats(value['final'].mean)} nats per "
+            f"token over all domains, with {words.nats(value['forgetting'].mean)} forgotten.{also}"
         )
         sentences.append(_against_control(comparison, best))
+    for g in together:
+        final = words.nats(g.intervals["final"].mean)
+        sentences.append(f"{escape(g.label)}, which has everything as one task, ends at {final} nats.")
     for m in comparison.matched:
         sentences.append(_matched_sentence(m))
     if min(len(g.runs) for g in groups) == 1:
         sentences.append("Where there is a single seed there is no interval: differences may be chance.")
     return [sentence for sentence in sentences if sentence]
+
+
+def _joint(groups: list[Group]) -> list[Group]:
+    """Returns the groups with a single task, if others have several: neither learning nor forgetting compares."""
+    lone = [g for g in groups if all(len(run.tasks) == 1 for run in g.runs.values())]
+    return lone if len(lone) < len(groups) else []
 
 
 def _against_control(comparison: Comparison, best: Group) -> str:
@@ -105,10 +115,10 @@ def _change(value: seeds.Interval, below: str, above: str) -> str:
 
 
 def _tied(best: Group, others: list[Group]) -> list[str]:
-    """Returns the labels of the groups whose retained loss cannot be told from that of the best one."""
+    """Returns the labels of the groups whose final loss cannot be told from that of the best one."""
     tied = []
     for g in others:
-        value = seeds.paired(g.figures["retained"], best.figures["retained"])
+        value = seeds.paired(g.figures["final"], best.figures["final"])
         if value.n > 1 and not value.excludes_zero:
             tied.append(g.label)
     return tied
@@ -121,34 +131,37 @@ def _matched_sentence(m: Matched) -> str:
             f"<strong>{label} has no learning-rate-matched control.</strong> Reptile with keep={m.keep:g} is, at first "
             f"order, the same method at learning rate {rate}; run that without Reptile before crediting it."
         )
-    value = seeds.paired(m.group.figures["retained"], m.control.figures["retained"])
-    if not value.excludes_zero:
-        return f"{label} and its control at the matched learning rate {rate} cannot be told apart on the retained loss."
-    word = "better" if value.mean < 0 else "worse"
-    size = f"{abs(value.mean):.3f} ± {value.half_width:.3f}"
-    return f"{label} retains {size} nats {word} than its control at the matched learning rate {rate}."
+    told = []
+    for name in ("final", "forgetting", "gap_depth"):
+        value = seeds.paired(m.group.figures[name], m.control.figures[name])
+        if value.excludes_zero:
+            told.append(f"{NAMES[name]} {_change(value, 'lower', 'higher')}")
+    if not told:
+        return f"{label} and its control at the matched learning rate {rate} cannot be told apart."
+    return f"{label} beside its control at the matched learning rate {rate}: {words.join(told)}; else no difference."
 
 
 def results(comparison: Comparison) -> str:
     """Returns the table of means and intervals."""
-    best = {}
-    for name in ("learned", "retained", "forgetting"):
-        means = {g.label: g.intervals[name].mean for g in comparison.groups if math.isfinite(g.intervals[name].mean)}
+    best, together = {}, _joint(comparison.groups)
+    for name in ("learned", "final", "forgetting"):
+        groups = [g for g in comparison.groups if g not in together and math.isfinite(g.intervals[name].mean)]
+        means = {g.label: g.intervals[name].mean for g in groups}
         best[name] = min(means, key=lambda label: means[label]) if len(means) > 1 else None
     rows = []
     for i, g in enumerate(comparison.groups):
         value, cells = g.intervals, []
-        for name in ("learned", "retained", "forgetting", "backward_transfer", "gap_depth"):
-            text = words.interval(value[name], sign=name == "backward_transfer")
+        for name in ("learned", "final", "forgetting", "gap_depth"):
+            text = words.interval(value[name]) if name == "final" or g not in together else "–"
             cells.append(f'<span class="good">{text}</span>' if best.get(name) == g.label else text)
         total = [float(np.mean(list(g.tokens[kind].values()))) for kind in ("new", "replayed")]
         cells += [f'{words.count(total[0])}<br><span class="pm">+ {words.count(total[1])}</span>', str(len(g.runs))]
         rows.append([f'<span class="key c{i % 8}" aria-hidden="true"></span>{escape(g.label)}', *cells])
-    heads = ["method", "learned", "retained", "forgetting", "backward<br>transfer", "gap<br>depth"]
+    heads = ["method", "learned", "final", "forgetting", "gap<br>depth"]
     hint = (
-        "Learned: loss just after each task. Retained: loss of all tasks at the end. Forgetting: end minus best of the "
-        "earlier tasks. Gap depth: the worst rise of an earlier task within a later stage."
-        " Green: lowest mean."
+        "Learned: loss just after each task. Final: mean loss of all domains at the end. Forgetting: end minus best of "
+        "the earlier tasks. Gap depth: the worst rise of an earlier task within a later stage. Green: lowest mean, "
+        "without training on everything at once."
     )
     return page.table("Results", [*heads, "tokens, new<br>+ replayed", "seeds"], rows, hint=hint)
 
@@ -156,7 +169,7 @@ def results(comparison: Comparison) -> str:
 def controls(comparison: Comparison) -> str:
     """Returns each Reptile group beside its learning-rate-matched control."""
     rows = []
-    names = ("learned", "retained", "forgetting", "gap_depth")
+    names = ("learned", "final", "forgetting", "gap_depth")
     for m in comparison.matched:
         rows.append([escape(m.group.label), f"{m.lr:.3g}", *(words.interval(m.group.intervals[n]) for n in names)])
         if m.control is None:
@@ -185,9 +198,9 @@ def controls(comparison: Comparison) -> str:
 
 def differences(comparison: Comparison) -> str:
     """Returns paired differences of every group and the control."""
-    names = ("learned", "retained", "forgetting", "gap_depth", "worst_case")
+    names = ("learned", "final", "forgetting", "gap_depth", "worst_case")
     rows = [
-        [escape(label), *(_verdict_cell(row[name], name) for name in names), str(row["retained"].n)]
+        [escape(label), *(_verdict_cell(row[name], name) for name in names), str(row["final"].n)]
         for label, row in comparison.differences.items()
     ]
     caption = f"Paired differences, method minus {escape(comparison.control.label)}"

@@ -23,7 +23,7 @@ def show(results: dict[str, Any], target: Path) -> None:
 
 def summary(results: dict[str, Any]) -> Table:
     """Returns the main figures as a table for the terminal."""
-    names = ("learned", "retained", "forgetting", "backward_transfer", "gap_depth")
+    names = ("learned", "final", "forgetting", "gap_depth")
     table = Table(
         "method", *(name.replace("_", " ") for name in names), box=None, padding=(0, 2, 0, 0), header_style="bold"
     )

@@ -11,6 +11,7 @@ POINT is `none`, or SIGNAL:WHERE:STEP, or SIGNAL:WHERE:STEP@PROCESS for one proc
 import os
 import signal
 import sys
+import time
 
 import processes
 
@@ -45,6 +46,8 @@ def hook(point: str) -> None:
         result = original(self, first, *rest, **named)
         if (where == "step" and first + 1 == int(step)) or (where == "end_task" and self.step == int(step)):
             strike()
+        if name == "SIGTERM" and where == "step" and first + 1 > int(step):
+            time.sleep(0.5)  # the other processes hear of the signal through a service, in a time of its own
         return result
 
     setattr(owner, method, changed)
