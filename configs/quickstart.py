@@ -15,7 +15,6 @@ DOMAINS = ("prose", "code", "headers")
 
 def get_config():
     config = ConfigDict()
-    config.label = "MER"
     config.seed = 0
 
     config.model = ConfigDict({"name": "transformer", "preset": "small"})

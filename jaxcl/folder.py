@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,7 +18,11 @@ import jax
 from jaxcl.schema import UserError
 
 # What may differ between two starts of one run. The rows of past stages are checked against the checkpoint itself.
-FREE = ("checkpoint", "rollback", "tensorboard", "wandb", "stream.stages", "stream.steps", "packing.directory")
+FREE = (
+    *("label", "checkpoint", "rollback", "tensorboard", "wandb"),
+    *("stream.stages", "stream.steps", "packing.directory"),
+)
+LOCK = "lock"  # held by the process that trains in the folder; the operating system frees it when that ends
 BRANCH = "branch.json"  # in the folder of a run that goes on from another: where it came from
 PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -28,9 +34,12 @@ def about(place: Path) -> dict[str, Any]:
       UserError: the file is missing or damaged.
     """
     try:
-        return _read(place / "run.json")
+        found = _read(place / "run.json")
     except FileNotFoundError:
         raise UserError(f"{place}: not the folder of a run, it has no run.json; name a new or empty one") from None
+    if not isinstance(found, dict) or {"id", "config", "finished"} - set(found):
+        raise UserError(f"{place / 'run.json'}: damaged; remove the folder to start anew")
+    return found
 
 
 def finished(place: Path, config: Mapping[str, Any]) -> bool:
@@ -41,7 +50,7 @@ def finished(place: Path, config: Mapping[str, Any]) -> bool:
     """
     if place.exists() and not place.is_dir():
         raise UserError(f"--workdir={place}: is a file; name a folder")
-    if not place.exists() or not any(place.iterdir()):
+    if not place.exists() or all(path.name == LOCK for path in place.iterdir()):
         return False
     if (whole := branched(place)) is not None:
         if not whole:
@@ -57,6 +66,35 @@ def finished(place: Path, config: Mapping[str, Any]) -> bool:
                 "choose another --workdir, or set it back"
             )
     return known["finished"] and known["config"] == plain
+
+
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Keeps other processes from training in `place`, which it creates; removes it again if nothing was written.
+
+    Process 0 only: the others of a cluster belong to it.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    if jax.process_index():
+        yield
+        return
+    new = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    handle = os.open(place / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            new = False
+            raise UserError(f"--workdir={place}: another process trains there; wait for it or choose another") from None
+        yield
+    finally:
+        if new and all(path.name == LOCK for path in place.iterdir()):
+            (place / LOCK).unlink()
+            place.rmdir()
+        os.close(handle)
 
 
 def branched(place: Path) -> bool | None:

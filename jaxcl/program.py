@@ -101,6 +101,8 @@ def build(
     Raises:
       UserError: whatever is wrong, with the field and the remedy.
     """
+    if microbatches < 1:
+        raise UserError(f"config.microbatches={microbatches}: must be at least 1")
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))

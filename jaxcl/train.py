@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import time
 from collections import deque
@@ -233,6 +234,10 @@ class Session:
         began = time.perf_counter()
         scores = self.made.evaluate(self.state.params)
         spent = {"seconds": time.perf_counter() - began}
+        if boundary == -1 and (bad := [name for name, loss in scores["loss"].items() if not math.isfinite(loss)]):
+            raise BadSteps(
+                f"the loss on {bad[0]} is not finite before the first step; look at its rows and config.model"
+            )
         if boundary is not None and self.made.align:
             scores = scores | {"alignment": self.made.align(self.state.params)}
             spent["alignment_s"] = time.perf_counter() - began - spent["seconds"]
@@ -308,7 +313,9 @@ def supervise(
 ) -> int:
     """Trains to the end and returns the exit status of `run`."""
     try:
-        with contextlib.closing(Session(made, loop, place, config)) as session:
+        with contextlib.ExitStack() as stack:
+            distributed.together(lambda: stack.enter_context(folder.locked(place)))
+            session = stack.enter_context(contextlib.closing(Session(made, loop, place, config)))
             session.train(stopped)
     except Stopped as reason:
         print(f"stopped by {reason}: the state is saved in {place}; the same command continues", flush=True)

@@ -33,6 +33,7 @@ SECTIONS = {
     "unknown optimiser": ({"optim": {"name": "adamm"}}, ["config.optim.name='adamm'", "did you mean 'adam"]),
     "learning rate in two places": ({"optim": {"name": "adamw", "lr": 0.1}}, ["config.optim.lr", "schedule.peak"]),
     "impossible mesh": ({"mesh": {"data": 3}}, ["config.mesh", "data=3", "number of devices, which is 1"]),
+    "no microbatch": ({"microbatches": 0}, ["config.microbatches=0", "at least 1"]),
     "batch and microbatches": ({"microbatches": 3}, ["config.stream.batch=8", "multiple of 3"]),
     "no source": ({"sources": {}}, ["config.sources", "name at least one"]),
     "missing file": ({"sources__d1": {"name": "text", "path": "nowhere.txt"}}, ["nowhere.txt", "no such file"]),
@@ -167,6 +168,9 @@ def add_folders(cases, begun, place):
     torn = shutil.copytree(run, place / "torn")
     (torn / "run.json").write_text("{")
     cases.add("damaged run.json", ["run.json", "damaged"], settings, workdir=torn)
+    half = shutil.copytree(run, place / "half")
+    (half / "run.json").write_text('{"id": "x"}')
+    cases.add("incomplete run.json", ["run.json", "damaged"], settings, workdir=half)
     moved = json.loads(json.dumps(settings))
     changed = origin / "text" / "d0.txt"
     words = ["config.sources", "held-out rows", "restore the corpus"]
@@ -202,7 +206,7 @@ NAMES = [
         "workdir is no run",
         "workdir of another config",
     ),
-    *("edited past stage", "damaged run.json", "changed corpus"),
+    *("edited past stage", "damaged run.json", "incomplete run.json", "changed corpus"),
 ]
 
 

@@ -66,6 +66,13 @@ def test_one_special_token_serves_both_ends(file):
     assert (named.bos, named.eos) == (1, 0)
 
 
+def test_a_vocabulary_with_gaps_ends_with_its_largest_number(tmp_path):
+    words = {"<s>": 0, "</s>": 1, "cat": 40}
+    tok = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="cat"))
+    tok.save(str(tmp_path / "gap.json"))
+    assert tokenizer.make(name="hf", path=str(tmp_path / "gap.json")).vocab == 41
+
+
 def test_fingerprint_tells_tokenizers_apart(file):
     path = file()
     prints = [tokenizer.make(name="hf", path=path).fingerprint, tokenizer.make().fingerprint]

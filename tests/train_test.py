@@ -359,3 +359,36 @@ def test_a_finished_run_goes_on_with_another_stage(folder, straight, tmp_path):
     assert go_on(folder, workdir, settings) == 0
     assert small.records(workdir)[: len(past)] == past
     assert [r["step"] for r in small.records(workdir, "train")][-2:] == [25, 26]
+
+
+def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(folder, tmp_path):
+    workdir = tmp_path / "run"
+    assert stopped_at(folder, workdir, 5) == 0
+    with train.folder.locked(workdir):
+        before = small.tree_of(workdir)
+        with pytest.raises(UserError, match=r"--workdir=.*another process trains there; wait for it"):
+            go_on(folder, workdir)
+        assert small.tree_of(workdir) == before
+    assert go_on(folder, workdir) == 0
+
+
+def test_a_folder_that_was_only_locked_is_gone_again(tmp_path):
+    with contextlib.suppress(ValueError), train.folder.locked(tmp_path / "run"):
+        assert (tmp_path / "run").exists()
+        raise ValueError
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_finite_from_the_start_ends_the_run(folder, tmp_path, capsys, monkeypatch):
+    _, _, made = small.shared(folder)
+    nan = made._replace(evaluate=lambda params: {"loss": {"d0": float("nan")}, "bits_per_byte": {"d0": float("nan")}})
+    monkeypatch.setattr(train.program, "build", lambda **pieces: nan)
+    monkeypatch.setattr(train, "split", lambda config: (small.shared(folder)[1], {}))
+    assert train.run(small.config(folder), str(tmp_path / "run")) == 3
+    assert "the loss on d0 is not finite before the first step" in capsys.readouterr().err
+
+
+def test_a_run_may_be_renamed(folder, straight, tmp_path):
+    workdir = shutil.copytree(straight, tmp_path / "run")
+    assert go_on(folder, workdir, small.config(folder, label="another name")) == 0
+    assert json.loads((workdir / "report.json").read_text())["label"] == "another name"

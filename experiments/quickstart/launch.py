@@ -1,7 +1,7 @@
 r"""A grid over config keys and seeds, resumable, one combined report.
 
 python experiments/quickstart/launch.py --config=configs/quickstart.py --workdir=runs/grid \
-    --grid=stream.replay.fraction=0,0.25 --grid=schedule.peak=1e-3,3e-3 --seeds=0,1,2
+    --grid=stream.replay.fraction=0,0.25 --grid=schedule.peak=2e-3,3e-3 --seeds=0,1,2
 
 Every point of the grid is one run in its own folder below --workdir. Started again, finished runs are kept and the one
 that was cut off continues. Overrides such as --config.stream.steps=50 apply to all of them.
@@ -33,7 +33,7 @@ def axes(entries):
     for entry in entries:
         key, _, values = entry.partition("=")
         if not key or not values:
-            raise UserError(f"--grid={entry}: write it as KEY=VALUE,VALUE, e.g. schedule.peak=1e-3,3e-3")
+            raise UserError(f"--grid={entry}: write it as KEY=VALUE,VALUE, e.g. schedule.peak=2e-3,3e-3")
         found[key] = [literal(value) for value in values.split(",")]
     return found
 

@@ -98,7 +98,7 @@ def _hf(path: str, bos: str | None, eos: str | None) -> Tokenizer:
 
     return Tokenizer(
         "hf",
-        tok.get_vocab_size(with_added_tokens=True),
+        1 + max(tok.get_vocab(with_added_tokens=True).values()),  # numbers may have gaps
         begin,
         end,
         tok.token_to_id("[PAD]") if pad is None else pad,
