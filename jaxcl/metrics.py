@@ -171,6 +171,18 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [record for record, _ in _parse(Path(path))]
 
 
+def count(path: str | os.PathLike[str], step: int) -> tuple[int, int | None]:
+    """Returns the number of records up to `step` and the last of their steps; a missing file counts as empty.
+
+    Events are not counted: an interruption adds some, and the other records are those of a run without one.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0, None
+    steps = [r["step"] for r, _ in _parse(path) if r["kind"] != "event" and r["step"] <= step]
+    return len(steps), max(steps, default=None)
+
+
 def truncate(path: str | os.PathLike[str], step: int) -> int:
     """Removes the records after `step` and a torn last line; returns how many lines went.
 

@@ -77,6 +77,7 @@ class Session:
         self.clock = time.perf_counter()
         self.fresh = self.rolled_back = False
         self.saved: int | None = None  # step of the newest checkpoint
+        self.records = 0  # in metrics.jsonl, as `metrics.count` has it; kept by process 0
         self.archive: Archive | None = None
         if made.stream.contents:
             who = {"process": jax.process_index(), "processes": jax.process_count()}
@@ -106,7 +107,7 @@ class Session:
 
         Raises:
           UserError: the corpus, the seed or a past stage is not what the checkpoint was trained on, or the reservoir
-            is not what it was then.
+            is not what it was then, or metrics.jsonl lacks records.
         """
         found = self.checkpoints.restore(self.made.abstract)
         self.fresh = found is None
@@ -131,10 +132,31 @@ class Session:
             message = found.message or f"continues from step {found.step}"
         if self.archive:
             distributed.together(functools.partial(self.archive.check, self.step))
+        distributed.together(functools.partial(self.check_history, found and found.host.get("records")))
         if not jax.process_index():
-            metrics.truncate(self.place / "metrics.jsonl", self.step if found else -1)
+            cut = metrics.truncate(self.place / "metrics.jsonl", self.step if found else -1)
+            message = "no checkpoint found: starts from the beginning" if cut and not found else message
         self.clock = time.perf_counter()
         return message
+
+    def check_history(self, wanted: int | None) -> None:
+        """Counts the records up to the present step; `wanted` is their number when the checkpoint was saved.
+
+        Raises:
+          UserError: some of them are gone.
+        """
+        if jax.process_index():
+            return
+        path = self.place / "metrics.jsonl"
+        self.records, last = (0, None) if self.fresh else metrics.count(path, self.step)
+        if wanted is not None and self.records < wanted:
+            ends = "has no records" if last is None else f"ends at step {last}"
+            if last == self.step:
+                ends = f"lacks {wanted - self.records} of the first {wanted} records"
+            raise schema.UserError(
+                f"{path}: {ends}, but the checkpoint is at step {self.step}; restore the file from a copy, or start a "
+                "new --workdir"
+            )
 
     def rewind(self) -> None:
         """Brings the reservoir back to the present step."""
@@ -219,7 +241,7 @@ class Session:
         share = self.made.utilisation(tokens)
         speed = {"step_s": seconds, "tokens_per_s": tokens} | ({} if share is None else {"mfu": share})
         about = {"task": stage, "stage": self.made.stream.stages[stage].name}
-        self.out.write({"kind": "train", "step": step, **about, **fetched, "time": speed})
+        self.write({"kind": "train", "step": step, **about, **fetched, "time": speed})
         if fetched.get("guard/consecutive", 0) >= 1:
             self.event("skipped", f"loss {fetched['loss']:.3g}, gradient norm {fetched['grad_norm']:.3g}", step)
         if fetched.get("guard/consecutive", 0) >= self.loop.rollback:
@@ -243,8 +265,8 @@ class Session:
             spent["alignment_s"] = time.perf_counter() - began - spent["seconds"]
         task = self.made.stream.stage_of(self.step - 1) if self.step else -1
         about = {"step": self.step, "task": task, "boundary": boundary}
-        self.out.write({"kind": "eval", **about, **scores, "time": spent})
-        self.out.write({"kind": "ledger", "step": self.step, "sources": self.ledger})
+        self.write({"kind": "eval", **about, **scores, "time": spent})
+        self.write({"kind": "ledger", "step": self.step, "sources": self.ledger})
         self.clock = time.perf_counter()
 
     def save(self) -> None:
@@ -254,12 +276,17 @@ class Session:
             return
         self.out.sync()
         past = self.made.stream.fingerprint(self.step)
-        host = {"ledger": self.ledger, "stream": past, "held_out": self.made.held_out}
+        host = {"ledger": self.ledger, "stream": past, "held_out": self.made.held_out, "records": self.records}
         self.checkpoints.save(self.step, self.state, host)
         if self.archive:
             self.archive.release(min(self.checkpoints.steps(), default=0))
         self.saved = self.step
         self.clock = time.perf_counter()
+
+    def write(self, record: metrics.Record) -> None:
+        """Writes a record that a run without interruption has too."""
+        self.out.write(record)
+        self.records += 1
 
     def event(self, name: str, message: str, step: int | None = None) -> None:
         """Writes an event."""

@@ -90,3 +90,66 @@ def test_speed_is_arithmetic_and_a_share_of_the_peak_where_that_is_known(one, tm
         r"That is 29\d GFLOP/s of model arithmetic, (29|30) % of the bfloat16 peak \(MFU\)\.",
         page_of(known / "report.html"),
     )
+
+
+def compared(folder, *changes):
+    """Returns results and verdict of the comparison of runs whose configs are changed: {section: {key: value}}."""
+    made = []
+    for i, change in enumerate(changes):
+        made.append(fake_run.make(folder / f"run{i}", label=f"run {i}", stop=520))
+        config = json.loads((made[-1] / "config.json").read_text())
+        for section, values in change.items():
+            config[section] = {**config.get(section, {}), **values}
+        (made[-1] / "config.json").write_text(json.dumps(config))
+    results = report.write(made)
+    return results, (folder / "report.html").read_text()
+
+
+def test_what_is_compared_raises_no_warning(tmp_path):
+    other = {
+        "schedule": {"peak": 1.0},
+        "optim": {"name": "sgd"},
+        "checkpoint": {"keep": 9},
+        "packing": {"directory": "x"},
+    }
+    results, text = compared(tmp_path, {}, other)
+    assert results["differing"] == []
+    assert "These runs differ" not in text
+    assert "Best at the end" in text
+
+
+def test_other_settings_are_named_first_in_the_verdict(tmp_path):
+    results, text = compared(tmp_path, {}, {"model": {"preset": "small", "a": 1, "b": 2, "c": 3, "d": 4, "<e>": 5}})
+    assert results["differing"] == [f"model.{key}" for key in ("<e>", "a", "b", "c", "d", "preset")]
+    verdict = text[text.index('aria-label="Verdict"') :]
+    assert verdict.startswith('aria-label="Verdict"><p><strong>These runs differ')
+    assert "<code>model.&lt;e&gt;</code>" in verdict
+    assert "<code>model.d</code> and 1 more. A difference" in verdict
+    assert "Best at the end" in verdict
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluation": {"rows": 8}},
+        {"sources": {"prose": "x"}},
+        {"tokenizer": {"name": "bpe"}},
+        {"packing": {"length": 3}},
+    ],
+)
+def test_losses_on_other_rows_are_not_ranked(tmp_path, change):
+    results, text = compared(tmp_path, {}, change)
+    assert not results["same_rows"]
+    assert "not on the same held-out rows" in text
+    assert not any(words in text for words in ("Best at the end", "Paired differences", "better than the control"))
+
+
+def test_a_branch_is_called_one_and_told_from_its_trunk_by_the_folder(tmp_path):
+    trunk, new = (fake_run.make(tmp_path / name, label="x", stop=520) for name in ("main", "release"))
+    about = json.loads((new / "run.json").read_text())
+    branch = {"source": "runs/<main>", "step": 300, "whole": True}
+    (new / "run.json").write_text(json.dumps({**about, "branch": branch}))
+    report.write([new])
+    assert "seed 0 · branched off runs/<main> at step 300" in page_of(new / "report.html")
+    labels = [group["label"] for group in report.write([trunk, new])["groups"]]
+    assert [label.split()[-1] for label in labels] == ["[main]", "[release]"]

@@ -13,7 +13,8 @@ import processes
 import pytest
 import small
 
-from jaxcl import train
+from jaxcl import metrics, train
+from jaxcl.schema import UserError
 
 # Killed in the middle of a task; after a meta-update (every=5); at a boundary; while step 15 is being saved, twice in
 # a row; with half a line written. Then stopped in the first and in the last task: exit status 0 and 130.
@@ -130,6 +131,48 @@ def expected(whole):
 @pytest.mark.parametrize("at", range(3, small.TOTAL, 3))
 def test_every_checkpoint_continues_to_the_same_bits(folder, whole, tmp_path, at):
     assert resumed(folder, whole, tmp_path / "run", at) == expected(whole)
+
+
+def without_middle(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5] + lines[7:]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: metrics.truncate(path, 6), "ends at step 6, but the checkpoint is at step 24; restore the file"),
+        (lambda path: path.unlink(), "has no records, but the checkpoint is at step 24"),
+        (without_middle, "lacks 2 of the first"),
+    ],
+)
+def test_a_lost_history_is_refused_and_nothing_is_written(folder, whole, tmp_path, damage, words):
+    shutil.copytree(whole, tmp_path / "run")
+    damage(tmp_path / "run" / "metrics.jsonl")
+    before = small.tree_of(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"run/metrics\.jsonl: {words}"):
+        small.session(folder, tmp_path / "run")
+    assert small.tree_of(tmp_path / "run") == before
+
+
+def test_a_checkpoint_without_the_number_of_records_is_restored(folder, whole, tmp_path, monkeypatch):
+    original = train.checkpoint.Checkpoints.restore
+
+    def older(self, *rest, **named):
+        found = original(self, *rest, **named)
+        return found._replace(host={k: v for k, v in found.host.items() if k != "records"})
+
+    monkeypatch.setattr(train.checkpoint.Checkpoints, "restore", older)
+    assert resumed(folder, whole, tmp_path / "run", AT) == expected(whole)
+
+
+def test_a_run_without_its_checkpoints_says_that_it_starts_again(folder, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with contextlib.closing(small.session(folder, tmp_path / "run")) as session:
+        assert session.step == 0
+    (event,) = small.records(tmp_path / "run", "train", "eval", "ledger", "event")
+    assert event["message"] == "no checkpoint found: starts from the beginning"
 
 
 def test_a_resume_compiles_nothing_anew(folder, whole, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl import seeds
+from jaxcl.report import settings
 from jaxcl.report.run import Run, parts, readable
 from jaxcl.schema import UserError, nearest
 
@@ -75,6 +76,16 @@ class Comparison:
     differences: dict[str, dict[str, seeds.Interval]]  # label -> figure -> group minus control
     matched: list[Matched]
 
+    @property
+    def differing(self) -> list[str]:
+        """Keys of the config that differ without being what is compared."""
+        return settings.differing([g.config for g in self.groups])
+
+    @property
+    def same_rows(self) -> bool:
+        """Whether all losses are on the same held-out rows."""
+        return settings.same_rows(self.differing)
+
 
 def of(runs: Sequence[Run], figures: Sequence[dict[str, Any]], control: str | None) -> Comparison:
     """Groups the runs and compares each group with the control.
@@ -96,7 +107,7 @@ def group(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> list[Group]
     """Returns the groups in the order in which they first appear.
 
     Runs with the same label and different settings are told apart by what their method, replay and learning rate say,
-    then by a number.
+    then by the names of their folders, or by a number where these do not tell. A branch has other settings.
     """
     settings = [_setting(run) for run in runs]
     labels = _labels(runs, settings)
@@ -153,6 +164,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     """Returns the figures of a comparison as plain values."""
     return {
         "control": comparison.control.label,
+        "differing": comparison.differing,
+        "same_rows": comparison.same_rows,
         "groups": [
             {
                 "label": g.label,
@@ -199,16 +212,26 @@ def _labels(runs: Sequence[Run], settings: Sequence[str]) -> list[str]:
             kinds = list(dict.fromkeys(s for own, s in zip(labels, settings, strict=True) if own == label))
             if len(kinds) < 2:
                 continue
+            names = _names(runs, [i for i, own in enumerate(labels) if own == label], len(kinds))
             for i, run in enumerate(runs):
                 if labels[i] == label and run.label == label and refine:
                     labels[i] = f"{label} ({refine(run)})"
                 elif labels[i] == label and not refine:
-                    labels[i] = f"{label} #{kinds.index(settings[i]) + 1}"
+                    labels[i] = f"{label} {names[kinds.index(settings[i])]}"
     return labels
 
 
+def _names(runs: Sequence[Run], members: Sequence[int], kinds: int) -> list[str]:
+    """Returns a name for each kind of setting: its folder where there is one run of each and all names differ."""
+    folders = [runs[i].folder for i in members]
+    if len(members) == kinds == len(set(folders)):
+        return [f"[{name}]" for name in folders]
+    return [f"#{k + 1}" for k in range(kinds)]
+
+
 def _setting(run: Run) -> str:
-    return json.dumps({k: v for k, v in run.config.items() if k not in ("seed", "label")}, sort_keys=True)
+    config = {k: v for k, v in run.config.items() if k not in ("seed", "label")}
+    return json.dumps([config, run.about.get("branch", {}).get("step")], sort_keys=True)
 
 
 def _plain(methods: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:

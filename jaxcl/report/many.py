@@ -9,7 +9,7 @@ import numpy as np
 
 import jaxcl
 from jaxcl import seeds
-from jaxcl.report import page, words
+from jaxcl.report import page, settings, words
 from jaxcl.report.chart import Line, figure
 from jaxcl.report.compare import Comparison, Group, Matched
 from jaxcl.report.single import spans
@@ -33,7 +33,7 @@ def body(comparison: Comparison) -> str:
         header(comparison),
         results(comparison),
         controls(comparison),
-        differences(comparison),
+        differences(comparison) if comparison.same_rows else "",
         curves(comparison),
         f"<footer>jaxcl {jaxcl.__version__}. Losses are in nats per token; ± is a 95 % confidence interval over seeds "
         "(Student t); definitions: jaxcl/forgetting.py, jaxcl/stability.py, jaxcl/seeds.py.</footer>",
@@ -61,7 +61,7 @@ def header(comparison: Comparison) -> str:
 
 def verdict(comparison: Comparison) -> list[str]:
     """Returns what the comparison shows, in sentences."""
-    groups, sentences = comparison.groups, []
+    groups, sentences = comparison.groups, [settings.warning(comparison.differing)]
     going = [g.label for g in groups if not g.complete]
     if going:
         names = words.join([escape(label) for label in going])
@@ -71,7 +71,7 @@ def verdict(comparison: Comparison) -> list[str]:
     known = [g for g in groups if math.isfinite(g.intervals["final"].mean)]
     together = _joint(known)
     ranked = sorted((g for g in known if g not in together), key=lambda g: g.intervals["final"].mean)
-    if len(ranked) > 1:
+    if len(ranked) > 1 and comparison.same_rows:
         best, value = ranked[0], ranked[0].intervals
         tied = words.join([escape(label) for label in _tied(best, ranked[1:])])
         also = f" {tied} cannot be told apart from it." if tied else ""

@@ -35,7 +35,8 @@ class Run:
     ledger: dict[str, dict[str, int]]  # source -> counts at the end
     events: list[dict[str, Any]]
     steps: int | None  # planned steps, None if the config does not say
-    about: dict[str, Any]  # what run.json says of it: facts and versions
+    about: dict[str, Any]  # what run.json says of it: facts, versions and branch
+    folder: str  # name of its directory
 
     @property
     def step(self) -> int:
@@ -72,7 +73,7 @@ def load(path: Path) -> Run:
     evals = [record for record in records if record["kind"] == "eval" and record.get("loss")]
     if not evals:
         raise UserError(f"{path}: no evaluation recorded yet; wait for the first, or set config.evaluation.every")
-    return _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals)
+    return _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals, path.resolve().name)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -91,7 +92,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _assemble(
-    config: dict[str, Any], about: dict[str, Any], records: list[dict[str, Any]], evals: list[dict[str, Any]]
+    config: dict[str, Any],
+    about: dict[str, Any],
+    records: list[dict[str, Any]],
+    evals: list[dict[str, Any]],
+    folder: str,
 ) -> Run:
     train = [record for record in records if record["kind"] == "train"]
     stages = _section(config, "stream").get("stages") or []
@@ -131,7 +136,8 @@ def _assemble(
         ledger=ledgers[-1].get("sources", {}) if ledgers else {},
         events=[record for record in records if record["kind"] == "event"],
         steps=_planned(stages, _section(config, "stream")),
-        about={key: about[key] for key in ("facts", "versions") if isinstance(about.get(key), dict)},
+        about={key: about[key] for key in ("facts", "versions", "branch") if isinstance(about.get(key), dict)},
+        folder=folder,
     )
 
 

@@ -39,12 +39,13 @@ def body(run: Run, figures: dict[str, Any]) -> str:
 def header(run: Run, figures: dict[str, Any]) -> str:
     """Returns title, state and verdict."""
     state = '<span class="pill">complete</span>' if run.complete else '<span class="pill going">in progress</span>'
-    described = readable(run.config)
+    described, branch = readable(run.config), run.about.get("branch")
     facts = [
         *([described] if described != run.label else []),
         " → ".join(run.tasks),
         f"{run.step:,} steps",
         f"seed {run.seed}",
+        f"branched off {branch['source']} at step {branch['step']}" if branch else "",
     ]
     sentences = words.verdict(figures, _replay(run))
     return (
