@@ -45,6 +45,10 @@ PART = "part-"  # then the number of a process: its share of the hashes
 CLOCK_STEPS = 20  # several processes ask process 0 for the time only this often: each answer is a collective
 
 
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written."""
+
+
 class Restored(NamedTuple):
     """What `Checkpoints.restore` found."""
 
@@ -124,7 +128,7 @@ class Checkpoints:
           host: what else a resumed run must know, as JSON.
 
         Raises:
-          RuntimeError: the save before this one failed.
+          NotSaved: the save before this one failed.
         """
         begin = time.monotonic()
         self.wait()
@@ -149,7 +153,7 @@ class Checkpoints:
                 response.result()
                 self._commit(step, target, table, np.asarray(sums.addressable_data(0)).tolist())
             except BaseException as error:  # raised again by wait()
-                self._error = RuntimeError(f"checkpoint {step} in {self._directory} was not written: {error}")
+                self._error = NotSaved(f"checkpoint {step} in {self._directory} was not written: {error}")
                 self._error.__cause__ = error
 
         self._pending = threading.Thread(target=finish, name=f"checkpoint-{step}")
@@ -158,11 +162,7 @@ class Checkpoints:
         return self._last - begin
 
     def wait(self) -> None:
-        """Blocks until the save under way is complete on all processes.
-
-        Raises:
-          RuntimeError: it failed.
-        """
+        """Blocks until the save under way is complete on all processes; raises NotSaved if it failed."""
         if self._pending:
             self._pending.join()
             self._pending = None

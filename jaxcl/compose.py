@@ -76,7 +76,7 @@ def outer(state: TrainState, **own: Memory) -> TrainState:
 
 
 def make(options: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], setting: Setting) -> Method:
-    """Builds the method that `config.method` describes: `'er(rows=4) + reptile'`, a dict with a `name`, or a list.
+    """Builds the method that `config.method` describes: `'er(capacity=4) + reptile'`, a dict with a `name`, or a list.
 
     Raises:
       UserError: unknown method or option, or parts that do not go together.
@@ -84,7 +84,7 @@ def make(options: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], setting
     options = schema.parse(options, field="method") if isinstance(options, str) else options
     if not isinstance(options, (Mapping, Sequence)):
         raise schema.UserError(
-            f"config.method={options!r}: write it as in 'er(rows=4) + reptile' or as a list of dicts"
+            f"config.method={options!r}: write it as in 'er(capacity=4) + reptile' or as a list of dicts"
         )
     single = isinstance(options, Mapping)
     parts = []

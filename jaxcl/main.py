@@ -96,6 +96,12 @@ def cli(run: Callable[[list[str]], int] = main) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = error.filename or "a file of the run"
+        print(f"error: {where}: {error.strerror}; mend that or choose another folder", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)

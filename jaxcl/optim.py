@@ -29,6 +29,17 @@ from jaxcl.types import Params, PyTree
 NO_DECAY = ("norm", "bias", "scale", "embed")
 
 
+def _check_options(options: Mapping[str, Any], field: str) -> None:
+    """Raises UserError for numbers that no optimiser can use; types are checked elsewhere."""
+    ranges = {"weight_decay": (0.0, math.inf), "b1": (0.0, 1.0), "b2": (0.0, 1.0), "momentum": (0.0, 1.0)}
+    for name, (low, high) in ranges.items():
+        value = options.get(name)
+        if isinstance(value, (int, float)) and not low <= value < high:
+            raise UserError(f"config.{field}.{name}={value!r}: must be at least {low:g} and below {high:g}")
+    if isinstance(eps := options.get("eps"), (int, float)) and eps <= 0:
+        raise UserError(f"config.{field}.eps={eps!r}: must be above 0")
+
+
 def make(
     *,
     lr: float | Callable[[Any], Any],
@@ -64,6 +75,7 @@ def make(
         _compile(pattern, field)
     if clip is not None and clip <= 0:
         raise UserError(f"config.{field}.clip={clip!r}: must be above 0; use None for no clipping")
+    _check_options(options, field)
     if not callable(lr) and lr <= 0:
         raise UserError(f"config.{field}.lr={lr!r}: must be above 0")
 

@@ -206,6 +206,8 @@ def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: 
 def loss_of(options: Mapping[str, Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Returns the training loss: (output, batch) -> (sum, weight)."""
     schema.check(losses.cross_entropy, options, field="loss", positional=2)
+    if options.get("z_loss", 0.0) < 0:
+        raise UserError(f"config.loss.z_loss={options['z_loss']}: must not be negative")
     return functools.partial(losses.cross_entropy, **options)
 
 

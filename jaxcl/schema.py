@@ -111,7 +111,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def parse(text: str, *, field: str) -> list[dict[str, Any]]:
-    """Reads `er(rows=256) + reptile(every=10, keep=0.5)` as a list of dicts with a `name` and options.
+    """Reads `er(capacity=256) + reptile(every=10, keep=0.5)` as a list of dicts with a `name` and options.
 
     Only names, literals and `+` are understood: nothing is evaluated.
 
@@ -134,7 +134,7 @@ def parse(text: str, *, field: str) -> list[dict[str, Any]]:
         return parts(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError) as error:
         raise UserError(
-            f"config.{field}={text!r}: write it as in 'er(rows=256) + reptile(every=10, keep=0.5)'"
+            f"config.{field}={text!r}: write it as in 'er(capacity=256) + reptile(every=10, keep=0.5)'"
         ) from error
 
 

@@ -305,7 +305,7 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     """Trains what `config` describes in `workdir`, from its last checkpoint if there is one, and writes the report.
 
     Returns the exit status: 0 finished, or stopped by SIGTERM with the state saved; 130 stopped by Ctrl-C, likewise;
-    3 training cannot go on.
+    1 a checkpoint could not be written; 3 training cannot go on.
 
     Args:
       config: the keys of `Loop` and of `jaxcl.program.build`.
@@ -350,6 +350,10 @@ def supervise(
     except BadSteps as bad:
         print(f"error: {bad}", file=sys.stderr)
         return 3
+    except checkpoint.NotSaved as error:
+        text = " ".join(str(error).split())[:400]
+        print(f"error: {text}; mend that, and the same command continues from the checkpoint before", file=sys.stderr)
+        return 1
     folder.finish(place)
     return 0
 

@@ -33,6 +33,14 @@ SECTIONS = {
     "unknown optimiser": ({"optim": {"name": "adamm"}}, ["config.optim.name='adamm'", "did you mean 'adam"]),
     "learning rate in two places": ({"optim": {"name": "adamw", "lr": 0.1}}, ["config.optim.lr", "schedule.peak"]),
     "impossible mesh": ({"mesh": {"data": 3}}, ["config.mesh", "data=3", "number of devices, which is 1"]),
+    "negative z-loss": ({"loss": {"z_loss": -1.0}}, ["config.loss.z_loss=-1.0", "not be negative"]),
+    "negative decay": ({"optim__weight_decay": -1.0}, ["config.optim.weight_decay=-1.0", "at least 0"]),
+    "momentum out of range": ({"optim__b2": 1.5}, ["config.optim.b2=1.5", "below 1"]),
+    "no bytes": (
+        {"sources__d1": {"name": "embedded", "domain": "code", "max_bytes": 0}},
+        ["max_bytes=0", "at least 1"],
+    ),
+    "folder as a file": ({"sources__d1": {"name": "text", "path": "/usr"}}, ["path='/usr'", "is a folder", "/usr/*"]),
     "no microbatch": ({"microbatches": 0}, ["config.microbatches=0", "at least 1"]),
     "batch and microbatches": ({"microbatches": 3}, ["config.stream.batch=8", "multiple of 3"]),
     "no source": ({"sources": {}}, ["config.sources", "name at least one"]),
@@ -158,6 +166,7 @@ def add_folders(cases, begun, place):
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
     cases.add("workdir is a file", ["--workdir=", "is a file", "name a folder"], settings, workdir=file)
+    cases.add("workdir below a file", ["file/run", "Not a directory", "another folder"], settings, workdir=file / "run")
     cases.add("workdir is no run", ["other", "not the folder of a run"], settings, workdir=other)
     words = ["--workdir=", "config.seed=3, not 4", "another --workdir"]
     cases.add("workdir of another config", words, {**settings, "seed": 4}, workdir=run)
@@ -203,6 +212,7 @@ NAMES = [
         "damaged train.tokens",
         "damaged manifest",
         "workdir is a file",
+        "workdir below a file",
         "workdir is no run",
         "workdir of another config",
     ),

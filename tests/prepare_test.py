@@ -215,7 +215,7 @@ def test_the_slower_of_two_builders_takes_the_other_ones_rows(tmp_path):
     ("docs", "options", "words"),
     [
         ([], {}, "holds no text"),
-        (["only one"], {}, r"too few documents \(1\) for held_out=0.2"),
+        (["only one"], {}, r"too few different documents \(of 1\) for held_out=0.2"),
         (["x"], {"held_out": 1.0}, "held_out=1.0"),
         (["x"], {"length": 0}, "length=0"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import toys
 
 from jaxcl import compose
-from jaxcl.methods import ewc, l2, lwf, si
+from jaxcl.methods import ewc, l2, lwf
 from jaxcl.types import Model, Output
 
 RNG = np.random.default_rng(0)

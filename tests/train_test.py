@@ -392,3 +392,16 @@ def test_a_run_may_be_renamed(folder, straight, tmp_path):
     workdir = shutil.copytree(straight, tmp_path / "run")
     assert go_on(folder, workdir, small.config(folder, label="another name")) == 0
     assert json.loads((workdir / "report.json").read_text())["label"] == "another name"
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(folder, tmp_path, capsys, monkeypatch):
+    def full(*rest):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "_fingerprint", full)
+        assert go_on(folder, tmp_path / "run") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "checkpoint 3 in" in line
+    assert "No space left on device; mend that, and the same command continues" in line
+    assert go_on(folder, tmp_path / "run") == 0

@@ -125,8 +125,8 @@ def _build(source: Source, tokenizer: Tokenizer, folder: str, length: int, held_
         raise UserError(f"config.sources: {source.description} holds no text; check the path and the column")
     if not counts["train"] or (held_out and not counts["held_out"]):
         raise UserError(
-            f"config.sources: {source.description} has too few documents ({sum(counts.values())}) for "
-            f"held_out={held_out}; add documents, cut them smaller (text: split='paragraph') or set held_out=0"
+            f"config.sources: {source.description} has too few different documents (of {sum(counts.values())}) "
+            f"for held_out={held_out}; add documents, or cut them smaller (text: split='paragraph')"
         )
     manifest = {
         "format": _FORMAT,

@@ -40,6 +40,9 @@ def cli() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; choose another folder", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def readable(config: Mapping[str, Any]) -> str:
 def parts(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Returns the parts of `config.method` as (name, options), however they are written.
 
-    A method is text such as "er(rows=8) + reptile(every=10)", a dict with a name, or a list of these.
+    A method is text such as "er(capacity=8) + reptile(every=10)", a dict with a name, or a list of these.
     """
     method = config.get("method") or []
     found: list[tuple[str, dict[str, Any]]] = []

@@ -21,6 +21,8 @@ class Source(NamedTuple):
 
 def describe(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the description of a source: its name and the options that are not at None."""
+    if (most := options.get("max_bytes")) is not None and most < 1:
+        raise UserError(f"config.sources: max_bytes={most}: must be at least 1, or None for all")
     return {"name": name, **{key: value for key, value in options.items() if value is not None}}
 
 
@@ -33,6 +35,8 @@ def files(path: str | Sequence[str], *, field: str = "path") -> list[str]:
     found: set[str] = set()
     for pattern in [path] if isinstance(path, str) else path:
         matches = {p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)}
+        if not matches and os.path.isdir(os.path.expanduser(pattern)):
+            raise UserError(f"config.sources: {field}={pattern!r}: is a folder; name its files, as in '{pattern}/*'")
         if not matches:
             raise UserError(f"config.sources: {field}={pattern!r}: no such file; check the path or the pattern")
         found |= matches
