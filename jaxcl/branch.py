@@ -10,13 +10,10 @@ constant phase anneals to a model for release and is not trained further (Ibrahi
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 from pathlib import Path
-from typing import NoReturn
 
-from jaxcl import checkpoint, folder, metrics
+from jaxcl import checkpoint, console, folder, metrics
 from jaxcl.schema import UserError
 
 
@@ -55,17 +52,9 @@ def make(source: Path, target: Path, *, step: int | None = None) -> int:
     return step
 
 
-class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage."""
-        raise UserError(f"command line: {message}; see python -m jaxcl.branch --help")
-
-
 def main(argv: list[str]) -> None:
     """Makes the branch and says how to go on."""
-    parser = Parser(prog="python -m jaxcl.branch", description="Starts a new run from a checkpoint of another.")
+    parser = console.Parser(prog="python -m jaxcl.branch", description="Starts a new run from a checkpoint of another.")
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run to branch off")
     parser.add_argument("new", metavar="NEW", type=Path, help="folder of the new run: absent or empty")
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; the newest by default")
@@ -75,17 +64,5 @@ def main(argv: list[str]) -> None:
     print(f"  python -m jaxcl.main --config=FILE --workdir={options.new} [--config.KEY=VALUE ...]")
 
 
-def cli() -> None:
-    """Entry point: user errors are one line and status 2."""
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; choose another folder", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    cli()
+    console.cli(main)

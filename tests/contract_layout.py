@@ -16,13 +16,13 @@ LAYERS = (
     {"models", "kernels"},
     {"methods"},
     {"data", "rl"},
-    {"forgetting", "stability", "seeds", "flops", "evaluate", "metrics", "progress"},
+    {"forgetting", "stability", "seeds", "flops", "evaluate", "metrics", "progress", "console"},
     {"folder", "report", "checkpoint", "checksum", "distributed", "allocator", "hf"},
     {"program", "train"},
     {"sweep", "main", "branch"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
-IO_LAYERS |= {"main", "sweep", "branch"}
+IO_LAYERS |= {"main", "sweep", "branch", "console"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 

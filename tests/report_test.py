@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxcl import forgetting, report, seeds
+from jaxcl import console, forgetting, report, seeds
+from jaxcl.report import __main__ as command_line
 from jaxcl.report import compare, figures, terminal
 from jaxcl.report import run as runs
 from jaxcl.schema import UserError
@@ -438,3 +439,14 @@ def test_matched_control_uses_the_rate_that_was_really_used(many):
     (matched,) = compare.matched(groups)
     assert matched.control is not None
     assert matched.control.label == "replay 25 %, half lr"
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    run = fake_run.make(tmp_path / "run", stop=100)
+    monkeypatch.setattr("sys.argv", ["report", str(run), "--out=/proc/nowhere.html"])
+    with pytest.raises(SystemExit) as caught:
+        console.cli(command_line.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert line.startswith("error: /proc/nowhere.html")
+    assert line.endswith("choose another folder")

@@ -1,0 +1,30 @@
+"""What the small commands share: arguments that complain in one line, and exit codes without tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from jaxcl.schema import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage."""
+        raise UserError(f"command line: {message}; see {self.prog} --help")
+
+
+def cli(main: Callable[[list[str]], None]) -> None:
+    """Runs a command: user errors and files that cannot be written are one line and status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; choose another folder", file=sys.stderr)
+        sys.exit(2)
