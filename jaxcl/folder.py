@@ -86,9 +86,11 @@ def locked(place: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             new = False
             raise UserError(f"--workdir={place}: another process trains there; wait for it or choose another") from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         if new and all(path.name == LOCK for path in place.iterdir()):

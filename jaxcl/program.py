@@ -195,10 +195,13 @@ def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: 
 
     vocab = jax.eval_shape(logits, shapes).shape[-1]
     if not words.vocab <= vocab <= words.vocab + VOCAB_SLACK:
+        fitting = -(-words.vocab // 8) * 8
+        if "vocab" not in options:  # the preset's yields to the tokenizer
+            return network_of({**options, "vocab": fitting}, words, length)
         fault = "smaller" if vocab < words.vocab else f"more than {VOCAB_SLACK} larger"
         raise UserError(
             f"config.model.vocab={vocab}: {fault} than that of the tokenizer {words.name!r}, "
-            f"which has {words.vocab} tokens; set config.model.vocab={-(-words.vocab // 8) * 8}"
+            f"which has {words.vocab} tokens; set config.model.vocab={fitting}"
         )
     return network
 

@@ -405,3 +405,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(folder, tm
     assert "checkpoint 3 in" in line
     assert "No space left on device; mend that, and the same command continues" in line
     assert go_on(folder, tmp_path / "run") == 0
+
+
+def test_the_vocabulary_of_a_preset_yields_to_the_tokenizer_and_one_that_was_set_does_not():
+    words = program.tokenizers.make()._replace(vocab=601)
+    network = program.network_of({"name": "transformer", "preset": "tiny"}, words, 16)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    assert shapes["embedding"].shape[0] == 608
+    with pytest.raises(UserError, match=r"config.model.vocab=264: smaller than.*set config.model.vocab=608"):
+        program.network_of({"name": "transformer", "preset": "tiny", "vocab": 264}, words, 16)
