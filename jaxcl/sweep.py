@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl import folder, report, train
+from jaxcl import folder, program, report, schedules, schema, train
+from jaxcl import optim as optimisers
 from jaxcl.report import terminal
 from jaxcl.schema import UserError, assign
 
@@ -52,13 +53,51 @@ def name_of(label: str, seed: int) -> str:
     return "".join(c if c.isalnum() or c in "=.+-" else "_" for c in label) + f"-seed{seed}"
 
 
+def check(config: Mapping[str, Any], place: Path) -> None:
+    """Raises UserError for what is wrong with a run, as far as that shows without its corpus and its model."""
+    folder.finished(place, config)
+    _, pieces = train.split(config)
+    schedule, optim, stream = pieces["schedule"], pieces["optim"], pieces["stream"]
+    evaluation = schema.call(program.Evaluation, pieces.get("evaluation") or {}, field="evaluation")
+    program.check_options(schedule, optim, evaluation, len(pieces["sources"]))
+    schema.check(program.Packing, pieces["packing"], field="packing")
+    schema.check(program.stream_of, stream, field="stream", positional=3)
+    stages = [stage if isinstance(stage, Mapping) else {} for stage in stream["stages"]]
+    steps = [stage.get("steps", stream.get("steps")) for stage in stages]
+    rate: Any = 1.0
+    if steps and all(isinstance(number, int) and number > 0 for number in steps):
+        rate = schedules.make(ends=list(itertools.accumulate(steps)), **schedule)
+    optimisers.make(lr=rate, **optim)
+    program.loss_of(pieces.get("loss") or {})
+    method = pieces.get("method", "cpt")
+    if isinstance(method, str):
+        schema.parse(method, field="method")
+
+
+def check_all(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> None:
+    """Checks every run before the first is trained.
+
+    Raises:
+      UserError: that of the first run with something wrong, and which it is.
+    """
+    for one, place in zip(runs, folders, strict=True):
+        try:
+            check(one, place)
+        except UserError as error:
+            raise UserError(f"config.variants[{one['label']}], seed {one['seed']}: {error}") from error
+
+
 def run(config: Mapping[str, Any], workdir: str) -> int:
     """Runs every variant under `workdir`, one after the other, then writes the combined report.
 
     Runs that are complete are kept, the one that was cut off continues. Returns the exit status.
+
+    Raises:
+      UserError: something is wrong with any of the runs, before the first is trained where `check` can see it.
     """
     runs = expand(config)
     folders = [Path(workdir) / name_of(one["label"], one["seed"]) for one in runs]
+    check_all(runs, folders)
     for i, (one, place) in enumerate(zip(runs, folders, strict=True)):
         print(f"[{i + 1}/{len(runs)}] {one['label']}, seed {one['seed']}: {place}", flush=True)
         status = train.run(one, str(place), final=False)

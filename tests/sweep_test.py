@@ -89,6 +89,27 @@ def test_malformed_variants_are_refused(variants, words):
         sweep.expand({"variants": variants})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("optim.weight_decay", -1.0, r"config.variants\[bad\], seed 4: config.optim.weight_decay=-1.0"),
+        ("schedule.peak", -1.0, "config.schedule.peak=-1.0: must be above 0"),
+        ("schedule.cooldwn", 3, "config.schedule.cooldwn: unknown key"),
+        ("stream.stpes", 3, "config.stream.stpes: unknown key"),
+        ("loss", {"z_loss": -1.0}, "config.loss.z_loss"),
+        ("method", "er(", "config.method="),
+        ("evaluation.every", 0, "config.evaluation.every=0"),
+        ("rollback", 0, "config.rollback=0"),
+    ],
+)
+def test_a_bad_last_point_is_told_before_the_first_is_trained(folder, tmp_path, key, value, words):
+    config = settings(folder) | {"seeds": [4]}
+    config["variants"] = [*config["variants"], {"label": "bad", "set": [(key, value)]}]
+    with pytest.raises(UserError, match=words):
+        sweep.run(config, str(tmp_path / "sweep"))
+    assert not (tmp_path / "sweep").exists()
+
+
 @pytest.fixture(scope="module")
 def launch():
     spec = importlib.util.spec_from_file_location("launch", ROOT / "experiments" / "quickstart" / "launch.py")
