@@ -194,6 +194,7 @@ def infinite(
     settled = warmup + cooldown
     _require(warmup >= 0, "warmup", warmup, "must not be negative")
     _require(cooldown >= 0, "cooldown", cooldown, "must not be negative")
+    _require(peak > 0, "peak", peak, "must be above 0")
     _require(0 < constant <= peak, "constant", constant, "must lie above 0 and not above peak")
     _require(cooldown > 0 or constant == peak, "cooldown", cooldown, "must be above 0 unless constant equals peak")
     _require(timescale > 0, "timescale", timescale, "must be above 0")
@@ -210,8 +211,7 @@ def infinite(
             down = _cosine(peak, constant, x)
         else:
             down = peak + (constant - peak) * (1 / xp.sqrt(1 + timescale * x) - 1) / (1 / math.sqrt(1 + timescale) - 1)
-        value = _where(step, warmup, _warm(step, 0.0, peak, 0, warmup), down)
-        value = _where(step, settled, value, constant)
+        value = _where(step, settled, _where(step, warmup, _warm(step, 0.0, peak, 0, warmup), down), constant)
         if anneal is None or anneal_from is None:
             return value
         fall = math.log(end / constant) * _part(step, anneal_from, anneal_from + anneal)
