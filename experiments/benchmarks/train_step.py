@@ -191,10 +191,10 @@ def main(argv: list[str]) -> None:
     # XLA runs independent operations on one thread per core that it sees, whatever its flags say.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     results = {
-        "command": "python -m experiments.benchmarks.train_step --peer_python=PYTHON",
+        "command": f"python -m experiments.benchmarks.train_step --peer_python=PYTHON --cases={','.join(CASES.value)}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "environment": ENVIRONMENT,
+        "environment": ENVIRONMENT | {k: v for k, v in os.environ.items() if k == "GLIBC_TUNABLES"},
         "keep_pages": KEEP_PAGES.value,
         "cases": {},
     }
