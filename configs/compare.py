@@ -6,8 +6,8 @@ Expected: report.html in the workdir; numbers and time in experiments/quickstart
 
 Reptile with `keep` moves the parameters, to first order, like a plain run at `keep` times the learning rate. So each
 MER run has its control: MER at 1, 2 and 4 times the rate beside replay at 1/2, 1 and 2 times. The learning rate is
-re-warmed and decays again in every stage, so that a boundary is measured without the noise of a high rate. How stream and
-rate were chosen is told in experiments/quickstart/README.md.
+re-warmed and decays again in every stage, so that a boundary is measured without the noise of a high rate. How stream
+and rate were chosen is told in experiments/quickstart/README.md.
 """
 
 from ml_collections import ConfigDict

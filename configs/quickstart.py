@@ -5,7 +5,7 @@ Claim:    a byte-level Llama of 1.3 M parameters learns Python's prose, then lib
 Command:  python -m jaxcl.main --config=configs/quickstart.py --workdir=runs/quickstart
 Expected: report.html in the workdir; numbers and time in experiments/quickstart/README.md.
 
---config.evaluation.alignment=true adds the cosines of the domains' gradients at every boundary, for about 5 % more time.
+--config.evaluation.alignment=true adds the cosines of the domains' gradients at every boundary (about 5 % more time).
 """
 
 from ml_collections import ConfigDict
