@@ -35,13 +35,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxcl import manifests
 from jaxcl.checksum import checksums
+from jaxcl.manifests import MANIFEST, PART
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
-from jaxcl.types import PyTree, TrainState
+from jaxcl.types import Params, PyTree, TrainState
 
-MANIFEST = "MANIFEST"
-PART = "part-"  # then the number of a process: its share of the hashes
+WEIGHTS = ("params/", "memory/frozen/")  # where the parameters of a model are in a state, trained and frozen
 CLOCK_STEPS = 20  # several processes ask process 0 for the time only this often: each answer is a collective
 
 
@@ -114,7 +115,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints that were completed, in increasing order."""
-        return [step for step in _steps(self._directory) if (self._directory / str(step) / MANIFEST).exists()]
+        return _whole(self._directory)
 
     @jax.transfer_guard("allow")
     def save(self, step: int, state: TrainState, host: Mapping[str, Any]) -> float:
@@ -141,11 +142,11 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._discard(step)
             target.mkdir(parents=True)
-            _write(target / "host.json", text)
+            manifests.write(target / "host.json", text)
         self._barrier(step, "start")
         sums = checksums(list(leaves.values()))
         table = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
-        response = ocp.save_async(target / "state", _nest(leaves))
+        response = ocp.save_async(target / "state", manifests.nest(leaves))
 
         # The thread must not touch the leaves: the next step may take their memory.
         def finish() -> None:
@@ -187,11 +188,12 @@ class Checkpoints:
         self.wait()
         reasons: list[str] = []
         whole = False
-        for number in [step] if step is not None else _from_first(_steps(self._directory)[::-1]):
+        for number in [step] if step is not None else _from_first(manifests.steps(self._directory)[::-1]):
             path = self._directory / str(number)
             exists = _all_agree((path / MANIFEST).exists())
             whole |= exists
-            reason, manifest = _verify(path) if exists else (f"{MANIFEST} is missing: its save was cut short", None)
+            cut_short = f"{MANIFEST} is missing: its save was cut short"
+            reason, manifest = manifests.verify(path) if exists else (cut_short, None)
             if _all_agree(manifest is not None) and manifest is not None:
                 state = _load(path, manifest, abstract_state)
                 if state is not None:
@@ -211,7 +213,7 @@ class Checkpoints:
 
     def _discard(self, since: int) -> None:
         """Moves checkpoints at `since` and later out of the way: they belong to an attempt that was given up."""
-        for step in _steps(self._directory):
+        for step in manifests.steps(self._directory):
             if step >= since:
                 path = self._directory / str(step)
                 aside = self._directory / f"{step}.discarded"
@@ -226,9 +228,9 @@ class Checkpoints:
         """Hashes the files, each process its share, and lets process 0 write the manifest."""
         self._barrier(step, "written")
         index, count = jax.process_index(), jax.process_count()
-        mine = {name: _fingerprint(target / name) for name in _files(target)[index::count]}
+        mine = {name: manifests.fingerprint(target / name) for name in manifests.files(target)[index::count]}
         if index > 0:
-            _write(target / f"{PART}{index}", json.dumps(mine))
+            manifests.write(target / f"{PART}{index}", json.dumps(mine))
         self._barrier(step, "hashed")
         if index == 0:
             for other in range(1, count):
@@ -236,7 +238,7 @@ class Checkpoints:
                 (target / f"{PART}{other}").unlink()
             leaves = {name: [*shape_type, total] for (name, shape_type), total in zip(table.items(), sums, strict=True)}
             line = json.dumps({"step": step, "files": mine, "leaves": leaves})
-            _write(target / MANIFEST, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
+            manifests.write(target / MANIFEST, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
             self._prune()
         self._barrier(step, "committed")
 
@@ -244,7 +246,7 @@ class Checkpoints:
         """Removes what the keep options do not name, and what was cut short before the newest."""
         steps = self.steps()
         kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0)}
-        for step in _steps(self._directory):
+        for step in manifests.steps(self._directory):
             if step not in kept and step < steps[-1]:
                 path = self._directory / str(step)
                 (path / MANIFEST).unlink(missing_ok=True)  # first, so that no half of one is taken for whole
@@ -265,39 +267,69 @@ def copy(source: str | os.PathLike[str], target: str | os.PathLike[str], *, step
       UserError: no such checkpoint, a damaged one, or `target` has one already.
     """
     old, new = epath.Path(source), epath.Path(target)
-    whole = [number for number in _steps(old) if (old / str(number) / MANIFEST).exists()]
-    if not whole or (step is not None and step not in whole):
-        raise UserError(f"{source}: no checkpoint at step {step}; it has {whole}")
-    if _steps(new):
-        raise UserError(f"{target}: has checkpoints already: {_steps(new)}; choose a new directory")
-    step = whole[-1] if step is None else step
+    if manifests.steps(new):
+        raise UserError(f"{target}: has checkpoints already: {manifests.steps(new)}; choose a new directory")
+    step = _chosen(old, step)
     path = old / str(step)
-    reason, manifest = _verify(path, everything=True)
+    reason, manifest = manifests.verify(path, everything=True)
     if manifest is None:
-        raise UserError(f"{source}: checkpoint {step} is damaged: {reason}; choose one of {whole}")
+        raise UserError(f"{source}: checkpoint {step} is damaged: {reason}; choose one of {_whole(old)}")
     for name in manifest["files"]:
         (new / str(step) / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).copy(new / str(step) / name)
-    _write(new / str(step) / MANIFEST, (path / MANIFEST).read_text())
+    manifests.write(new / str(step) / MANIFEST, (path / MANIFEST).read_text())
     return step
 
 
-def _verify(path: epath.Path, *, everything: bool = False) -> tuple[str | None, dict[str, Any] | None]:
-    """Returns the manifest if it and this process's share of the files are as they were written, or what is wrong."""
-    try:
-        line, digest = (path / MANIFEST).read_bytes().decode().removesuffix("\n").split("\n")
-        if digest != hashlib.sha256(line.encode()).hexdigest():
-            return f"{MANIFEST} was altered", None
-        manifest = json.loads(line)
-        names = list(manifest["files"])
-        for name in names if everything else names[jax.process_index() :: jax.process_count()]:
-            if not (path / name).exists():
-                return f"{name} is missing", None
-            if _fingerprint(path / name) != manifest["files"][name]:
-                return f"{name} was altered", None
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST}: {error}", None
-    return None, manifest
+def params(
+    directory: str | os.PathLike[str], *, step: int | None = None, sharding: jax.sharding.Sharding | None = None
+) -> tuple[int, Params]:
+    """Returns the step and the parameters of one checkpoint, by default the newest; nothing else of it is read.
+
+    Parameters that are trained and those that are frozen come as one nested dict.
+
+    Args:
+      directory: of the checkpoints of a run.
+      step: of one of them; None = the newest.
+      sharding: of every array; None = all on the first device.
+
+    Raises:
+      UserError: no such checkpoint, or a damaged one.
+    """
+    root = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
+    step = _chosen(root, step)
+    path = root / str(step)
+    reason, manifest = manifests.verify(path, everything=True)
+    if manifest is None:
+        raise UserError(f"{directory}: checkpoint {step} is damaged: {reason}; choose one of {_whole(root)}")
+    place = sharding or SingleDeviceSharding(jax.local_devices()[0])
+    saved = manifest["leaves"]
+    kinds = {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, (shape, kind, _) in saved.items()}
+    wanted = {name: name.removeprefix(start) for start in WEIGHTS for name in kinds if name.startswith(start)}
+    asked = {name: kind if name in wanted else ocp.PLACEHOLDER for name, kind in kinds.items()}
+    loaded = dict(named_leaves(ocp.load(path / "state", manifests.nest(asked))))
+    sums = np.asarray(checksums([loaded[name] for name in wanted]).addressable_data(0)).tolist()
+    if bad := [n for n, total in zip(wanted, sums, strict=True) if total != saved[n][2]]:
+        raise UserError(f"{directory}: checkpoint {step}: {bad[0]} differs from what was saved; choose another step")
+    return step, manifests.nest({short: loaded[name] for name, short in wanted.items()})
+
+
+def _whole(directory: epath.Path) -> list[int]:
+    """Returns the steps of the checkpoints that were completed."""
+    return [step for step in manifests.steps(directory) if (directory / str(step) / MANIFEST).exists()]
+
+
+def _chosen(directory: epath.Path, step: int | None) -> int:
+    """Returns `step`, or the newest one for None.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    whole = _whole(directory)
+    if not whole or (step is not None and step not in whole):
+        asked = "no checkpoint" if step is None else f"no checkpoint at step {step}"
+        raise UserError(f"{directory}: {asked}; it has {whole or 'none'}")
+    return whole[-1] if step is None else step
 
 
 def _load(path: epath.Path, manifest: dict[str, Any], abstract_state: PyTree) -> PyTree | None:
@@ -322,60 +354,12 @@ def _load(path: epath.Path, manifest: dict[str, Any], abstract_state: PyTree) ->
         for name, leaf in wanted.items()
     }
     full = {name: target for name, target in targets.items() if target.size}
-    loaded = dict(named_leaves(ocp.load(path / "state", _nest(full))))
+    loaded = dict(named_leaves(ocp.load(path / "state", manifests.nest(full))))
     sums = np.asarray(checksums([loaded[name] for name in full]).addressable_data(0)).tolist()
     if not _all_agree(sums == [saved[name][2] for name in full]):
         return None
     empty = {name: jnp.zeros(t.shape, t.dtype, device=t.sharding) for name, t in targets.items() if not t.size}
     return jax.tree.unflatten(jax.tree.structure(abstract_state), [(loaded | empty)[name] for name in wanted])
-
-
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts for names such as a/b/c: what other tools see when they open the checkpoint."""
-    root: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *above, last = name.split("/")
-        node = root
-        for part in above:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return root
-
-
-def _steps(directory: epath.Path) -> list[int]:
-    """Returns the steps that have a directory, whole or not, in increasing order."""
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal()) if directory.exists() else []
-
-
-def _files(root: epath.Path, prefix: str = "") -> list[str]:
-    """Returns the names of all files below `root`, sorted, without those by which processes exchange hashes."""
-    names = []
-    for entry in (root / prefix).iterdir():
-        name = f"{prefix}/{entry.name}" if prefix else entry.name
-        names += _files(root, name) if entry.is_dir() else [name]
-    return sorted(name for name in names if not name.startswith((PART, f".{PART}")))
-
-
-def _fingerprint(path: epath.Path) -> list[Any]:
-    """Returns [bytes, sha256] of a file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return [size, digest.hexdigest()]
-
-
-def _write(path: epath.Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp"
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        if "://" not in str(path):
-            os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _from_first(steps: list[int], most: int = 64) -> list[int]:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import alignment, compose, flops, losses, schedules, schema, tree
-from jaxcl import evaluate as scores
+from jaxcl import alignment, compose, flops, losses, schedules, schema, scores, tree
 from jaxcl import guard as guards
 from jaxcl import mesh as meshes
+from jaxcl import network as networks
 from jaxcl import optim as optimisers
 from jaxcl.data import prepare, provenance
 from jaxcl.data import rows as tables
@@ -25,7 +25,6 @@ from jaxcl.random import key_for
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Metrics, Model, Params, TrainState
 
-VOCAB_SLACK = 512  # a vocabulary may be padded by this much beyond the tokenizer's, for the sake of round shapes
 TASK_BATCHES = 4  # batches of a task that `end_task` sees when the task is over
 
 
@@ -106,15 +105,17 @@ def build(
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
-    corpora, words = corpora_of(sources, tokenizer or {}, schema.call(Packing, packing, field="packing"))
+    packed = schema.call(Packing, packing, field="packing")
+    words = networks.tokenizer_of(tokenizer, model)
+    network = networks.make(model, words, packed.length)
+    corpora = corpora_of(sources, words, packed)
     multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
     rows = {name: corpus.train for name, corpus in corpora.items()}
     flow = schema.call(stream_of, stream, rows, seed, multiple, field="stream")
     rate = schedules.make(ends=flow.boundaries, **schedule)
-    network = network_of(model, words, packing["length"])
     example = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, flow.at(0)))
     tx = optimisers.make(lr=rate, **optim)
-    setting = compose.Setting(network, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
+    setting = compose.Setting(network.model, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
     pieces = compiled(devices, network, learner_of(method, setting, guard), flow, rate, seed)
     return Program(stream=flow, **pieces, **measures(devices, setting, pieces["abstract"], corpora, chosen))
 
@@ -137,17 +138,15 @@ def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluat
 
 
 def corpora_of(
-    sources: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, Any], packing: Packing
-) -> tuple[dict[str, prepare.Corpus], tokenizers.Tokenizer]:
-    """Returns the packed rows of every domain, and the tokenizer that made them."""
+    sources: Mapping[str, Mapping[str, Any]], words: tokenizers.Tokenizer, packing: Packing
+) -> dict[str, prepare.Corpus]:
+    """Returns the packed rows of every domain."""
     if not sources:
         raise UserError(
             "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
         )
-    words = schema.call(tokenizers.make, tokenizer, field="tokenizer")
     made = {name: schema.make("jaxcl.data.sources", s, field=f"sources.{name}") for name, s in sources.items()}
-    corpora = {name: prepare.make(source, words, name=name, **packing._asdict()) for name, source in made.items()}
-    return corpora, words
+    return {name: prepare.make(source, words, name=name, **packing._asdict()) for name, source in made.items()}
 
 
 def stream_of(
@@ -180,32 +179,6 @@ def stream_of(
     return streams.make(rows, table, batch=batch, seed=seed, replay=replay, multiple=multiple)
 
 
-def network_of(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Model:
-    """Returns the model.
-
-    Raises:
-      UserError: its vocabulary does not fit the tokenizer, or it does not take rows of this length.
-    """
-    network = schema.make("jaxcl.models", options, field="model")
-    shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
-
-    def logits(params: Params) -> jax.Array:
-        row, task = jnp.zeros((1, length), jnp.int32), jnp.zeros((1,), jnp.int32)
-        return network.apply(params, Batch(row, row, jnp.ones((1, length)), row, row, task)).logits
-
-    vocab = jax.eval_shape(logits, shapes).shape[-1]
-    if not words.vocab <= vocab <= words.vocab + VOCAB_SLACK:
-        fitting = -(-words.vocab // 8) * 8
-        if "vocab" not in options:  # the preset's yields to the tokenizer
-            return network_of({**options, "vocab": fitting}, words, length)
-        fault = "smaller" if vocab < words.vocab else f"more than {VOCAB_SLACK} larger"
-        raise UserError(
-            f"config.model.vocab={vocab}: {fault} than that of the tokenizer {words.name!r}, "
-            f"which has {words.vocab} tokens; set config.model.vocab={fitting}"
-        )
-    return network
-
-
 def loss_of(options: Mapping[str, Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Returns the training loss: (output, batch) -> (sum, weight)."""
     schema.check(losses.cross_entropy, options, field="loss", positional=2)
@@ -223,7 +196,7 @@ def learner_of(method: Any, setting: compose.Setting, guard: Mapping[str, Any] |
 
 def compiled(
     mesh: jax.sharding.Mesh,
-    network: Model,
+    network: networks.Network,
     learner: Method,
     flow: streams.Stream,
     rate: schedules.Schedule,
@@ -231,11 +204,18 @@ def compiled(
 ) -> dict[str, Any]:
     """Returns the compiled functions of a Program, with the state sharded like its parameters."""
 
-    def create() -> TrainState:
-        return learner.init(network.init(key_for(seed, "init")))
+    def initial() -> TrainState:
+        return learner.init(network.model.init(key_for(seed, "init")))
 
-    shapes = jax.eval_shape(create)
-    shardings = meshes.state_shardings(mesh, network.axes, shapes)
+    shapes = jax.eval_shape(initial)
+    shardings = meshes.state_shardings(mesh, network.model.axes, shapes)
+    abstract = meshes.with_shardings(shapes, shardings)
+
+    def imported() -> TrainState:
+        assert network.load
+        params = network.load(key_for(seed, "init"), abstract.params)
+        return jax.jit(learner.init, out_shardings=shardings, donate_argnums=0)(params)
+
     copied = meshes.replicated(mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -258,8 +238,8 @@ def compiled(
         return meshes.place(mesh, jax.tree.map(lambda *x: np.stack(x), *new), axis=1)
 
     return {
-        "abstract": meshes.with_shardings(shapes, shardings),
-        "create": jax.jit(create, out_shardings=shardings),
+        "abstract": abstract,
+        "create": imported if network.load else jax.jit(initial, out_shardings=shardings),
         "step": jax.jit(step, out_shardings=(shardings, copied), donate_argnums=0),
         "end_task": jax.jit(end_task, out_shardings=shardings, donate_argnums=0),
         "place": place,

@@ -13,7 +13,7 @@ import numpy as np
 import processes
 import pytest
 
-from jaxcl import checkpoint, optim, tree
+from jaxcl import checkpoint, manifests, optim, tree
 from jaxcl import mesh as meshes
 from jaxcl.checkpoint import MANIFEST, Checkpoints, copy
 from jaxcl.checksum import checksums
@@ -242,7 +242,7 @@ def test_due_by_steps_and_by_time(tmp_path, monkeypatch):
 
 
 def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_fingerprint", lambda path: 1 / 0)
+    monkeypatch.setattr(manifests, "fingerprint", lambda path: 1 / 0)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), {})
     with pytest.raises(RuntimeError, match=r"checkpoint 1 .* was not written"):
@@ -283,7 +283,7 @@ def test_files_that_another_process_writes_are_not_hashed(tmp_path):
     for name in ("host.json", "state/d/0", "part-1", ".part-1.tmp", ".part-12.tmp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    assert checkpoint._files(tmp_path) == ["host.json", "state/d/0"]
+    assert manifests.files(tmp_path) == ["host.json", "state/d/0"]
 
 
 def test_killed_while_saving_it_goes_on_from_a_whole_checkpoint(tmp_path):

@@ -16,19 +16,20 @@ LAYERS = (
     {"models", "kernels"},
     {"methods"},
     {"data", "rl"},
-    {"forgetting", "stability", "seeds", "flops", "evaluate", "metrics", "progress", "console"},
-    {"folder", "report", "checkpoint", "checksum", "distributed", "allocator", "hf"},
-    {"program", "train"},
-    {"sweep", "main", "branch"},
+    {"forgetting", "stability", "seeds", "flops", "scores", "metrics", "progress", "console"},
+    {"folder", "report", "checkpoint", "manifests", "checksum", "distributed", "allocator", "hf"},
+    {"network"},
+    {"program", "train", "weights"},
+    {"sweep", "main", "branch", "evaluate", "commands"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
-IO_LAYERS |= {"main", "sweep", "branch", "console"}
+IO_LAYERS |= {"main", "sweep", "branch", "console", "manifests", "weights", "evaluate", "commands"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT / "jaxcl").with_suffix("").parts
-    return parts[0]
+    return "commands" if parts[-1] == "__main__" else parts[0]  # a command may use everything
 
 
 def layer_of(name: str) -> int:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxcl import metrics, program, train
+from jaxcl.data import tokenizer
 
 STAGES = 3
 STEPS = 8  # of a stage
@@ -67,7 +68,7 @@ def config(folder, **overrides):
 def stream(settings):
     """Returns the stream of a config."""
     _, pieces = train.split(settings)
-    corpora, _ = program.corpora_of(pieces["sources"], {}, program.Packing(**pieces["packing"]))
+    corpora = program.corpora_of(pieces["sources"], tokenizer.make(), program.Packing(**pieces["packing"]))
     rows = {name: corpus.train for name, corpus in corpora.items()}
     return program.stream_of(rows, pieces["seed"], 1, **pieces["stream"])
 

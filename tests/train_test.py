@@ -13,8 +13,9 @@ import pytest
 import small
 import toys
 
-from jaxcl import distributed, flops, losses, metrics, program, train
+from jaxcl import distributed, flops, losses, metrics, network, program, train
 from jaxcl.data import rows as tables
+from jaxcl.data import tokenizer
 from jaxcl.random import key_for
 from jaxcl.schema import UserError
 from jaxcl.types import Method, Output, TrainState
@@ -75,12 +76,13 @@ def test_at_every_boundary_the_gradients_of_the_domains_are_compared(straight, f
 def test_what_is_compared_is_the_gradient_of_the_training_loss(straight, folder):
     """Against gradients of the first held-out batch of each domain, flattened and multiplied in float64."""
     settings, _, made = small.shared(folder)
-    corpora, words = program.corpora_of(settings["sources"], {}, program.Packing(**settings["packing"]))
-    network = program.network_of(settings["model"], words, settings["packing"]["length"])
+    words = tokenizer.make()
+    corpora = program.corpora_of(settings["sources"], words, program.Packing(**settings["packing"]))
+    model = network.make(settings["model"], words, settings["packing"]["length"]).model
     params = made.create().params
 
     def loss(params, rows):
-        total, weight = losses.cross_entropy(network.apply(params, rows), rows)
+        total, weight = losses.cross_entropy(model.apply(params, rows), rows)
         return total / weight
 
     gradient = toys.quick(jax.grad(loss))
@@ -149,7 +151,7 @@ def test_a_config_reaches_every_piece(folder, monkeypatch):
     made = program.build(**{**train.split(settings)[1], "mesh": {"devices": jax.devices()[:1]}})
     (setting,) = seen
     assert (setting.microbatches, setting.tasks, made.stream.seed) == (2, small.STAGES, 5)
-    corpora, _ = program.corpora_of(settings["sources"], {}, program.Packing(**settings["packing"]))
+    corpora = program.corpora_of(settings["sources"], tokenizer.make(), program.Packing(**settings["packing"]))
     trained = {name: rows.fingerprint for name, rows in zip(made.stream.sources, made.stream.rows, strict=True)}
     assert trained == {name: corpus.train.fingerprint for name, corpus in corpora.items()}
     assert made.held_out == {name: corpus.held_out.fingerprint for name, corpus in corpora.items()}
@@ -188,7 +190,7 @@ def test_keys_are_derived_from_the_seed_and_the_step(folder, monkeypatch):
 
 def test_bits_per_byte_count_the_bytes_of_the_held_out_text(straight, folder):
     settings, _, _ = small.shared(folder)
-    corpora, _ = program.corpora_of(settings["sources"], {}, program.Packing(**settings["packing"]))
+    corpora = program.corpora_of(settings["sources"], tokenizer.make(), program.Packing(**settings["packing"]))
     size = {name: c.manifest["splits"]["held_out"] for name, c in corpora.items()}
     for record in small.records(straight, "eval"):
         for name, loss in record["loss"].items():
@@ -408,9 +410,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(folder, tm
 
 
 def test_the_vocabulary_of_a_preset_yields_to_the_tokenizer_and_one_that_was_set_does_not():
-    words = program.tokenizers.make()._replace(vocab=601)
-    network = program.network_of({"name": "transformer", "preset": "tiny"}, words, 16)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    words = tokenizer.make()._replace(vocab=601)
+    made = network.make({"name": "transformer", "preset": "tiny"}, words, 16)
+    shapes = jax.eval_shape(made.model.init, jax.random.key(0))
     assert shapes["embedding"].shape[0] == 608
     with pytest.raises(UserError, match=r"config.model.vocab=264: smaller than.*set config.model.vocab=608"):
-        program.network_of({"name": "transformer", "preset": "tiny", "vocab": 264}, words, 16)
+        network.make({"name": "transformer", "preset": "tiny", "vocab": 264}, words, 16)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcl import evaluate, grad
+from jaxcl import grad, scores
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output
 
@@ -55,8 +55,8 @@ def cut(batch, *sizes):
 
 def test_token_mean_is_exact_and_does_not_depend_on_the_batches():
     params, batch = parameters(), rows(12)
-    run = evaluate.make(MODEL, loss)
-    means = [run(params, evaluate.put({"a": cut(batch, *sizes)}))["a"] for sizes in ((12,), (4, 4, 4), (1, 8, 3))]
+    run = scores.make(MODEL, loss)
+    means = [run(params, scores.put({"a": cut(batch, *sizes)}))["a"] for sizes in ((12,), (4, 4, 4), (1, 8, 3))]
     np.testing.assert_allclose(means, expected(params, batch), rtol=1e-6)
     mean_of_means = np.mean([expected(params, piece) for piece in cut(batch, 1, 8, 3)])
     assert abs(mean_of_means - means[0]) > 1e-3  # the wrong average would be seen
@@ -66,8 +66,8 @@ def test_stacked_batches_equal_listed_ones_and_repeats_are_bit_equal():
     params, batch = parameters(), rows(12)
     listed = cut(batch, 4, 4, 4)
     stacked = jax.tree.map(lambda *x: np.stack(x), *listed)
-    run = evaluate.make(MODEL, loss)
-    kept = evaluate.put({"a": stacked, "b": listed, "c": listed[0]})
+    run = scores.make(MODEL, loss)
+    kept = scores.put({"a": stacked, "b": listed, "c": listed[0]})
     first = run(params, kept)
     assert first["a"] == first["b"] != first["c"]
     assert run(params, kept) == first
@@ -80,8 +80,8 @@ def test_one_compilation_and_rows_stay_on_the_device():
         traces.append(1)
         return loss(output, batch)
 
-    run = evaluate.make(MODEL, counting)
-    kept = evaluate.put({"a": cut(rows(8), 4, 4), "b": rows(4, 1)})
+    run = scores.make(MODEL, counting)
+    kept = scores.put({"a": cut(rows(8), 4, 4), "b": rows(4, 1)})
     params = jax.device_put(parameters())
     run(params, kept)
     with jax.transfer_guard_host_to_device("disallow"):
@@ -98,38 +98,38 @@ def test_sharded_rows_give_the_same_loss():
         return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
 
     params, batch = parameters(), rows(8)
-    run = evaluate.make(MODEL, loss)
+    run = scores.make(MODEL, loss)
     replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    sharded = run(replicated, evaluate.put({"a": cut(batch, 4, 4)}, place))
+    sharded = run(replicated, scores.put({"a": cut(batch, 4, 4)}, place))
     assert len(placed) == 2
-    assert sharded["a"] == pytest.approx(run(params, evaluate.put({"a": batch}))["a"], rel=1e-6)
+    assert sharded["a"] == pytest.approx(run(params, scores.put({"a": batch}))["a"], rel=1e-6)
 
 
 def test_accuracy_counts_weighted_targets():
     params, batch = parameters(), rows(6)
     logits = params["embed"][batch.inputs] @ params["head"]
     correct = ((logits.argmax(-1) == batch.targets) * batch.weights).sum() / batch.weights.sum()
-    got = evaluate.make(MODEL, evaluate.accuracy)(params, evaluate.put({"a": batch}))
+    got = scores.make(MODEL, scores.accuracy)(params, scores.put({"a": batch}))
     assert got["a"] == pytest.approx(correct)
 
 
 def test_a_domain_without_counted_tokens_is_refused():
     empty = dataclasses.replace(rows(2), weights=np.zeros((2, L), np.float32))
     with pytest.raises(UserError, match="'b': no token of its rows counts"):
-        evaluate.put({"a": rows(2), "b": empty})
+        scores.put({"a": rows(2), "b": empty})
     with pytest.raises(UserError, match="'b': no token of its rows counts"):
-        evaluate.put({"b": []})
+        scores.put({"b": []})
 
 
 def test_bits_per_byte():
     losses = {"a": np.log(2.0), "b": np.log(4.0)}
-    assert evaluate.bits_per_byte(losses) == pytest.approx({"a": 1.0, "b": 2.0})
+    assert scores.bits_per_byte(losses) == pytest.approx({"a": 1.0, "b": 2.0})
     # 4 bytes per token: a quarter of the bits falls on each byte
-    assert evaluate.bits_per_byte(losses, {"a": 1.0, "b": 0.25}) == pytest.approx({"a": 1.0, "b": 0.5})
+    assert scores.bits_per_byte(losses, {"a": 1.0, "b": 0.25}) == pytest.approx({"a": 1.0, "b": 0.5})
 
 
 def test_uniform_model_has_the_loss_of_the_alphabet():
     params = jax.tree.map(np.zeros_like, parameters())
-    got = evaluate.make(MODEL, loss)(params, evaluate.put({"a": rows(3)}))
+    got = scores.make(MODEL, loss)(params, scores.put({"a": rows(3)}))
     assert got["a"] == pytest.approx(np.log(V), rel=1e-6)
     assert grad.mean(*loss(apply(params, rows(3)), rows(3))) == pytest.approx(np.log(V), rel=1e-6)

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out: see `families` for the names, `read` and `write` for the files."""

@@ -1,0 +1,139 @@
+"""Checkpoint folder -> parameters on the devices: every process reads the ranges of the pieces that it holds.
+
+There is no conversion step. A piece of a parameter is read from the ranges of the tensors that it consists of, layer by
+layer, turned into our layout and put on its device; at any time one piece of one parameter is in transit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxcl.hf import axes, families, files
+from jaxcl.models.config import Config
+from jaxcl.schema import UserError
+from jaxcl.tree import map_named, named_leaves
+from jaxcl.types import Params, PyTree
+
+DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64}
+
+
+def fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the options of `jaxcl.models.transformer.make` for the checkpoint in `folder`.
+
+    Raises:
+      UserError: see `families.fields`; or a checkpoint that is quantised.
+    """
+    place = os.path.join(os.path.expanduser(folder), "config.json")
+    config = files.config(folder)
+    if config.get("quantization_config"):
+        raise UserError(f"{place}: quantization_config: quantised weights cannot be trained; take the original ones")
+    return families.fields(config, place)
+
+
+def load(folder: str | os.PathLike[str], config: Config, abstract: PyTree) -> Params:
+    """Returns the parameters of a checkpoint.
+
+    Rows of the vocabulary that the files do not have are zeros: padding, and tokens that the caller adds.
+
+    Args:
+      folder: of config.json and safetensors files.
+      config: the shape of the model; its vocabulary may be larger than that of the files.
+      abstract: jax.ShapeDtypeStruct of every parameter, with the sharding that it is to have (none: first device).
+
+    Raises:
+      UserError: a tensor that is missing, left over, or of another shape or type than config.json says.
+    """
+    kind = families.family(files.config(folder), os.path.join(folder, "config.json"))
+    tensors = files.open_folder(folder)
+    table = {entry.path: entry for entry in families.entries(kind, config)}
+    check(tensors, config, list(table.values()), abstract)
+
+    def leaf(name: str, target: Any) -> jax.Array:
+        def read(index: Any) -> np.ndarray:
+            return piece(tensors, table[name], target.shape, index).astype(target.dtype, copy=False)
+
+        where = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.block_until_ready(jax.make_array_from_callback(target.shape, where, read))
+
+    return map_named(leaf, abstract)
+
+
+def stored_dtype(folder: str | os.PathLike[str]) -> Any:
+    """Returns the NumPy type that most elements of the checkpoint have."""
+    tensors = files.open_folder(folder)
+    counts: dict[str, int] = {}
+    for name in tensors.file_of:
+        kind = tensors.dtype(name)
+        counts[kind] = counts.get(kind, 0) + int(np.prod(tensors.shape(name)))
+    return DTYPES.get(max(counts, key=lambda kind: counts[kind]), np.float32)
+
+
+def check(tensors: files.Tensors, config: Config, table: Sequence[families.Entry], abstract: PyTree) -> None:
+    """Raises UserError unless the tensors are those of `table`, with the shapes of `abstract`. Reads headers only."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract)}
+    for entry in table:
+        layered = "{}" in entry.tensor
+        theirs = axes.their_shape(axes.parse(entry.axes), shapes[entry.path][layered:])
+        for layer in range(config.layers if layered else 1):
+            wanted[entry.tensor.format(layer)] = theirs
+    for name, shape in wanted.items():
+        if name not in tensors.file_of:
+            raise UserError(f"{tensors.folder}: has no tensor {name!r}; the checkpoint does not fit its config.json")
+        found, vocab = tensors.shape(name), name in ("model.embed_tokens.weight", "lm_head.weight")
+        if found != shape and not (vocab and found[1:] == shape[1:] and found[0] <= shape[0]):
+            raise UserError(
+                f"{tensors.folder / tensors.file_of[name]}: {name!r} is {list(found)}, but config.json means "
+                f"{list(shape)}; take the config.json that came with the weights"
+            )
+        if tensors.dtype(name) not in DTYPES:
+            raise UserError(
+                f"{tensors.folder / tensors.file_of[name]}: {name!r} is {tensors.dtype(name)}; "
+                f"jaxcl reads {', '.join(DTYPES)}"
+            )
+    for name in tensors.file_of:
+        known = name in wanted or name.endswith("rotary_emb.inv_freq")  # a constant that old versions stored
+        if not known and not (name == "lm_head.weight" and config.tied):
+            raise UserError(
+                f"{tensors.folder / tensors.file_of[name]}: {name!r} has no place in the model that config.json "
+                "describes; a merged adapter or another architecture?"
+            )
+
+
+def piece(tensors: files.Tensors, entry: families.Entry, shape: Sequence[int], index: tuple[slice, ...]) -> np.ndarray:
+    """Returns the piece `index` of our parameter of `shape`, in the type of the files."""
+    parsed = axes.parse(entry.axes)
+    if "{}" not in entry.tensor:
+        return _one(tensors, entry.tensor, parsed, shape, index)
+    layers = range(*index[0].indices(shape[0]))
+    first = _one(tensors, entry.tensor.format(layers[0]), parsed, shape[1:], index[1:])
+    out = np.empty((len(layers), *first.shape), first.dtype)
+    out[0] = first
+    for place, layer in enumerate(layers[1:], 1):
+        out[place] = _one(tensors, entry.tensor.format(layer), parsed, shape[1:], index[1:])
+    return out
+
+
+def _one(
+    tensors: files.Tensors, name: str, parsed: axes.Axes, shape: Sequence[int], index: tuple[slice, ...]
+) -> np.ndarray:
+    """Returns a piece of one tensor in our layout; where the tensor ends before our array does, zeros follow."""
+    where, sizes, kept = axes.piece(parsed, shape, index)
+    found = tensors.shape(name)
+    short = tuple(slice(w.start, max(w.start, min(w.stop, n))) for w, n in zip(where, found, strict=True))
+    missing = [(w.stop - w.start) - (s.stop - s.start) for w, s in zip(where, short, strict=True)]
+    empty = any(s.start >= n for s, n in zip(short, found, strict=True))
+    if empty:  # a piece of nothing but padding
+        tensor = np.zeros([w.stop - w.start for w in where], DTYPES[tensors.dtype(name)])
+    else:
+        tensor = tensors.read(name, short)
+        if any(missing):
+            tensor = np.pad(tensor, [(0, n) for n in missing])
+    return axes.to_ours(parsed, tensor, sizes)[kept]

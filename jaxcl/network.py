@@ -1,0 +1,114 @@
+"""From the sections of a config to a model: its shape, where its parameters come from, and the tokenizer it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl import schema
+from jaxcl.data import tokenizer as tokenizers
+from jaxcl.hf import read
+from jaxcl.models import transformer
+from jaxcl.models.config import resolve
+from jaxcl.schema import UserError
+from jaxcl.types import Batch, Key, Model, Params, PyTree
+
+VOCAB_SLACK = 512  # a vocabulary may be padded by this much beyond the tokenizer's, for the sake of round shapes
+VOCAB_MULTIPLE = 128  # rows of an imported vocabulary, so that any usual tensor axis divides them
+# What a config may say of an imported model; all else is in its config.json.
+FREE = ("vocab", "vocab_multiple", "max_length", "init_std", "remat", "compute_dtype", "unroll")
+
+
+class Network(NamedTuple):
+    """A model and its parameters before training."""
+
+    model: Model
+    load: Callable[[Key, PyTree], Params] | None  # key, abstract parameters with shardings -> those of the checkpoint
+    checkpoint: str | None = None  # folder that they are imported from
+
+
+def tokenizer_of(options: Mapping[str, Any] | None, model: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of a config: by default that of the model's checkpoint, and without one plain bytes."""
+    if not options and isinstance(model.get("checkpoint"), str):
+        options = {"name": "hf", "path": model["checkpoint"]}
+    return schema.call(tokenizers.make, options or {}, field="tokenizer")
+
+
+def make(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:
+    """Returns the model of `config.model`.
+
+    Args:
+      options: `name` of a module of jaxcl.models and the options of its `make`; or `checkpoint`, a folder in the
+        format of Hugging Face, with options that are named in FREE.
+      words: the tokenizer; a vocabulary that is smaller is refused.
+      length: L of the rows that the model must take.
+
+    Raises:
+      UserError: the vocabulary does not fit the tokenizer, the model does not take rows of this length, or the
+        checkpoint is not one that jaxcl reads.
+    """
+    if "checkpoint" in options:
+        return _imported(dict(options), words, length)
+    return Network(_initialised(options, words, length), None)
+
+
+def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Model:
+    """Returns the model of a shape, with a vocabulary for the tokenizer."""
+    model = schema.make("jaxcl.models", options, field="model")
+    vocab = _vocab(model, length)
+    if not words.vocab <= vocab <= words.vocab + VOCAB_SLACK:
+        fitting = -(-words.vocab // 8) * 8
+        if "vocab" not in options:  # the preset's yields to the tokenizer
+            return _initialised({**options, "vocab": fitting}, words, length)
+        fault = "smaller" if vocab < words.vocab else f"more than {VOCAB_SLACK} larger"
+        raise UserError(
+            f"config.model.vocab={vocab}: {fault} than that of the tokenizer {words.name!r}, "
+            f"which has {words.vocab} tokens; set config.model.vocab={fitting}"
+        )
+    return model
+
+
+def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:
+    """Returns the model of a checkpoint folder."""
+    folder = options.pop("checkpoint")
+    name = options.pop("name", "transformer")
+    if not isinstance(folder, str) or name != "transformer":
+        raise UserError(
+            f"config.model: checkpoint={folder!r}, name={name!r}: give the path of a folder, and no other name"
+        )
+    for key in options:
+        if key not in FREE:
+            raise UserError(f"config.model.{key}: is given by the checkpoint; remove it, or change {', '.join(FREE)}")
+    shape = read.fields(folder)
+    own = shape["vocab"]
+    merged = {"vocab_multiple": VOCAB_MULTIPLE} | shape | options
+    schema.check(transformer.make, merged, field="model")
+    config = resolve(merged)
+    model = transformer.from_config(config)
+    if merged["vocab"] < own:
+        raise UserError(f"config.model.vocab={merged['vocab']}: the checkpoint has {own}; rows are never removed")
+    if words.vocab > merged["vocab"]:
+        raise UserError(
+            f"config.model.vocab={merged['vocab']}: the tokenizer {words.name!r} has {words.vocab} tokens; "
+            f"use that of the checkpoint, or grow the embedding with config.model.vocab={words.vocab}"
+        )
+    _vocab(model, length)
+
+    def load(key: Key, abstract: PyTree) -> Params:
+        return read.load(folder, config, abstract)
+
+    return Network(model, load, folder)
+
+
+def _vocab(model: Model, length: int) -> int:
+    """Returns the number of logits that `model` gives for rows of `length` tokens."""
+    shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+    def logits(params: Params) -> jax.Array:
+        row, task = jnp.zeros((1, length), jnp.int32), jnp.zeros((1,), jnp.int32)
+        return model.apply(params, Batch(row, row, jnp.ones((1, length)), row, row, task)).logits
+
+    return jax.eval_shape(logits, shapes).shape[-1]

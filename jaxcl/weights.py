@@ -1,0 +1,46 @@
+"""The weights of a run at any of its checkpoints: what evaluation, export and merging start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxcl import checkpoint, folder, network
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.schema import UserError
+from jaxcl.tree import named_leaves
+from jaxcl.types import Model, Params
+
+
+class Weights(NamedTuple):
+    """A model as a checkpoint of a run has it."""
+
+    model: Model
+    params: Params  # those that are trained and those that are not, as `model.apply` takes them
+    tokenizer: Tokenizer
+    step: int
+    about: dict[str, Any]  # run.json
+
+
+def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding | None = None) -> Weights:
+    """Returns the weights of a run.
+
+    Args:
+      run: folder of the run.
+      step: of a checkpoint; None = the newest.
+      sharding: of every array; None = all on the first device.
+
+    Raises:
+      UserError: no run, no such checkpoint, or a damaged one.
+    """
+    about = folder.about(run)
+    config = about["config"]
+    words = network.tokenizer_of(config.get("tokenizer"), config["model"])
+    made = network.make(config["model"], words, config["packing"]["length"])
+    step, leaves = checkpoint.params(run / "checkpoints", step=step, sharding=sharding)
+    names = {name for name, _ in named_leaves(jax.eval_shape(made.model.init, jax.random.key(0)))}
+    if names != {name for name, _ in named_leaves(leaves)}:
+        raise UserError(f"{run}: checkpoint {step} holds another model than run.json describes; restore run.json")
+    return Weights(made.model, leaves, words, step, about)
