@@ -401,7 +401,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(folder, tm
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoint, "_fingerprint", full)
+        patch.setattr(train.checkpoint.manifests, "fingerprint", full)
         assert go_on(folder, tmp_path / "run") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "checkpoint 3 in" in line
