@@ -12,7 +12,7 @@ from jaxcl import schema
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import read
 from jaxcl.models import transformer
-from jaxcl.models.config import resolve
+from jaxcl.models.config import Config, resolve
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Params, PyTree
 
@@ -27,6 +27,7 @@ class Network(NamedTuple):
 
     model: Model
     load: Callable[[Key, PyTree], Params] | None  # key, abstract parameters with shardings -> those of the checkpoint
+    shape: Config | None  # if it is a transformer
     checkpoint: str | None = None  # folder that they are imported from
 
 
@@ -52,10 +53,10 @@ def make(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -
     """
     if "checkpoint" in options:
         return _imported(dict(options), words, length)
-    return Network(_initialised(options, words, length), None)
+    return _initialised(options, words, length)
 
 
-def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Model:
+def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:
     """Returns the model of a shape, with a vocabulary for the tokenizer."""
     model = schema.make("jaxcl.models", options, field="model")
     vocab = _vocab(model, length)
@@ -68,7 +69,8 @@ def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length
             f"config.model.vocab={vocab}: {fault} than that of the tokenizer {words.name!r}, "
             f"which has {words.vocab} tokens; set config.model.vocab={fitting}"
         )
-    return model
+    fields = {key: value for key, value in options.items() if key != "name"}
+    return Network(model, None, transformer.shape(**fields) if options["name"] == "transformer" else None)
 
 
 def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:
@@ -100,7 +102,7 @@ def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int)
     def load(key: Key, abstract: PyTree) -> Params:
         return read.load(folder, config, abstract)
 
-    return Network(model, load, folder)
+    return Network(model, load, config, folder)
 
 
 def _vocab(model: Model, length: int) -> int:

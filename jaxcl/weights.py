@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +12,18 @@ from jaxcl import checkpoint, folder, network
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
-from jaxcl.types import Model, Params
+from jaxcl.types import Params
 
 
 class Weights(NamedTuple):
     """A model as a checkpoint of a run has it."""
 
-    model: Model
-    params: Params  # those that are trained and those that are not, as `model.apply` takes them
+    network: network.Network
+    params: Params  # those that are trained and those that are not, as `network.model.apply` takes them
     tokenizer: Tokenizer
     step: int
     about: dict[str, Any]  # run.json
+    ledger: dict[str, dict[str, int]]  # source -> new and replayed rows and tokens up to the step
 
 
 def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding | None = None) -> Weights:
@@ -43,4 +45,5 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
     names = {name for name, _ in named_leaves(jax.eval_shape(made.model.init, jax.random.key(0)))}
     if names != {name for name, _ in named_leaves(leaves)}:
         raise UserError(f"{run}: checkpoint {step} holds another model than run.json describes; restore run.json")
-    return Weights(made.model, leaves, words, step, about)
+    host = json.loads((run / "checkpoints" / str(step) / "host.json").read_text())
+    return Weights(made, leaves, words, step, about, host["ledger"])

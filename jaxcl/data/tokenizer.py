@@ -73,6 +73,20 @@ def _byte() -> Tokenizer:
     return Tokenizer("byte", 259, 256, 257, 258, encode, lambda texts: [encode(t) for t in texts], decode, fingerprint)
 
 
+def byte_json() -> str:
+    """Returns the tokenizer of bytes as the text of a tokenizer.json, with the same numbers."""
+    import tokenizers  # noqa: PLC0415  (only those who use it pay for the import)
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the alphabet of byte-level BPE
+    others = [b for b in range(256) if b not in printable]
+    letters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    tok.add_special_tokens(["<|bos|>", "<|eos|>", "<|pad|>"])
+    return tok.to_str()
+
+
 def _hf(path: str, bos: str | None, eos: str | None) -> Tokenizer:
     """Returns the tokenizer of a file."""
     import tokenizers  # noqa: PLC0415  (only those who use it pay for the import)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from jaxcl.schema import UserError, nearest
@@ -27,6 +27,33 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation: every RoPE frequency is divided by `factor` (Chen et al. 2023, 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al. 2023, 2309.00071, section 3): frequencies by the number of turns over the original context.
+
+    Those with more than `beta_fast` turns are kept, those with less than `beta_slow` are divided by `factor`, between
+    them a linear ramp over the pairs; queries and keys are multiplied by `attention_factor`.
+    """
+
+    factor: float
+    original_max_position: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # whether the ends of the ramp are whole pairs
+
+
+Scaling = RopeScaling | LinearScaling | YarnScaling
+SCALINGS = {"llama3": RopeScaling, "linear": LinearScaling, "yarn": YarnScaling}
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that `transformer.make` accepts, resolved. See there for the meaning of the fields."""
 
@@ -39,15 +66,25 @@ class Config:
     mlp: int
     tied: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    window: int | None = None
+    window_layers: tuple[bool, ...] | None = None
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     norm_eps: float = 1e-5
     max_length: int = 8192
+    vocab_multiple: int = 1
     init_std: float = 0.02
     remat: str = "none"
     compute_dtype: str = "float32"
     unroll: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Returns the number of rows that the embedding and the head are stored with."""
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
 
 def resolve(fields: Mapping[str, Any]) -> Config:
@@ -60,7 +97,8 @@ def resolve(fields: Mapping[str, Any]) -> Config:
     for name in ("vocab", "layers", "embed", "heads", "mlp"):
         if name not in given:
             raise UserError(f"config.model.{name}: missing; set it or choose a preset")
-    for name in ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "max_length", "unroll"):
+    sizes = ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp")
+    for name in (*sizes, "max_length", "unroll", "window", "vocab_multiple"):
         if given.get(name, 1) < 1:
             raise UserError(f"config.model.{name}={given[name]!r}: must be at least 1")
     for name in ("rope_theta", "norm_eps", "init_std"):
@@ -83,24 +121,35 @@ def resolve(fields: Mapping[str, Any]) -> Config:
         )
     if given["head_dim"] % 2:
         raise UserError(f"config.model.head_dim={given['head_dim']}: must be even, as RoPE rotates pairs")
+    if (chosen := given.get("window_layers")) is not None:
+        if len(chosen) != given["layers"] or not given.get("window"):
+            raise UserError(
+                f"config.model.window_layers={list(chosen)!r}: needs one entry for each of the {given['layers']} layers, "
+                "and config.model.window"
+            )
+        given["window_layers"] = tuple(bool(layer) for layer in chosen)
     return Config(**given)
 
 
-def _scaling(value: Any) -> RopeScaling | None:
-    """Returns the RopeScaling of a mapping; None for None and for an empty one."""
-    if value is None or isinstance(value, RopeScaling) or not value:
+def _scaling(value: Any) -> Scaling | None:
+    """Returns the scaling of a mapping, whose `kind` is 'llama3' unless given; None for None and for an empty one."""
+    if value is None or isinstance(value, Scaling) or not value:
         return value or None
-    known = list(RopeScaling.__dataclass_fields__)
-    for name in value:
+    options = dict(value)
+    kind = options.pop("kind", "llama3")
+    if kind not in SCALINGS:
+        raise UserError(f"config.model.rope_scaling.kind={kind!r}: unknown{nearest(str(kind), list(SCALINGS))}")
+    known = SCALINGS[kind].__dataclass_fields__
+    for name in options:
         if name not in known:
-            raise UserError(f"config.model.rope_scaling.{name}: unknown key{nearest(name, known)}")
-    for name in known:
-        if name not in value:
-            raise UserError(f"config.model.rope_scaling.{name}: missing; Llama-3 scaling needs {', '.join(known)}")
-        if not value[name] > 0:
-            raise UserError(f"config.model.rope_scaling.{name}={value[name]!r}: must be positive")
-    scaling = RopeScaling(**value)
-    if not scaling.low_freq_factor < scaling.high_freq_factor:
+            raise UserError(f"config.model.rope_scaling.{name}: unknown key{nearest(name, list(known))}")
+    for name, field in known.items():
+        if name not in options and field.default is MISSING:
+            raise UserError(f"config.model.rope_scaling.{name}: missing; {kind} scaling needs {', '.join(known)}")
+        if not options.get(name, 1) > 0 and name != "truncate":
+            raise UserError(f"config.model.rope_scaling.{name}={options[name]!r}: must be positive")
+    scaling = SCALINGS[kind](**options)
+    if isinstance(scaling, RopeScaling) and not scaling.low_freq_factor < scaling.high_freq_factor:
         raise UserError(
             f"config.model.rope_scaling.high_freq_factor={scaling.high_freq_factor!r}: "
             f"must exceed low_freq_factor={scaling.low_freq_factor!r}"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.models.config import RopeScaling
+from jaxcl.models.config import LinearScaling, RopeScaling, Scaling, YarnScaling
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -58,23 +58,41 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take(table, tokens, axis=0, mode="fill")
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+def rope_frequencies(head_dim: int, theta: float, scaling: Scaling | None = None) -> np.ndarray:
     """Returns the angular frequency of every rotated pair, float32 [K / 2] (Su et al. 2021, section 3.2.2)."""
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
+    if isinstance(scaling, LinearScaling):
+        frequencies = frequencies / scaling.factor
+    elif isinstance(scaling, RopeScaling):
         turns = scaling.original_max_position * frequencies / (2 * math.pi)  # over the original context
         span = scaling.high_freq_factor - scaling.low_freq_factor
         keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
         frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
+    elif isinstance(scaling, YarnScaling):
+        keep = 1 - _ramp(head_dim, theta, scaling)
+        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
     return frequencies.astype(np.float32)
 
 
-def rope_tables(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Returns cosine and sine of every angle, float32 [B, L, 1, K / 2], for int positions [B, L]."""
+def _ramp(head_dim: int, theta: float, scaling: YarnScaling) -> np.ndarray:
+    """Returns by how much every pair is interpolated, 0 to 1, float64 [K / 2] (Peng et al. 2023, eq. 18 and 23)."""
+
+    def pair(turns: float) -> float:  # the pair that makes so many turns over the original context
+        return head_dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return np.clip((np.arange(head_dim // 2) - low) / (high - low if high != low else 1e-3), 0.0, 1.0)
+
+
+def rope_tables(positions: jax.Array, frequencies: np.ndarray, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Returns cosine and sine of every angle times `factor`, float32 [B, L, 1, K / 2], for int positions [B, L]."""
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.reshape(1, 1, 1, -1)
     # A loop, because its results are stored: XLA would compute the cosines again in every layer that rotates by them.
     tables = jax.lax.map(lambda i: jnp.where(i == 0, jnp.cos(angles), jnp.sin(angles)), jnp.arange(2))
-    return tables[0], tables[1]
+    return (tables[0], tables[1]) if factor == 1.0 else (tables[0] * factor, tables[1] * factor)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxcl.kernels.attention import attention
@@ -55,11 +56,16 @@ def make(
     mlp: int | None = None,
     tied: bool | None = None,
     qkv_bias: bool | None = None,
+    out_bias: bool | None = None,
+    mlp_bias: bool | None = None,
     qk_norm: bool | None = None,
+    window: int | None = None,
+    window_layers: Sequence[bool] | None = None,
     rope_theta: float | None = None,
-    rope_scaling: Mapping[str, float] | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     norm_eps: float | None = None,
     max_length: int | None = None,
+    vocab_multiple: int | None = None,
     init_std: float | None = None,
     remat: str | None = None,
     compute_dtype: str | None = None,
@@ -81,11 +87,17 @@ def make(
       mlp: F, hidden width of the gated unit.
       tied: whether the head is the transposed embedding table.
       qkv_bias: whether queries, keys and values have a bias (Qwen 2).
+      out_bias: whether the projection after attention has a bias.
+      mlp_bias: whether the projections of the gated unit have one.
       qk_norm: whether every query and key head is RMS-normalised before the rotation (Qwen 3).
+      window: tokens that a query sees, its own included (Mistral); all of its document if not given.
+      window_layers: which layers have the window; all if not given.
       rope_theta: base of the rotary wavelengths.
-      rope_scaling: factor, low_freq_factor, high_freq_factor, original_max_position (Llama 3); {} for none.
+      rope_scaling: `kind` and its fields: 'llama3' (the default), 'linear' or 'yarn', see `models.config`; {} for none.
       norm_eps: added to the mean square in every RMSNorm.
       max_length: longest row (and cache) that is accepted.
+      vocab_multiple: of which the stored rows of embedding and head are one, so that a mesh axis divides them; there
+        are no logits for rows beyond `vocab`.
       init_std: standard deviation of the initial weights; that of the two projections back into the residual stream
         is smaller by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
       remat: what the backward pass finds stored: 'none' recomputes nothing, 'full' keeps only the input of every
@@ -97,8 +109,13 @@ def make(
     Raises:
       UserError: unknown preset or option, missing field or impossible shape.
     """
-    fields = {name: value for name, value in locals().items() if name != "preset" and value is not None}
-    return from_config(resolve(({} if preset is None else presets.fields(preset)) | fields))
+    return from_config(shape(**locals()))
+
+
+def shape(*, preset: str | None = None, **fields: Any) -> Config:
+    """Returns the Config of the options of `make`."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    return resolve(({} if preset is None else presets.fields(preset)) | given)
 
 
 def from_config(config: Config) -> Model:
@@ -147,7 +164,7 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, rows: Rows, past: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rows: Rows, past: Any, window: Any) -> tuple[jax.Array, Any]:
         """Maps x [B, L, D] to [B, L, D]; also returns the new keys and values, each [B, L, G, K]."""
         c, dtype = self.config, x.dtype
 
@@ -165,7 +182,7 @@ class Attention(nn.Module):
         k = project("key", c.kv_heads, "kv_heads")
         v = project("value", c.kv_heads, "kv_heads")
         if rows.past is None:
-            mixed = attention(q, k, v, segments=rows.segments)
+            mixed = attention(q, k, v, segments=rows.segments, window=window)
         else:
             at = (0, rows.past.index, 0, 0)
             mixed = attention(
@@ -176,11 +193,15 @@ class Attention(nn.Module):
                 kv_segments=rows.past.segments,
                 positions=rows.positions,
                 kv_positions=rows.past.positions,
+                window=window,
             )
         mixed = checkpoint_name(mixed, "attention")
         std = c.init_std / math.sqrt(2 * c.layers)
         out = _weight(self, "out", (c.heads, c.head_dim, c.embed), ("heads", "head", "embed"), std)
-        return linear(mixed, out.astype(dtype), 2), (k, v)
+        y: Any = linear(mixed, out.astype(dtype), 2)
+        if c.out_bias:
+            y = y + _weight(self, "out_bias", (c.embed,), ("embed",), 0.0).astype(dtype)[None, None]
+        return y, (k, v)
 
 
 class Mlp(nn.Module):
@@ -192,10 +213,16 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, L, D] to [B, L, D]."""
         c, dtype = self.config, x.dtype
-        gate = _weight(self, "gate", (c.embed, c.mlp), ("embed", "mlp"), c.init_std)
-        up = _weight(self, "up", (c.embed, c.mlp), ("embed", "mlp"), c.init_std)
-        down = _weight(self, "down", (c.mlp, c.embed), ("mlp", "embed"), c.init_std / math.sqrt(2 * c.layers))
-        return linear(swiglu(linear(x, gate.astype(dtype)), linear(x, up.astype(dtype))), down.astype(dtype))
+
+        def project(y: jax.Array, name: str, width: int, axes: tuple[str, str], std: float) -> jax.Array:
+            out: Any = linear(y, _weight(self, name, (y.shape[-1], width), axes, std).astype(dtype))
+            if c.mlp_bias:
+                out = out + _weight(self, f"{name}_bias", (width,), axes[1:], 0.0).astype(dtype)[None, None]
+            return out
+
+        gate = project(x, "gate", c.mlp, ("embed", "mlp"), c.init_std)
+        up = project(x, "up", c.mlp, ("embed", "mlp"), c.init_std)
+        return project(swiglu(gate, up), "down", c.embed, ("mlp", "embed"), c.init_std / math.sqrt(2 * c.layers))
 
 
 class Block(nn.Module):
@@ -205,11 +232,11 @@ class Block(nn.Module):
     keep: bool  # whether to return keys and values for a cache
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Any, rows: Rows) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, past: Any, window: Any, rows: Rows) -> tuple[jax.Array, Any]:
         """Maps x [B, L, D] to [B, L, D]; a step of the scan over layers."""
         c = self.config
         scale = _weight(self, "attention_norm", (c.embed,), ("embed",), None)
-        mixed, new = Attention(c, name="attention")(rms_norm(x, scale, c.norm_eps), rows, past)
+        mixed, new = Attention(c, name="attention")(rms_norm(x, scale, c.norm_eps), rows, past, window)
         x = x + mixed
         scale = _weight(self, "mlp_norm", (c.embed,), ("embed",), None)
         x = x + Mlp(c, name="mlp")(rms_norm(x, scale, c.norm_eps))
@@ -232,10 +259,12 @@ class Transformer(nn.Module):
                 f"config.model.max_length={c.max_length}: rows of {length} tokens in {slots} slots; "
                 "use shorter rows, more slots or a larger max_length"
             )
-        table = _weight(self, "embedding", (c.vocab, c.embed), ("vocab", "embed"), c.init_std)
+        table = _weight(self, "embedding", (c.rows, c.embed), ("vocab", "embed"), c.init_std)
         tokens = jnp.issubdtype(batch.inputs.dtype, jnp.integer)
-        x = (lookup(table, batch.inputs) if tokens else batch.inputs).astype(dtype)  # [B, L, D]
-        cos, sin = rope_tables(batch.positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        # The padding is cut off before the lookup, where a token beyond the vocabulary must become NaN.
+        x = (lookup(table[: c.vocab], batch.inputs) if tokens else batch.inputs).astype(dtype)  # [B, L, D]
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        cos, sin = rope_tables(batch.positions, frequencies, getattr(c.rope_scaling, "attention_factor", 1.0))
         if isinstance(cache, int):
             # A new cache: the batch attends to itself, as without one, and is written to it afterwards.
             store, context = _empty(c, rows, slots, dtype), Rows(batch.segments, batch.positions, cos, sin)
@@ -244,13 +273,13 @@ class Transformer(nn.Module):
             past = None if cache is None else _note(cache, batch)
             context = Rows(batch.segments, batch.positions, cos, sin, past)
         arrays = None if context.past is None or store is None else (store.keys, store.values)
-        x, new = self._stack(store is not None)(x, arrays, context)
+        x, new = self._stack(store is not None)(x, arrays, _windows(c), context)
         if store is not None:
             x = jnp.where(store.index + length <= slots, x, jnp.nan)  # a full cache must not pass unnoticed
             store = _write(store, batch, *new)
         x = rms_norm(x, _weight(self, "final_norm", (c.embed,), ("embed",), None), c.norm_eps)
-        head = table.T if c.tied else _weight(self, "head", (c.embed, c.vocab), ("embed", "vocab"), c.init_std)
-        return Output(x, head.astype(dtype), store)
+        head = table.T if c.tied else _weight(self, "head", (c.embed, c.rows), ("embed", "vocab"), c.init_std)
+        return Output(x, head[:, : c.vocab].astype(dtype), store)
 
     def _stack(self, keep: bool) -> nn.Module:
         """Returns the blocks as one scanned module with parameters stacked along a first axis named 'layers'."""
@@ -258,7 +287,7 @@ class Transformer(nn.Module):
         if c.remat != "none":
             # Inside a loop nothing can merge the recomputation with the forward pass; without a loop it could.
             block = nn.remat(Block, policy=_policy(c.remat), prevent_cse=c.unroll >= c.layers)
-        axes: Any = (0, nn.broadcast)
+        axes: Any = (0, 0, nn.broadcast)
         return nn.scan(
             block,
             variable_axes={"params": 0},
@@ -268,6 +297,13 @@ class Transformer(nn.Module):
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, keep, name="layers")
+
+
+def _windows(c: Config) -> np.ndarray | None:
+    """Returns the window of every layer, int32 [layers], 0 = none; None if no layer has one."""
+    if c.window is None:
+        return None
+    return np.array([c.window if near else 0 for near in c.window_layers or (True,) * c.layers], np.int32)
 
 
 def _policy(name: str) -> Callable[..., bool] | None:

@@ -22,6 +22,7 @@ def attention(
     positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
     causal: bool = True,
+    window: jax.Array | int | None = None,
     scale: float | None = None,
 ) -> jax.Array:
     """Returns what `reference.attention` returns, with the same arguments and errors.
@@ -42,38 +43,43 @@ def attention(
             positions=positions,
             kv_positions=kv_positions,
             causal=causal,
+            window=window,
             scale=scale,
         )
-    return _packed(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, q, k, v, segments)
+    window = None if window is None else jnp.asarray(window, jnp.int32)
+    return _packed(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, q, k, v, segments, window)
+
+
+Whole = jax.Array | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _packed(
-    causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+    causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, segments: Whole, window: Whole
 ) -> jax.Array:
-    return _packed_fwd(causal, scale, q, k, v, segments)[0]
+    return _packed_fwd(causal, scale, q, k, v, segments, window)[0]
 
 
 def _packed_fwd(
-    causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+    causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, segments: Whole, window: Whole
 ) -> tuple[Any, Any]:
-    def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> Any:
-        mixed = reference.attention(q, k, v, segments=segments, causal=causal, scale=scale)
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: Whole, window: Whole) -> Any:
+        mixed = reference.attention(q, k, v, segments=segments, causal=causal, window=window, scale=scale)
         wide = jnp.promote_types(q.dtype, jnp.float32)
         return mixed, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), wide)  # its backward pass needs no logsumexp
 
     blockwise = partial(cpu.forward, causal=causal, scale=scale)
-    mixed, lse = jax.lax.platform_dependent(q, k, v, segments, cpu=blockwise, default=plain)
-    return mixed, (q, k, v, segments, mixed, lse)
+    mixed, lse = jax.lax.platform_dependent(q, k, v, segments, window, cpu=blockwise, default=plain)
+    return mixed, (q, k, v, segments, window, mixed, lse)
 
 
 def _packed_bwd(causal: bool, scale: float, saved: Any, d_mixed: jax.Array) -> tuple[Any, ...]:
-    def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *rest: jax.Array) -> Any:
-        pull = jax.vjp(partial(reference.attention, segments=segments, causal=causal, scale=scale), q, k, v)[1]
-        return pull(rest[-1])
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: Whole, window: Whole, *rest: jax.Array) -> Any:
+        run = partial(reference.attention, segments=segments, causal=causal, window=window, scale=scale)
+        return jax.vjp(run, q, k, v)[1](rest[-1])
 
     blockwise = partial(cpu.backward, causal=causal, scale=scale)
-    return *jax.lax.platform_dependent(*saved, d_mixed, cpu=blockwise, default=plain), None
+    return *jax.lax.platform_dependent(*saved, d_mixed, cpu=blockwise, default=plain), None, None
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)

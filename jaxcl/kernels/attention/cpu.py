@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,14 @@ _LOWEST = -1e29  # lowest maximum of a row, far above _NEVER: a query that sees 
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    window: jax.Array | None,
+    *,
+    causal: bool,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mixed values [B, L, H, K] in the dtype of `q`, and the logsumexp of the scores [B, H, L].
 
@@ -27,7 +36,7 @@ def forward(
     mixed, lse = [], []
     for start, stop, seen in _blocks(length, causal, FORWARD):
         scores = _dot(_take(q, start, stop), k[:, :, :seen], 3, 3)  # [B, G, R * l, s]
-        mask = _mask(segments, start, stop, seen, causal)
+        mask = _mask(segments, window, start, stop, seen, causal)
         if mask is not None:
             shape = (rows, groups, share, stop - start, seen)
             scores = jnp.where(mask[:, None, None], scores.reshape(shape), _NEVER).reshape(scores.shape)
@@ -48,6 +57,7 @@ def backward(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None,
+    window: jax.Array | None,
     mixed: jax.Array,
     lse: jax.Array,
     d_mixed: jax.Array,
@@ -69,7 +79,7 @@ def backward(
         # Keys before queries, and d_q with K before L: no product then has to transpose a block of scores.
         shape = (rows, groups, seen, share, stop - start)
         scores = _dot(k[:, :, :seen], q_block, 3, 3).reshape(shape)
-        mask = _mask(segments, start, stop, seen, causal)
+        mask = _mask(segments, window, start, stop, seen, causal)
         if mask is not None:
             scores = jnp.where(mask.swapaxes(1, 2)[:, None, :, None], scores, _NEVER)
         p = jnp.exp(scores - lse[:, :, None, :, start:stop])
@@ -118,17 +128,21 @@ def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))))
 
 
-def _mask(segments: jax.Array | None, start: int, stop: int, seen: int, causal: bool) -> jax.Array | None:
+def _mask(
+    segments: jax.Array | None, window: jax.Array | None, start: int, stop: int, seen: int, causal: bool
+) -> jax.Array | None:
     """Returns which of the first `seen` keys each query of a block may see, bool [B or 1, l, s]; None = all."""
-    shape, mask = (1, stop - start, seen), None
+    shape, masks = (1, stop - start, seen), []
+    query = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
     if causal:
-        query = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        mask = jax.lax.broadcasted_iota(jnp.int32, shape, 2) <= query
+        masks.append(key <= query)
+    if window is not None:
+        masks.append((query - key < window) | (window <= 0))
     if segments is not None:
         own = segments[:, start:stop, None]
-        same = (own == segments[:, None, :seen]) & (own > 0)
-        mask = same if mask is None else mask & same
-    return mask
+        masks.append((own == segments[:, None, :seen]) & (own > 0))
+    return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def _sum(parts: list[jax.Array]) -> jax.Array:

@@ -18,6 +18,7 @@ def attention(
     positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
     causal: bool = True,
+    window: jax.Array | int | None = None,
     scale: float | None = None,
 ) -> jax.Array:
     """Returns softmax(scale * q k^T + mask) v with grouped heads: query head h reads key head h // (H / G).
@@ -34,6 +35,8 @@ def attention(
       kv_positions: int32 [B, S] position of every key (a cache). Then causal means kv_positions <= positions;
         without it, causal means that the index of the key in the row is at most that of the query.
       causal: whether a query is kept from later keys.
+      window: int or int32 []: a query sees keys that lie less than this many places before it (Mistral: the last
+        `window` tokens, its own included); None, 0 or below = all.
       scale: factor on the scores; None = 1 / sqrt(K).
 
     Returns:
@@ -54,6 +57,7 @@ def attention(
         positions=positions,
         kv_positions=kv_positions,
         causal=causal,
+        window=window,
     )
     grouped = q.reshape(rows, length, groups, heads // groups, width)
     scores = jnp.einsum("blgrk,bsgk->bgrls", grouped, k, preferred_element_type=wide)
@@ -72,6 +76,7 @@ def visible(
     positions: jax.Array | None,
     kv_positions: jax.Array | None,
     causal: bool,
+    window: jax.Array | int | None = None,
 ) -> jax.Array | None:
     """Returns which key every query may see, bool [B or 1, L, S], or None if it may see all; see `attention`."""
     mask = None
@@ -93,6 +98,13 @@ def visible(
         else:
             raise ValueError(f"causal attention of {length} queries to {slots} keys needs kv_positions")
         mask = past if mask is None else mask & past
+    if window is not None:
+        if kv_positions is not None and positions is not None:
+            distance = positions[:, :, None] - kv_positions[:, None, :]
+        else:  # within a document, places in the row differ as positions do
+            distance = (jnp.arange(length)[:, None] - jnp.arange(slots)[None, :])[None]
+        near = (distance < window) | (jnp.asarray(window) <= 0)
+        mask = near if mask is None else mask & near
     return mask
 
 
