@@ -148,10 +148,10 @@ def family(config: Mapping[str, Any], place: str) -> Family:
     Raises:
       UserError: none of ours.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise UserError(
-            f"{place}: model_type={kind!r} is no family that jaxcl reads{nearest(str(kind), list(FAMILIES))}"
+            f"{place}: model_type={kind!r} is no family that jaxcl reads{nearest(kind, list(FAMILIES))}"
         )
     return FAMILIES[kind]
 

@@ -89,8 +89,7 @@ def make(
       window, window_layers: tokens that a query sees, its own included (Mistral), in these layers; not given: all.
       rope_theta: base of the rotary wavelengths.
       rope_scaling: `kind` ('llama3' unless given, 'linear', 'yarn') and fields, see `models.config`; {} for none.
-      norm_eps: added to the mean square in every RMSNorm.
-      max_length: longest row (and cache) that is accepted.
+      norm_eps, max_length: added to the mean square in every RMSNorm; longest row (and cache) that is accepted.
       vocab_multiple: of which the stored rows of embedding and head are one, so that a mesh axis divides them; there
         are no logits for rows beyond `vocab`.
       init_std: standard deviation of the initial weights; that of the two projections back into the residual stream
