@@ -86,19 +86,11 @@ def make(
     counts: dict[str, int] = {}
 
     def documents() -> Iterator[Any]:
-        counts.clear()
-        checks = dict(filters)
-        checks |= {"duplicate": _exact()} if exact else {}
+        checks = {**filters, "duplicate": _exact()} if exact else dict(filters)
         checks |= {"contaminated": lambda texts: _contaminated(texts, targets)} if targets else {}
         checks |= {"near_duplicate": _near(near)} if near is not None else {}
-        for read in _chunks(source.documents()):
-            chunk = read
-            for reason, check in checks.items():
-                bad = check([_text(document) for document in chunk]) if chunk else np.zeros(0, bool)
-                if bad.any():
-                    counts[reason] = counts.get(reason, 0) + int(bad.sum())
-                    chunk = [document for document, removed in zip(chunk, bad, strict=True) if not removed]
-            yield from chunk
+        counts.clear()
+        return _passing(source.documents(), checks, counts)
 
     return source._replace(
         description={**source.description, "clean": options},
@@ -106,6 +98,18 @@ def make(
         documents=documents,
         removed=lambda: {**source.removed(), **counts},
     )
+
+
+def _passing(documents: Iterator[Any], checks: dict[str, Check], counts: dict[str, int]) -> Iterator[Any]:
+    """Yields the documents that pass all checks and counts the others by reason."""
+    for read in _chunks(documents):
+        chunk = read
+        for reason, check in checks.items():
+            bad = check([_text(document) for document in chunk]) if chunk else np.zeros(0, bool)
+            if bad.any():
+                counts[reason] = counts.get(reason, 0) + int(bad.sum())
+                chunk = [document for document, removed in zip(chunk, bad, strict=True) if not removed]
+        yield from chunk
 
 
 def _text(document: Any) -> str:
