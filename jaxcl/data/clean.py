@@ -74,13 +74,7 @@ def make(
     """
     options = {k: v for k, v in locals().items() if k != "source" and v is not None}
     filters = _filters(min_chars, max_chars, match, [drop] if isinstance(drop, str) else drop or [])
-    if near is not None and not 0 < near < 1:
-        raise UserError(f"config.sources: clean.near={near}: a Jaccard index between 0 and 1, such as 0.8")
-    for key, value in (("ngram", ngram), ("shortest", shortest)):
-        if value < 1:
-            raise UserError(f"config.sources: clean.{key}={value}: must be at least 1")
-    if columns is not None and not (against and columns):
-        raise UserError(f"config.sources: clean.columns={columns}: names columns of clean.against; set both or neither")
+    _check(near, against, columns, ngram, shortest)
     paths = files(against, field="clean.against") if against is not None else []
     targets = _targets(paths, columns, ngram, min(shortest, ngram))
     counts: dict[str, int] = {}
@@ -98,6 +92,19 @@ def make(
         documents=documents,
         removed=lambda: {**source.removed(), **counts},
     )
+
+
+def _check(
+    near: float | None, against: str | list[str] | None, columns: list[str] | None, ngram: int, shortest: int
+) -> None:
+    """Raises UserError for an option out of its range."""
+    if near is not None and not 0 < near < 1:
+        raise UserError(f"config.sources: clean.near={near}: a Jaccard index between 0 and 1, such as 0.8")
+    for key, value in (("ngram", ngram), ("shortest", shortest)):
+        if value < 1:
+            raise UserError(f"config.sources: clean.{key}={value}: must be at least 1")
+    if columns is not None and not (against and columns):
+        raise UserError(f"config.sources: clean.columns={columns}: names columns of clean.against; set both or neither")
 
 
 def _passing(documents: Iterator[Any], checks: dict[str, Check], counts: dict[str, int]) -> Iterator[Any]:
