@@ -44,7 +44,7 @@ def test_logits_are_those_of_transformers(name):
     config, model, params = load(FIXTURES / name, vocab_multiple=16)
     expected = load_file(FIXTURES / name / "expected.safetensors")
     logits = jax.jit(lambda p, b: model.apply(p, b).logits)(params, rows(expected["tokens"]))
-    assert logits.shape[-1] == config.vocab == 73
+    assert logits.shape[-1] == config.vocab
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-4)
     assert np.std(expected["logits"]) > 0.5
 
@@ -58,7 +58,7 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
     kind = families.family(original, name)
     for described in (original, {}):  # brought up to date, and made from our fields alone
         out = tmp_path / f"out{len(described)}"
-        with write.Writer(out, shard_bytes=7000) as writer:
+        with write.Writer(out, shard_bytes=4000) as writer:
             for tensor in write.tensors(params, config, kind, dtype):
                 writer.add(*tensor)
             writer.json("config.json", families.config(config, described))
@@ -72,10 +72,10 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
         assert before.read(tensor).tobytes() == after.read(tensor).tobytes()
     index = json.loads((out / files.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(before.read(tensor).nbytes for tensor in before.file_of)
-    assert all((out / file).stat().st_size < 12_000 for file in index["weight_map"].values())
+    assert all((out / file).stat().st_size < 9_000 for file in index["weight_map"].values())
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama_biases", "qwen3_biases_tied"])
+@pytest.mark.parametrize("name", ["qwen2", "llama_bias", "qwen3_tied"])
 def test_every_device_reads_only_its_piece(name, monkeypatch):
     """Over fsdp x tensor the pieces make up the whole, and no read is larger than a piece of a layer."""
     mesh = meshes.make(fsdp=2, tensor=4)
@@ -118,7 +118,7 @@ def test_a_piece_of_merged_axes_is_the_piece_of_the_whole():
 
 @pytest.fixture
 def copy(tmp_path):
-    return Path(shutil.copytree(FIXTURES / "qwen2", tmp_path / "model"))
+    return Path(shutil.copytree(FIXTURES / "llama_sharded", tmp_path / "model"))
 
 
 def edited(folder, **fields):
@@ -127,7 +127,7 @@ def edited(folder, **fields):
 
 
 def shard(folder, number):
-    return folder / f"model-{number:05}-of-00007.safetensors"
+    return folder / f"model-{number:05}-of-00003.safetensors"
 
 
 def rewrite(path, change):
@@ -142,12 +142,12 @@ DAMAGES = {
     "rotary": (lambda f: edited(f, partial_rotary_factor=0.5), r"partial_rotary_factor=0.5"),
     "rope": (lambda f: edited(f, rope_scaling={"rope_type": "longrope", "factor": 2}), r"rope_type='longrope'"),
     "rope field": (lambda f: edited(f, rope_scaling={"rope_type": "linear"}), r"linear RoPE scaling lacks 'factor'"),
-    "attention": (lambda f: edited(f, layer_types=["linear_attention"] * 3), r"layer_types has 'linear_attention'"),
+    "attention": (lambda f: edited(f, layer_types=["linear_attention"] * 2), r"layer_types has 'linear_attention'"),
     "quantised": (lambda f: edited(f, quantization_config={"bits": 4}), r"quantised weights cannot be trained"),
     "field": (lambda f: edited(f, hidden_size="absent"), r"config.json: has no 'hidden_size'"),
     "config": (lambda f: (f / "config.json").write_text("{"), r"config.json: cannot be read"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config.json: no such file"),
-    "missing": (lambda f: shard(f, 3).unlink(), r"model-00003-of-00007.safetensors: no such file"),
+    "missing": (lambda f: shard(f, 3).unlink(), r"model-00003-of-00003.safetensors: no such file"),
     "cut": (lambda f: shard(f, 2).write_bytes(shard(f, 2).read_bytes()[:-9]), r"model-00002.*damaged or cut short"),
     "noise": (lambda f: shard(f, 2).write_bytes(b"\xff" * 99), r"model-00002.*damaged or cut short"),
     "empty": (lambda f: shard(f, 2).write_bytes(b""), r"model-00002.*damaged or cut short"),
@@ -156,15 +156,15 @@ DAMAGES = {
         lambda f: (f / files.INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}'),
         r"names '../a.safetensors', which is no file of its folder",
     ),
-    "shape": (lambda f: edited(f, intermediate_size=48), r"mlp.*is \[40, 24\], but config.json means \[48, 24\]"),
+    "shape": (lambda f: edited(f, intermediate_size=48), r"mlp.*is \[20, 16\], but config.json means \[48, 16\]"),
     "vocabulary": (
         lambda f: edited(f, vocab_size=60),
-        r"embed_tokens.*is \[73, 24\], but config.json means \[60, 24\]",
+        r"embed_tokens.*is \[73, 16\], but config.json means \[60, 16\]",
     ),
-    "layers": (lambda f: edited(f, num_hidden_layers=4, layer_types=None), r"has no tensor 'model.layers.3"),
-    "left over": (lambda f: edited(f, num_hidden_layers=2, layer_types=None), r"model.layers.2.*has no place"),
+    "layers": (lambda f: edited(f, num_hidden_layers=3), r"has no tensor 'model.layers.2"),
+    "left over": (lambda f: edited(f, num_hidden_layers=1), r"model.layers.1.*has no place"),
     "type": (
-        lambda f: rewrite(shard(f, 7), lambda t: t.update({k: v.astype(np.int8) for k, v in t.items()})),
+        lambda f: rewrite(shard(f, 3), lambda t: t.update({k: v.astype(np.int8) for k, v in t.items()})),
         r"is I8; jaxcl reads F32",
     ),
 }
