@@ -275,3 +275,146 @@ def count_of(of, patterns, keyed=False, trained=None):
 
 
 WIDE = {"embed": 64, "mlp": 192, "heads": 2, "kv_heads": 2, "layers": 3, "unroll": 3, "vocab": 128, "head_dim": 16}
+
+
+def test_frozen_weights_cost_no_backward_work_of_their_own():
+    """Counted by the compiler: exactly the gradients of the frozen matrices are missing, and A and B are there."""
+    shape = {"embed": 128, "mlp": 256, "heads": 2, "kv_heads": 2, "head_dim": 32, "layers": 3, "unroll": 3}
+    of, plain, tokens = model(**shape), base(**shape), toys.B * toys.L
+    full, low = (count_of(m, p).cost_analysis()["flops"] for m, p in ((plain, ()), (of, lora.FROZEN)))
+    shapes = jax.eval_shape(of.init, jax.random.key(0))
+    leaves, adapter = dict(tree.named_leaves(shapes["base"])), lora.pairs_of(shapes["lora"])
+    frozen_weights = leaves["head"].size + sum(leaves[path].size for path in lora.PROJECTIONS)
+    first = [f"layers/attention/{name}" for name in ("query", "key", "value")]  # nothing to learn lies behind layer 0
+    behind = sum((leaves[path].size + adapter[path]["a"].size) / 3 for path in first)
+    expected = tokens * (6 * tree.size(shapes["lora"]) - 2 * frozen_weights - 2 * behind)
+    assert low - full == pytest.approx(expected, rel=0.03)  # one projection with a gradient would be 7 % or more
+    learned = {"base": jax.tree.map(lambda x: False, plain.axes, is_leaf=lambda x: isinstance(x, tuple))}
+    learned["lora"] = jax.tree.map(lambda x: True, shapes["lora"])
+    told = flops.of_model(of.axes, shapes, toys.L, learned) - flops.of_model(plain.axes, shapes["base"], toys.L)
+    assert told == 6 * tree.size(shapes["lora"]) - 2 * frozen_weights
+    assert 0.66 < low / full < 0.72
+
+
+def test_frozen_weights_take_no_memory_but_their_own():
+    shape = {"embed": 128, "mlp": 256, "layers": 4, "head_dim": 16}
+    of, plain = model(**shape), base(**shape)
+    full, low = (count_of(m, p).memory_analysis() for m, p in ((plain, ()), (of, lora.FROZEN)))
+    sizes = jax.eval_shape(of.init, jax.random.key(0))
+    frozen_bytes, trained = (4 * tree.size(sizes[part]) for part in ("base", "lora"))
+    assert low.argument_size_in_bytes == pytest.approx(frozen_bytes + trained, rel=0.01)
+    assert low.alias_size_in_bytes > frozen_bytes  # given to the next step, not copied
+    assert full.temp_size_in_bytes - low.temp_size_in_bytes > 0.6 * frozen_bytes  # the gradients
+
+
+def test_nothing_is_kept_for_a_kernel_that_is_frozen():
+    w, x = jnp.ones((4, 5)), jnp.ones((2, 3, 4))
+    loss = lambda w, x: layers.linear(x, w).sum()  # noqa: E731
+    products = [str(jax.make_jaxpr(jax.grad(loss, argnums))(w, x)).count("dot_general") for argnums in (0, 1, (0, 1))]
+    assert products == [3, 2, 3]
+    _, back = jax.vjp(lambda x: loss(w, x), x)
+    assert {leaf.shape for leaf in jax.tree.leaves(back)} <= {(4, 5), ()}, "the input is a residual"
+
+
+# In the loop
+
+METHOD = "er(capacity=24, fraction=0.25) + reptile(every=5, keep=0.5)"
+STAGES = [{"name": "a", "mixture": {"d0": 1.0}}, {"name": "b", "mixture": {"d1": 1.0}}]
+
+
+def settings(folder, **overrides):
+    shape = {"adapter": {"name": "lora", "rank": 2, "dropout": 0.1}, "stream__stages": STAGES, "stream__steps": 6}
+    return small.config(folder, **({"method": METHOD} | shape | overrides))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "small"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A run with an adapter, a guard, a replay and Reptile."""
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    assert train.run(settings(folder), str(workdir), final=False) == 0
+    return workdir
+
+
+def first_losses(workdir):
+    return small.records(workdir, "eval")[0]["loss"]
+
+
+def test_a_run_leaves_the_base_alone(folder, trained):
+    _, leaves = checkpoint.params(trained / "checkpoints")
+    _, pieces = train.split(settings(folder))
+    made = program.build(**pieces)
+    start = frozen.whole(made.create())
+    jax.tree.map(np.testing.assert_array_equal, leaves["base"], start["base"])
+    assert all(np.any(x) for x in jax.tree.leaves(leaves["lora"]))
+    plain = program.build(**{k: v for k, v in pieces.items() if k != "adapter"})
+    jax.tree.map(np.testing.assert_array_equal, plain.create().params, start["base"])
+    sizes = tree.size(leaves["base"]), tree.size(leaves["lora"])
+    assert (made.facts["parameters"], made.facts["trained_parameters"]) == (sum(sizes), sizes[1])
+    assert plain.facts["parameters"] == sizes[0]
+    assert "trained_parameters" not in plain.facts
+
+
+def test_meshes_agree(folder):
+    """Bytes of the base and losses on one device and on all axes."""
+    ends = []
+    for devices in ({"devices": jax.devices()[:1]}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        _, pieces = train.split(settings(folder, optim={"name": "sgd"}, mesh=devices))
+        made = program.build(**pieces)
+        state, losses = made.create(), []
+        for i in range(3):
+            state, metrics = made.step(state, made.place(i))
+            losses.append(float(metrics["loss"]))
+        ends.append((losses, jax.device_get(frozen.whole(state))))
+    specs = {name: leaf.sharding.spec for name, leaf in tree.named_leaves(state)}
+    assert tuple(specs["memory/frozen/base/layers/mlp/up"]) == (None, "fsdp", "tensor")
+    assert tuple(specs["params/lora/layers/mlp/up/a"])[:2] == (None, "fsdp")
+    assert tuple(specs["params/lora/layers/mlp/up/b"]) == (None, None, "tensor")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *ends)
+
+
+def test_the_adapter_goes_on_with_and_without_its_optimiser_state(folder, trained, tmp_path):
+    """The next phase as a branch of the run, and as a new run that starts from the exported adapter."""
+    more = {"stream__stages": [*STAGES, {"name": "c", "mixture": {"d2": 1.0}}]}
+    branch.make(trained, tmp_path / "with")
+    assert train.run(settings(folder, **more), str(tmp_path / "with"), final=False) == 0
+    before, after = small.checkpoint(trained)[1], small.checkpoint(tmp_path / "with")[1]
+    same = {name for name in before if before[name] == after[name]}
+    assert {name for name in before if name.startswith("memory/frozen/")} <= same
+    assert not {name for name in before if name.startswith("params/")} & same
+    assert small.records(tmp_path / "with", "train")[-1]["step"] == 18
+
+    _, leaves = checkpoint.params(trained / "checkpoints")
+    peft.export(tmp_path / "adapter", leaves["lora"], rank=2, alpha=16.0)
+    again = {"adapter": {"name": "lora", "checkpoint": str(tmp_path / "adapter")}, "stream__stages": more["stream__stages"][2:]}
+    assert train.run(settings(folder, **again), str(tmp_path / "without"), final=False) == 0
+    assert first_losses(tmp_path / "without") == pytest.approx(small.records(trained, "eval")[-1]["loss"], abs=1e-5)
+
+
+def test_frozen_parameters_of_a_config(folder):
+    _, pieces = train.split(settings(folder, adapter=None, optim={"name": "adamw", "frozen": ["embedding", "norm"]}))
+    made = program.build(**pieces)
+    state = made.create()
+    before = jax.device_get(frozen.whole(state))
+    names = {name for name, _ in tree.named_leaves(state)}
+    assert "memory/frozen/embedding" in names
+    assert not {name for name in names if "embedding" in name} - {"memory/frozen/embedding"}
+    state, _ = made.step(state, made.place(0))
+    after = jax.device_get(frozen.whole(state))
+    np.testing.assert_array_equal(before["embedding"], after["embedding"])
+    assert np.any(before["layers"]["mlp"]["up"] != after["layers"]["mlp"]["up"])
+    with pytest.raises(UserError, match=r"config\.optim\.frozen: 'nowhere' matches no parameter"):
+        program.build(**{**pieces, "optim": {"name": "adamw", "frozen": ["nowhere"]}})
+    with pytest.raises(UserError, match=r"config\.optim\.frozen='norm': expected"):
+        program.build(**{**pieces, "optim": {"name": "adamw", "frozen": "norm"}})

@@ -36,8 +36,11 @@ _ONLY: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "target_parameters": (None, []),
         "trainable_token_indices": (None, [], {}),
         "exclude_modules": (None, []),
+        "alora_invocation_tokens": (None, []),
     }
 )
+# Variants of LoRA of later versions of PEFT.
+_VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config")
 # Ways of initialisation after which the base is another one than its files say.
 _MOVED = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -54,6 +57,9 @@ def options(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for key, allowed in _ONLY.items():
         if (value := config.get(key, allowed[0])) not in allowed:
             raise UserError(f"{place}: {key}={value!r}: jaxcl has no such adapter; train one without it")
+    for key in _VARIANTS:
+        if config.get(key):
+            raise UserError(f"{place}: {key}={config[key]!r}: jaxcl has no such adapter; train a plain LoRA")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_MOVED):
         raise UserError(f"{place}: init_lora_weights={start!r} changes the base; convert it to a plain LoRA in PEFT")
