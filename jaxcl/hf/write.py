@@ -34,8 +34,8 @@ class Writer:
         out.json("config.json", {...})
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES):
-        """Prepares a folder beside `folder`.
+    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES, single: str = files.SINGLE):
+        """Prepares a folder beside `folder`; `single` is the file of the tensors if they fit in one shard.
 
         Raises:
           UserError: `folder` exists.
@@ -46,7 +46,7 @@ class Writer:
         self.partial = self.folder.parent / f".{self.folder.name}.partial"
         shutil.rmtree(self.partial, ignore_errors=True)  # of an attempt that was cut short
         self.partial.mkdir(parents=True)
-        self._limit, self._pending, self._size = shard_bytes, {}, 0
+        self._limit, self._single, self._pending, self._size = shard_bytes, single, {}, 0
         self._shards: list[list[str]] = []
         self._bytes = self._elements = 0
 
@@ -91,7 +91,7 @@ class Writer:
             self._flush()
         count = len(self._shards)
         names = (
-            [files.SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+            [self._single] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
         )
         for i, name in enumerate(names):
             os.rename(self.partial / str(i), self.partial / name)
