@@ -17,7 +17,13 @@ from jaxcl.schema import UserError
 
 
 def load(
-    name: str, split: str = "train", data_dir: str | None = None, *, image: str = "image", label: str = "label"
+    name: str,
+    split: str = "train",
+    data_dir: str | None = None,
+    *,
+    image: str = "image",
+    label: str = "label",
+    download: bool = False,
 ) -> Columns:
     """Returns a split of a dataset such as "mnist" or "cifar100" that is prepared on this machine.
 
@@ -27,6 +33,7 @@ def load(
       data_dir: where datasets are prepared; $TFDS_DATA_DIR or ~/tensorflow_datasets unless given.
       image: feature of the inputs, [H, W, C] with the same sizes in every example.
       label: feature of the targets.
+      download: download and prepare the dataset if it is not there.
 
     Returns:
       inputs float32 [N, H, W, C], of uint8 in [0, 1]; targets, segments (1) and positions (0) int32 [N];
@@ -35,7 +42,7 @@ def load(
     Raises:
       UserError: the dataset is not prepared, or no package decodes its images.
     """
-    examples, folder = tfds.open_split(name, split, data_dir, [image, label])
+    examples, folder = tfds.open_split(name, split, data_dir, [image, label], download=download)
     encoded = "image_feature.Image" in (folder / "features.json").read_text(encoding="utf-8")
     if encoded and not any(map(importlib.util.find_spec, ("PIL", "cv2"))):
         raise UserError(f"{folder}: its images need a decoder; pip install pillow")

@@ -47,7 +47,7 @@ def read(name: str, columns: Sequence[str]) -> Iterator[tuple[str, records.Recor
     from pyarrow import parquet  # noqa: PLC0415
 
     try:
-        with parquet.ParquetFile(name, buffer_size=_BUFFER) as table:
+        with parquet.ParquetFile(name, buffer_size=_BUFFER, pre_buffer=False) as table:
             for column in columns:
                 if column not in table.schema_arrow.names:
                     raise records.absent(column, table.schema_arrow.names, name)

@@ -66,7 +66,7 @@ def make(
 def open_split(
     dataset: str, split: str, data_dir: str | None, columns: Sequence[str], *, download: bool = False
 ) -> tuple[Sequence[Any], Path]:
-    """Returns the examples of a split, of which only `columns` are decoded, and the folder of the dataset.
+    """Returns the examples of a split, of which images are decoded only if in `columns`, and the folder of the dataset.
 
     Raises:
       UserError: the dataset is not prepared, or not as ArrayRecord; no such split or feature.
@@ -79,7 +79,7 @@ def open_split(
     remedy = f"tfds.builder({dataset!r}, data_dir={place!r}, file_format='array_record').download_and_prepare()"
     with _quiet():
         try:
-            builder = read_only_builder.builder_from_files(dataset, data_dir=place)
+            builder: Any = read_only_builder.builder_from_files(dataset, data_dir=place)
         except Exception as error:  # whatever it is, nothing there can be read
             if not download:
                 raise UserError(
@@ -90,12 +90,13 @@ def open_split(
         splits = list(builder.info.splits)
         if not set(re.sub(r"\[.*?\]", "", split).split("+")) <= {*splits, "all"}:
             raise UserError(f"config.sources: split={split!r}: not in {dataset!r}; choose from {', '.join(splits)}")
-        features = builder.info.features
+        features: Any = builder.info.features
         known = list(features.keys()) if hasattr(features, "keys") else []
         for column in columns:
             if column not in known:
                 raise records.absent(column, known, f"{name} in data_dir={place!r}")
-        decoders = tfds.decode.PartialDecoding(features=dict.fromkeys(columns, True))
+        skipped = [key for key in known if key not in columns and isinstance(features[key], tfds.features.Image)]
+        decoders = dict.fromkeys(skipped, tfds.decode.SkipDecoding())  # needs no package that decodes images
         try:
             examples = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
