@@ -13,6 +13,7 @@ import numpy as np
 import processes
 import pytest
 import small
+from absl import logging
 
 from jaxcl import program, schema, train
 from jaxcl.data import images, prepare, rows, stream, tokenizer
@@ -209,3 +210,12 @@ def test_configs_fail_offline_in_one_line(tmp_path):
         assert name in line
     assert sorted(found) == sorted(names)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_but_errors_is_said_while_a_dataset_is_opened(capfd):
+    before = logging.get_verbosity()
+    with tfds._quiet():
+        print("Downloading and preparing dataset")
+        assert logging.get_verbosity() == logging.ERROR
+    assert logging.get_verbosity() == before
+    assert capfd.readouterr().out == ""
