@@ -10,12 +10,26 @@ from typing import Any, NamedTuple
 from jaxcl.schema import UserError
 
 
+class Chat(NamedTuple):
+    """A conversation: one document that is tokenised by a chat template, not as plain text."""
+
+    turns: tuple[tuple[str, str], ...]  # (role, content); roles are system, user, assistant or what the template knows
+
+
+Document = str | Chat
+
+
+def text_of_document(document: Document) -> str:
+    """Returns the text of a document; of a conversation, its contents joined by newlines."""
+    return document if isinstance(document, str) else "\n".join(content for _, content in document.turns)
+
+
 class Source(NamedTuple):
     """Where documents come from. Documents are read lazily, always in the same order."""
 
     description: dict[str, Any]  # JSON: module name and options
     listing: list[list[Any]]  # JSON: name, size, time of change of every file; a change rebuilds the rows
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[Document]]
     licence: str | None = None
 
 

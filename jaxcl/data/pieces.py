@@ -1,0 +1,73 @@
+"""SentencePiece models: Llama 2, Mistral 7B, T5 and others that come with a `tokenizer.model`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from jaxcl.data.chat import Coded, Coder
+from jaxcl.schema import UserError
+
+
+def load(content: bytes, path: str) -> Any:
+    """Returns the processor of a model file.
+
+    Raises:
+      UserError: not a model, or sentencepiece is not installed.
+    """
+    try:
+        import sentencepiece  # noqa: PLC0415  (only those who use it need it)
+    except ImportError as error:
+        raise UserError(f"config.tokenizer.path={path!r}: needs SentencePiece: pip install 'jaxcl[hf]'") from error
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise UserError(f"config.tokenizer.path={path!r}: not a SentencePiece model; replace the file") from error
+
+
+def number(model: Any, name: str) -> int | None:
+    """Returns the number of a piece, or None."""
+    found = model.piece_to_id(name)
+    return found if model.id_to_piece(found) == name else None
+
+
+def encode(model: Any, text: str) -> np.ndarray:
+    """Returns tokens uint32 [n]; control symbols never come out of text."""
+    return np.array(model.encode(text), np.uint32)
+
+
+def decode(model: Any, tokens: Any) -> str:
+    """Returns the text of tokens [n] without control symbols."""
+    numbers = [int(t) for t in np.asarray(tokens).ravel()]
+    return model.decode([n for n in numbers if n < model.get_piece_size() and not model.is_control(n)])
+
+
+def coder(model: Any, bos: int, eos: int) -> Coder:
+    """Returns what conversations need. Text behind a special token begins anew, with the model's dummy prefix."""
+    names = {model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)}
+    found = re.compile("|".join(f"({re.escape(name)})" for name in names)) if names else None
+
+    def plain(text: str) -> Coded:
+        pieces = model.encode(text, out_type="immutable_proto").pieces
+        kinds = (("id", np.uint32), ("begin", np.int64), ("end", np.int64))
+        columns = [np.array([getattr(piece, name) for piece in pieces], kind) for name, kind in kinds]
+        return Coded(*columns, np.zeros(len(pieces), bool))
+
+    def parsed(text: str) -> Coded:
+        parts, at = [], 0
+        for match in found.finditer(text) if found else ():
+            parts += [_moved(plain(text[at : match.start()]), at)]
+            place = [np.array([x], np.int64) for x in match.span()]
+            parts += [Coded(np.array([names[match[0]]], np.uint32), *place, np.ones(1, bool))]
+            at = match.end()
+        parts += [_moved(plain(text[at:]), at)]
+        return Coded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    return Coder(plain, parsed, tuple(names), bos, eos)
+
+
+def _moved(coded: Coded, by: int) -> Coded:
+    """Returns the same tokens `by` characters later."""
+    return coded._replace(begin=coded.begin + by, end=coded.end + by)
