@@ -33,8 +33,12 @@ class Network(NamedTuple):
 
 def tokenizer_of(options: Mapping[str, Any] | None, model: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a config: by default that of the model's checkpoint, and without one plain bytes."""
-    if not options and isinstance(model.get("checkpoint"), str):
-        options = {"name": "hf", "path": model["checkpoint"]}
+    if "checkpoint" in model:
+        folder = model["checkpoint"]
+        if not folder or not isinstance(folder, str):
+            raise UserError(f"config.model.checkpoint={folder!r}: give the folder of a Hugging Face checkpoint")
+        read.fields(folder)  # a folder that is no checkpoint should not be called a bad tokenizer
+        options = options or {"name": "hf", "path": folder}
     return schema.call(tokenizers.make, options or {}, field="tokenizer")
 
 

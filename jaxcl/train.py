@@ -192,6 +192,8 @@ class Session:
         flow = self.made.stream
         if self.fresh:
             self.evaluate(boundary=-1)
+            if self.made.imported:  # once: no later start reads the files it came from
+                self.save()
         feeding = contextlib.closing(Feeder(self.batch, self.step, flow.total_steps))
         with feeding as feeder, jax.transfer_guard("disallow"):
             while self.step < flow.total_steps:

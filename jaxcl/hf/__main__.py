@@ -80,7 +80,7 @@ def _tokenizer(writer: write.Writer, found: weights.Weights) -> None:
     path = options.get("path") or (None if options else found.network.checkpoint)
     if path is None:
         writer.json("tokenizer.json", json.loads(tokenizers.byte_json()))
-        names = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+        names = dict(zip(("bos_token", "eos_token", "pad_token"), tokenizers.BYTE_NAMES, strict=True))
         writer.json("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
         return
     place = Path(path).expanduser()

@@ -121,14 +121,21 @@ def resolve(fields: Mapping[str, Any]) -> Config:
         )
     if given["head_dim"] % 2:
         raise UserError(f"config.model.head_dim={given['head_dim']}: must be even, as RoPE rotates pairs")
-    if (chosen := given.get("window_layers")) is not None:
-        if len(chosen) != given["layers"] or not given.get("window"):
-            raise UserError(
-                f"config.model.window_layers={list(chosen)!r}: needs one entry for each of the {given['layers']} layers, "
-                "and config.model.window"
-            )
-        given["window_layers"] = tuple(bool(layer) for layer in chosen)
+    given["window_layers"] = _window_layers(given)
     return Config(**given)
+
+
+def _window_layers(given: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """Returns which layers have the window, checked."""
+    chosen = given.get("window_layers")
+    if chosen is None:
+        return None
+    if len(chosen) != given["layers"] or not given.get("window"):
+        raise UserError(
+            f"config.model.window_layers={list(chosen)!r}: needs one entry for each of the {given['layers']} layers, "
+            "and config.model.window"
+        )
+    return tuple(bool(layer) for layer in chosen)
 
 
 def _scaling(value: Any) -> Scaling | None:
