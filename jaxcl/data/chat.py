@@ -3,8 +3,8 @@
     encode = make(coder, template)          # template: None, or a Jinja template in the manner of Hugging Face
     tokens, trained = encode(Chat((("user", "2 + 2?"), ("assistant", "4"))))
 
-Where the assistant speaks is found by rendering the beginnings of the conversation: turn i is what `turns[:i+1]` has and
-`turns[:i]` with its generation prompt has not. So a template must only ever append; one that rewrites earlier turns
+Where the assistant speaks is found by rendering the beginnings of the conversation: turn i is what `turns[:i+1]` has
+and `turns[:i]` with its generation prompt has not. So a template must only ever append; one that rewrites earlier turns
 needs `{% generation %}` blocks, which say the same directly, and win where there are any. A token that reaches into a
 span counts. White space behind the last special token of a turn does not: no model has to write it.
 
@@ -64,15 +64,15 @@ class Template(NamedTuple):
 def make(coder: Coder, template: Template | None) -> Callable[[Chat], tuple[np.ndarray, np.ndarray]]:
     """Returns the encoder of conversations.
 
-    Without a template the form is that of ChatML if the tokenizer has `<|im_start|>` and `<|im_end|>` as special tokens,
-    and otherwise a line `role: content` for each turn, whose end is trained.
+    Without a template the form is that of ChatML if the tokenizer has `<|im_start|>` and `<|im_end|>` as special
+    tokens, and otherwise a line `role: content` for each turn, whose end is trained.
 
     Returns:
-      A function from a Chat to tokens uint32 [n] and trained bool [n]: what follows `bos`, up to and with `eos`. A `bos`
-      that the template puts in front is left out; an `eos` that it does not end with is added, and trained only where
-      the assistant speaks last and the template has no special token for the end of a turn. It raises UserError for a
-      template that fails or rewrites earlier turns, for a role with the text of a special token in it, and if Jinja is
-      not installed.
+      A function from a Chat to tokens uint32 [n] and trained bool [n]: what follows `bos`, up to and with `eos`. A
+      `bos` that the template puts in front is left out; an `eos` that it does not end with is added, and trained only
+      where the assistant speaks last and the template has no special token for the end of a turn. It raises UserError
+      for a template that fails or rewrites earlier turns, for a role with the text of a special token in it, and if
+      Jinja is not installed.
     """
     parts = sorted(coder.specials, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, parts))) if parts else None
@@ -138,7 +138,8 @@ def _spans(render: Render, turns: Turns, place: str) -> tuple[str, list[tuple[in
             )
         start = len(before)
         found = after.find(content.strip(), start)
-        if found > start and before == render(turns[:i], False):  # no generation prompt: leave the header out
+        if found > start and after[start:found].strip() and before == render(turns[:i], False):
+            # A header that no generation prompt gives.
             start = found
         spans.append((start, len(after)))
     return text, spans, False
@@ -191,7 +192,7 @@ def _jinja(template: Template) -> Render:
         def fail(message: str) -> None:
             raise jinja2.TemplateError(message)
 
-        made.filters["tojson"] = lambda x, **options: json.dumps(x, **({"ensure_ascii": False} | options))
+        made.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
         made.globals |= {"raise_exception": fail, "strftime_now": _TODAY.strftime}
         return made.from_string(template.text)
 

@@ -50,17 +50,16 @@ def coder(model: Any, bos: int, eos: int) -> Coder:
     found = re.compile("|".join(f"({re.escape(name)})" for name in names)) if names else None
 
     def plain(text: str) -> Coded:
-        pieces = model.encode(text, out_type="immutable_proto").pieces
-        kinds = (("id", np.uint32), ("begin", np.int64), ("end", np.int64))
-        columns = [np.array([getattr(piece, name) for piece in pieces], kind) for name, kind in kinds]
-        return Coded(*columns, np.zeros(len(pieces), bool))
+        pieces = model.encode(text, return_type="proto").pieces
+        begin, end = (np.array([getattr(piece, name) for piece in pieces], np.int64) for name in ("begin", "end"))
+        return Coded(np.array([piece.id for piece in pieces], np.uint32), begin, end, np.zeros(len(pieces), bool))
 
     def parsed(text: str) -> Coded:
         parts, at = [], 0
         for match in found.finditer(text) if found else ():
             parts += [_moved(plain(text[at : match.start()]), at)]
-            place = [np.array([x], np.int64) for x in match.span()]
-            parts += [Coded(np.array([names[match[0]]], np.uint32), *place, np.ones(1, bool))]
+            begin, end = (np.array([place], np.int64) for place in match.span())
+            parts += [Coded(np.array([names[match[0]]], np.uint32), begin, end, np.ones(1, bool))]
             at = match.end()
         parts += [_moved(plain(text[at:]), at)]
         return Coded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))

@@ -3,8 +3,8 @@
     corpus = make(embedded.make(domain="prose"), tokenizer.make(), directory="runs/data", name="prose", length=256)
     corpus.train, corpus.held_out                          # Rows for stream.make and for evaluation
 
-Every document is written as `bos, tokens, eos`; of a conversation only what the assistant says is trained, and what ends
-its turns (`chat.py`). The documents of a split are joined and cut into rows of L + 1 tokens
+Every document is written as `bos, tokens, eos`; of a conversation only what the assistant says is trained, and what
+ends its turns (`chat.py`). The documents of a split are joined and cut into rows of L + 1 tokens
 that do not overlap; targets are shifted by one within the row, so `eos` is predicted, `bos` never is, and the
 first token of a row is context only. The last row is padded. A document goes to the held-out split by the hash of its
 text, so equal documents stay together and the split does not depend on order or on other documents (only where no

@@ -61,8 +61,8 @@ def pack(tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, trained: np
         return bits.view("<u4")
 
     used = np.arange(tokens.shape[1]) < counts[:, None]
-    trained = used if trained is None else used & trained
-    return np.concatenate([counts.astype("<u4")[:, None], tokens.astype("<u4"), plane(starts), plane(trained)], axis=1)
+    targets = used if trained is None else used & trained
+    return np.concatenate([counts.astype("<u4")[:, None], tokens.astype("<u4"), plane(starts), plane(targets)], axis=1)
 
 
 def unpack(words: np.ndarray, length: int) -> Columns:

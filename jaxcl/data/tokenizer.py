@@ -245,8 +245,11 @@ def _sentencepiece(
     content: bytes, path: str, bos: str | None, eos: str | None, template: str | None, folder: _Folder
 ) -> Tokenizer:
     """Returns the tokenizer of a SentencePiece model."""
-    model = pieces.load(content, path)
-    ends = {}
+    model, ends = pieces.load(content, path), {}
+    if os.path.isfile(file := os.path.join(os.path.dirname(path), "added_tokens.json")):
+        for token in json.loads(_read(file)):
+            if pieces.number(model, token) is None:
+                raise UserError(f"{file}: {token!r} is not in the model; save the folder with a tokenizer.json instead")
     for end, asked, own in (("bos", bos, model.bos_id()), ("eos", eos, model.eos_id())):
         named = asked or folder.names.get(f"{end}_token")
         number = pieces.number(model, named) if named else own
