@@ -17,10 +17,11 @@ from jaxcl import guard as guards
 from jaxcl import mesh as meshes
 from jaxcl import network as networks
 from jaxcl import optim as optimisers
-from jaxcl.data import prepare, provenance
+from jaxcl.data import clean, prepare, provenance
 from jaxcl.data import rows as tables
 from jaxcl.data import stream as streams
 from jaxcl.data import tokenizer as tokenizers
+from jaxcl.data.sources import Source
 from jaxcl.random import key_for
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Metrics, Model, Params, TrainState
@@ -84,7 +85,7 @@ def build(
 
     Args:
       model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
-      sources: domain -> `name` of a source of documents, and its options.
+      sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`.
       packing: see `Packing`.
       stream: see `stream_of`.
       optim: see `jaxcl.optim.make`; the learning rate is the schedule's.
@@ -146,8 +147,21 @@ def corpora_of(
         raise UserError(
             "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
         )
-    made = {name: schema.make("jaxcl.data.sources", s, field=f"sources.{name}") for name, s in sources.items()}
+    made = {name: source_of(name, options) for name, options in sources.items()}
     return {name: prepare.make(source, words, name=name, **packing._asdict()) for name, source in made.items()}
+
+
+def source_of(name: str, options: Mapping[str, Any]) -> Source:
+    """Returns the documents of a domain, cleaned if its options say how."""
+    field, rest = f"sources.{name}", options
+    if isinstance(options, Mapping):
+        rest = {key: value for key, value in options.items() if key != "clean"}
+    source = schema.make("jaxcl.data.sources", rest, field=field)
+    if (how := options.get("clean")) is None:
+        return source
+    if not isinstance(how, Mapping):
+        raise UserError(f"config.{field}.clean={how!r}: expected a dict of options, as in dict(near=0.8)")
+    return schema.call(clean.make, how, source, field=f"{field}.clean")
 
 
 def stream_of(

@@ -135,6 +135,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: str, length: int, held_
         "held_out": held_out,
         "source": source.description,
         "licence": source.licence,
+        "removed": source.removed(),  # by cleaning, documents by reason
         "tokenizer": {"name": tokenizer.name, "vocab": tokenizer.vocab, "fingerprint": tokenizer.fingerprint},
         "splits": splits,
     }

@@ -43,7 +43,7 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
     original = files.config(source) if source and (Path(source) / "config.json").exists() else {}
     config = families.config(shape, original)
     kind = families.family(config, str(out))
-    chosen = DTYPES[dtype] if dtype else np.dtype(read.stored_dtype(source) if original else np.float32)
+    chosen = DTYPES[dtype] if dtype else np.dtype(read.stored_dtype(source) if source and original else np.float32)
     with write.Writer(out) as writer:
         for name, tensor in write.tensors(found.params, shape, kind, chosen):
             writer.add(name, tensor)

@@ -150,9 +150,7 @@ def family(config: Mapping[str, Any], place: str) -> Family:
     """
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise UserError(
-            f"{place}: model_type={kind!r} is no family that jaxcl reads{nearest(kind, list(FAMILIES))}"
-        )
+        raise UserError(f"{place}: model_type={kind!r} is no family that jaxcl reads{nearest(kind, list(FAMILIES))}")
     return FAMILIES[kind]
 
 

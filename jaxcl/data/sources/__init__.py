@@ -31,6 +31,7 @@ class Source(NamedTuple):
     listing: list[list[Any]]  # JSON: name, size, time of change of every file; a change rebuilds the rows
     documents: Callable[[], Iterator[Document]]
     licence: str | None = None
+    removed: Callable[[], dict[str, int]] = dict  # documents left out in the latest pass, by reason
 
 
 def describe(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
