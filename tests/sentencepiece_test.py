@@ -65,11 +65,18 @@ def test_chats(folder):
         "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
     )
     tok = make(folder, template=str(file))
-    tokens, trained = tok.chat(Chat((("user", "cat </s> <s>"), ("assistant", "a river </s>µ"), ("user", "mat"))))
+    tokens, trained = tok.chat(Chat((("user", "cat 你好µ </s> <s>"), ("assistant", "a river </s>µ"), ("user", "mat"))))
     assert [int(t) for t in tokens if t in (1, 2, 3)] == [3, 3, 2, 1, 3, 3, 2]
     assert tok.decode(tokens[trained]).split() == ["a", "river", "</s>µ"]
     assert tokens[trained][-1] == tok.eos
     assert not trained[-1]
+
+
+def test_the_mask_is_in_characters_not_bytes(folder):
+    tok = make(folder)
+    tokens, trained = tok.chat(Chat((("user", "µµ你好\ud800"), ("assistant", "naïve cat"), ("user", "\U0001f600 mat"))))
+    assert tok.decode(tokens[trained]) == "naïve cat\n"
+    assert tok.decode(tokens[~trained]).startswith("user: µµ你好?\nassistant:")
 
 
 def test_errors_name_the_field(folder, monkeypatch):

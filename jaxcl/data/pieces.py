@@ -35,7 +35,7 @@ def number(model: Any, name: str) -> int | None:
 
 def encode(model: Any, text: str) -> np.ndarray:
     """Returns tokens uint32 [n]; control symbols never come out of text."""
-    return np.array(model.encode(text), np.uint32)
+    return np.array(model.encode(_sound(text)), np.uint32)
 
 
 def decode(model: Any, tokens: Any) -> str:
@@ -50,8 +50,10 @@ def coder(model: Any, bos: int, eos: int) -> Coder:
     found = re.compile("|".join(f"({re.escape(name)})" for name in names)) if names else None
 
     def plain(text: str) -> Coded:
+        text = _sound(text)
         pieces = model.encode(text, return_type="proto").pieces
-        begin, end = (np.array([getattr(piece, name) for piece in pieces], np.int64) for name in ("begin", "end"))
+        size = np.cumsum([0, *(len(letter.encode()) for letter in text)])  # the places of pieces are in bytes
+        begin, end = (np.searchsorted(size, [getattr(piece, name) for piece in pieces]) for name in ("begin", "end"))
         return Coded(np.array([piece.id for piece in pieces], np.uint32), begin, end, np.zeros(len(pieces), bool))
 
     def parsed(text: str) -> Coded:
@@ -65,6 +67,11 @@ def coder(model: Any, bos: int, eos: int) -> Coder:
         return Coded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     return Coder(plain, parsed, tuple(names), bos, eos)
+
+
+def _sound(text: str) -> str:
+    """Returns the text with lone surrogates, which the library refuses, as question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _moved(coded: Coded, by: int) -> Coded:
