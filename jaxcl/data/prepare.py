@@ -3,7 +3,8 @@
     corpus = make(embedded.make(domain="prose"), tokenizer.make(), directory="runs/data", name="prose", length=256)
     corpus.train, corpus.held_out                          # Rows for stream.make and for evaluation
 
-Every document is written as `bos, tokens, eos`. The documents of a split are joined and cut into rows of L + 1 tokens
+Every document is written as `bos, tokens, eos`; of a conversation only what the assistant says is trained, and what
+ends its turns (`chat.py`). The documents of a split are joined and cut into rows of L + 1 tokens
 that do not overlap; targets are shifted by one within the row, so `eos` is predicted, `bos` never is, and the
 first token of a row is context only. The last row is padded. A document goes to the held-out split by the hash of its
 text, so equal documents stay together and the split does not depend on order or on other documents (only where no
@@ -22,18 +23,18 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxcl.data import shards
 from jaxcl.data.rows import Rows, pack, unpack, width
-from jaxcl.data.sources import Source, text_of_document
+from jaxcl.data.sources import Chat, Document, Source, text_of_document
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.schema import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 256  # documents tokenised at a time
 _SPLITS = ("train", "held_out")
 
@@ -150,14 +151,28 @@ def _split(source: Source, tokenizer: Tokenizer, folder: str, length: int, limit
     """
     writers = {split: _Writer(folder, split, length) for split in _SPLITS}
     lowest = 2**64
-    for texts in _chunks(map(text_of_document, source.documents())):
-        for text, tokens in zip(texts, tokenizer.encode_many(texts), strict=True):
-            data = text.encode("utf-8", "surrogatepass")
+    for documents in _chunks(source.documents()):
+        for document, (tokens, trained, size) in zip(documents, _encoded(documents, tokenizer), strict=True):
+            data = text_of_document(document).encode("utf-8", "surrogatepass")
             value = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
-            document = np.concatenate([[tokenizer.bos], tokens, [tokenizer.eos]]).astype(np.uint32)
-            writers[_SPLITS[value < limit]].add(document, len(data))
+            writers[_SPLITS[value < limit]].add(tokens, trained, size)
             lowest = min(value, lowest)
     return {split: writer.close() for split, writer in writers.items()}, lowest
+
+
+def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yields tokens uint32 [n] with bos and eos, which are trained bool [n], and the bytes of text that these hold."""
+    texts = iter(tokenizer.encode_many([d for d in documents if isinstance(d, str)]))
+    for document in documents:
+        if isinstance(document, Chat):
+            if tokenizer.chat is None:
+                raise UserError(f"config.tokenizer: {tokenizer.name!r} has no chat format; use another, or plain text")
+            tokens, trained = tokenizer.chat(document)
+            size = len(tokenizer.decode(tokens[trained]).encode("utf-8", "surrogatepass"))
+        else:
+            tokens = np.concatenate([next(texts), [tokenizer.eos]])
+            trained, size = np.ones(len(tokens), bool), len(document.encode("utf-8", "surrogatepass"))
+        yield np.concatenate([[tokenizer.bos], tokens]).astype(np.uint32), np.concatenate([[True], trained]), size
 
 
 def _publish(partial: str, path: str) -> None:
@@ -174,11 +189,11 @@ def _publish(partial: str, path: str) -> None:
     shards.sync(os.path.dirname(path) or ".")
 
 
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Yields documents in lists, so that a tokenizer can work in parallel."""
-    chunk: list[str] = []
-    for text in documents:
-        chunk.append(text)
+    chunk: list[Document] = []
+    for document in documents:
+        chunk.append(document)
         if len(chunk) == _CHUNK:
             yield chunk
             chunk = []
@@ -198,34 +213,34 @@ class _Writer:
         self.folder, self.split, self.length = folder, split, length
         self.documents = self.bytes = self.stored = 0
         self.pending: list[np.ndarray] = []  # documents and the rest of the last cut, uint32
-        self.begun: list[np.ndarray] = []  # where documents begin, bool, like `pending`
+        self.flags: list[np.ndarray] = []  # where documents begin, and what is trained, bool [n, 2], like `pending`
         self.size = 0
         self.tokens: list[np.ndarray] = []
         self.out = shards.Writer(folder, split)
         self.digest = hashlib.sha256(f"{length}/".encode())
 
-    def add(self, document: np.ndarray, size: int) -> None:
-        """Takes one document with its special tokens; `size` is its text in bytes."""
+    def add(self, document: np.ndarray, trained: np.ndarray, size: int) -> None:
+        """Takes one document with its special tokens; `size` is its trained text in bytes."""
         start = np.zeros(len(document), bool)
         start[0] = True
         self.pending.append(document)
-        self.begun.append(start)
-        self.documents, self.bytes, self.stored = self.documents + 1, self.bytes + size, self.stored + len(document) - 1
+        self.flags.append(np.stack([start, trained], axis=1))
+        self.documents, self.bytes, self.stored = self.documents + 1, self.bytes + size, self.stored + trained[1:].sum()
         self.size += len(document)
         if self.size >= 2**20:
             self._cut(self.size - self.size % (self.length + 1))
 
     def _cut(self, end: int) -> None:
         """Writes the first `end` pending tokens as rows."""
-        tokens, begun = np.concatenate(self.pending), np.concatenate(self.begun)
-        self.pending, self.begun, self.size = [tokens[end:]], [begun[end:]], len(tokens) - end
+        tokens, flags = np.concatenate(self.pending), np.concatenate(self.flags)
+        self.pending, self.flags, self.size = [tokens[end:]], [flags[end:]], len(tokens) - end
         span = self.length + 1
         missing = -end % span
         used = np.arange(end + missing) < end
-        tokens, begun = (
-            np.concatenate([x[:end], np.zeros(missing, x.dtype)]).reshape(-1, span) for x in (tokens, begun)
+        tokens, begun, trained = (
+            np.concatenate([x[:end], np.zeros(missing, x.dtype)]).reshape(-1, span) for x in (tokens, *flags.T)
         )
-        words = pack(tokens, begun, used.reshape(-1, span).sum(axis=1))
+        words = pack(tokens, begun, used.reshape(-1, span).sum(axis=1), trained)
         self.tokens.append(unpack(words, self.length)["weights"].sum(axis=1).astype(np.int64))
         self.digest.update(words.tobytes())
         self.out.write(words)
@@ -239,8 +254,8 @@ class _Writer:
         return {
             "rows": len(tokens),
             "tokens": int(tokens.sum()),  # targets in the loss
-            "stored": self.stored,  # tokens of the documents, each with its eos
-            "bytes": self.bytes,
+            "stored": int(self.stored),  # tokens of the documents that are trained, each eos of a text among them
+            "bytes": self.bytes,  # of the text in them; special tokens have none
             "documents": self.documents,
             "fingerprint": self.digest.hexdigest(),
             "files": self.out.close(),

@@ -32,32 +32,45 @@ class Rows:
 
 
 def width(length: int) -> int:
-    """Returns the number of uint32 words of a packed row of `length` targets: count, tokens, start bits."""
-    return 1 + (length + 1) + -(-(length + 1) // 32)
+    """Returns the number of uint32 words of a packed row of `length` targets: count, tokens, and two planes of bits."""
+    return 1 + (length + 1) + 2 * _plane(length)
 
 
-def pack(tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _plane(length: int) -> int:
+    """Returns the number of words that hold one bit for each token of a row."""
+    return -(-(length + 1) // 32)
+
+
+def pack(tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, trained: np.ndarray | None = None) -> np.ndarray:
     """Packs rows into words.
 
     Args:
       tokens: uint32 [n, L + 1].
       starts: bool [n, L + 1], True where a document begins.
       counts: int [n], tokens in use; the rest is padding.
+      trained: bool [n, L + 1], True where the token is a target; None: every token in use.
 
     Returns:
       uint32 [n, width(L)].
     """
-    bits = np.zeros((len(tokens), -(-tokens.shape[1] // 32) * 4), np.uint8)
-    packed = np.packbits(starts, axis=1, bitorder="little")
-    bits[:, : packed.shape[1]] = packed
-    return np.concatenate([counts.astype("<u4")[:, None], tokens.astype("<u4"), bits.view("<u4")], axis=1)
+
+    def plane(flags: np.ndarray) -> np.ndarray:
+        bits = np.zeros((len(flags), _plane(flags.shape[1] - 1) * 4), np.uint8)
+        packed = np.packbits(flags, axis=1, bitorder="little")
+        bits[:, : packed.shape[1]] = packed
+        return bits.view("<u4")
+
+    used = np.arange(tokens.shape[1]) < counts[:, None]
+    targets = used if trained is None else used & trained
+    return np.concatenate([counts.astype("<u4")[:, None], tokens.astype("<u4"), plane(starts), plane(targets)], axis=1)
 
 
 def unpack(words: np.ndarray, length: int) -> Columns:
     """Returns the columns of packed rows.
 
     Targets are the inputs shifted by one within the row. A target has weight 1 if it belongs to the same document
-    as its input and 0 otherwise: the first token of the next document is never predicted. Positions
+    as its input and is one that is trained, and 0 otherwise: the first token of the next document is never predicted,
+    nor what the user of a conversation says. Positions
     restart at 0 with every document, and at the beginning of the row for one that continues from the row before.
 
     Args:
@@ -68,19 +81,20 @@ def unpack(words: np.ndarray, length: int) -> Columns:
       inputs, targets, segments, positions int32 [n, L]; weights float32 [n, L].
     """
     tokens = words[:, 1 : length + 2].astype(np.int32)  # [n, L + 1]
-    bits = np.ascontiguousarray(words[:, length + 2 :]).view(np.uint8)
-    starts = np.unpackbits(bits, axis=1, bitorder="little", count=length + 1)
+    bits = np.ascontiguousarray(words[:, length + 2 :]).reshape(len(words), 2, _plane(length)).view(np.uint8)
+    starts, trained = np.unpackbits(bits, axis=2, bitorder="little", count=length + 1).transpose(1, 0, 2)
+    starts = starts.copy()
     starts[:, 0] = 1
     place = np.arange(length + 1, dtype=np.int32)
     used = place < words[:, :1].astype(np.int32)
     segments = np.cumsum(starts, axis=1, dtype=np.int32) * used
     begun = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
     positions = np.where(used, place - begun, 0).astype(np.int32)
-    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    counted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0) & (trained[:, 1:] > 0)
     return {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "weights": same.astype(np.float32),
+        "weights": counted.astype(np.float32),
         "segments": segments[:, :-1],
         "positions": positions[:, :-1],
     }

@@ -1,14 +1,18 @@
-"""Tokenizers: plain bytes, or any `tokenizer.json` of Hugging Face tokenizers."""
+"""Tokenizers: plain bytes, any `tokenizer.json` of Hugging Face tokenizers, or a SentencePiece model."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxcl.data import chat, pieces
+from jaxcl.data.sources import Chat
 from jaxcl.schema import UserError
 
 BYTE_NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")  # of the tokens that the byte tokenizer adds
@@ -30,37 +34,102 @@ class Tokenizer(NamedTuple):
     encode: Callable[[str], np.ndarray]  # -> uint32 [n]
     encode_many: Callable[[Sequence[str]], list[np.ndarray]]  # the same for several documents, in parallel if it can
     decode: Callable[[Any], str]  # token numbers [n] -> text; special tokens are left out
-    fingerprint: str  # sha256: equal fingerprints encode every text alike
+    fingerprint: str  # sha256: equal fingerprints encode every text and conversation alike
+    chat: Callable[[Chat], tuple[np.ndarray, np.ndarray]] | None = None  # -> uint32 [n], trained bool [n]: see chat.py
+
+
+class _Folder(NamedTuple):
+    """What the files beside a tokenizer say of it."""
+
+    names: dict[str, str]  # bos_token, eos_token ... -> text
+    chat: str | None  # template
+    place: str  # file of the template
 
 
 def make(
     *,
-    name: Literal["byte", "hf"] = "byte",
+    name: Literal["byte", "hf", "sentencepiece"] = "byte",
     path: str | None = None,
     bos: str | None = None,
     eos: str | None = None,
+    template: str | None = None,
 ) -> Tokenizer:
     """Returns the tokenizer.
 
     Args:
-      name: "byte" for UTF-8 bytes (256 numbers, then bos, eos, pad), "hf" for a file.
-      path: `tokenizer.json`, or the folder that holds it; needs name="hf".
-      bos: token in front of each document; by default the usual names are looked up, `eos` if none exists.
-      eos: token after each document; by default the usual names are looked up.
+      name: "byte" for UTF-8 bytes (256 numbers, then bos, eos, pad), "hf" for a file of Hugging Face tokenizers,
+        "sentencepiece" for a model of that library.
+      path: `tokenizer.json` or `tokenizer.model`, or the folder that holds it. A folder with the latter alone is
+        read by SentencePiece. tokenizer_config.json and special_tokens_map.json beside it say what bos and eos are.
+      bos: token in front of each document; by default what the folder says, then the usual names, then `eos`.
+      eos: token after each document; by default what the folder says, then the usual names.
+      template: file with a Jinja template for conversations; by default that of the folder, and see `chat.make`.
 
     Raises:
-      UserError: no file, not a tokenizer, or no such token in it.
+      UserError: no file, not a tokenizer, no such token in it, or a template that cannot be read.
     """
     if name == "byte":
         if path or bos or eos:
             raise UserError("config.tokenizer: path, bos and eos belong to name='hf'; the byte tokenizer has none")
-        return _byte()
+        return _byte(_template(template, _Folder({}, None, "")))
+    file = {"hf": "tokenizer.json", "sentencepiece": "tokenizer.model"}[name]
     if not path:
-        raise UserError("config.tokenizer.path: missing; name='hf' needs the path of a tokenizer.json")
-    return _hf(path, bos, eos)
+        raise UserError(f"config.tokenizer.path: missing; name={name!r} needs the path of a {file}")
+    folder = _folder(path)
+    if os.path.isdir(path):
+        models = [n for n in ("tokenizer.json", "tokenizer.model") if os.path.isfile(os.path.join(path, n))]
+        file = models[0] if name == "hf" and models else file
+        path = os.path.join(path, file)
+    if not os.path.isfile(path):
+        raise UserError(f"config.tokenizer.path={path!r}: no such file; give the path of a {file}")
+    with open(path, "rb") as stream:
+        content = stream.read()
+    if name == "sentencepiece" or path.endswith("tokenizer.model"):
+        return _sentencepiece(content, path, bos, eos, template, folder)
+    return _hf(content, path, bos, eos, template, folder)
 
 
-def _byte() -> Tokenizer:
+def _folder(path: str) -> _Folder:
+    """Returns what the files beside a tokenizer say."""
+    root = path if os.path.isdir(path) else os.path.dirname(path)
+    config, place = {}, os.path.join(root, "tokenizer_config.json")
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second has the last word
+        if os.path.isfile(os.path.join(root, file)):
+            try:
+                with open(os.path.join(root, file), encoding="utf-8") as stream:
+                    config |= json.load(stream)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{os.path.join(root, file)}: not a JSON object; replace the file") from error
+    known = {key: x.get("content") if isinstance(x, dict) else x for key, x in config.items() if key.endswith("_token")}
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    if os.path.isfile(file := os.path.join(root, "chat_template.jinja")):
+        found, place = _read(file), file
+    return _Folder({key: x for key, x in known.items() if isinstance(x, str)}, found, place)
+
+
+def _template(path: str | None, folder: _Folder, **names: str) -> chat.Template | None:
+    """Returns the template of a file, or else that of the folder; `names` are those that the folder does not know."""
+    text, place = (_read(path), path) if path else (folder.chat, folder.place)
+    return chat.Template(text, place, names | folder.names) if text else None
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config.tokenizer.template={path!r}: cannot be read ({error}); name a Jinja file") from error
+
+
+def _digest(content: bytes, bos: int, eos: int, template: chat.Template | None) -> str:
+    """Returns the fingerprint of a tokenizer."""
+    form = json.dumps([template.text, template.names], sort_keys=True) if template else ""
+    return hashlib.sha256(content + f"/{bos}/{eos}{form}".encode()).hexdigest()
+
+
+def _byte(template: chat.Template | None) -> Tokenizer:
     """Returns the tokenizer of UTF-8 bytes; lone surrogates survive the round trip."""
 
     def encode(text: str) -> np.ndarray:
@@ -70,8 +139,15 @@ def _byte() -> Tokenizer:
         numbers = np.asarray(tokens).ravel()
         return bytes(numbers[numbers < 256].astype(np.uint8)).decode("utf-8", "replace")
 
+    def coded(text: str) -> chat.Coded:
+        place = np.repeat(np.arange(len(text)), [len(c.encode("utf-8", "surrogatepass")) for c in text])
+        return chat.Coded(encode(text), place, place + 1, np.zeros(len(place), bool))
+
     fingerprint = hashlib.sha256(b"jaxcl byte tokenizer 1").hexdigest()
-    return Tokenizer("byte", 259, 256, 257, 258, encode, lambda texts: [encode(t) for t in texts], decode, fingerprint)
+    fingerprint = _digest(b"bytes", 256, 257, template) if template else fingerprint
+    talk = chat.make(chat.Coder(coded, coded, (), 256, 257), template)
+    many = lambda texts: [encode(t) for t in texts]  # noqa: E731
+    return Tokenizer("byte", 259, 256, 257, 258, encode, many, decode, fingerprint, talk)
 
 
 def byte_json() -> str:
@@ -88,29 +164,34 @@ def byte_json() -> str:
     return tok.to_str()
 
 
-def _hf(path: str, bos: str | None, eos: str | None) -> Tokenizer:
-    """Returns the tokenizer of a file."""
-    import tokenizers  # noqa: PLC0415  (only those who use it pay for the import)
-
-    file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
-    if not os.path.isfile(file):
-        raise UserError(f"config.tokenizer.path={path!r}: no such file; give the path of a tokenizer.json")
-    try:
-        with open(file, "rb") as stream:
-            content = stream.read()
-        tok = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception for a malformed file
-        raise UserError(f"config.tokenizer.path={path!r}: not a tokenizer.json ({error})") from error
-    tok.encode_special_tokens = True  # text that looks like a special token stays text
-    tok.no_padding()
-    tok.no_truncation()
-    end = _token(tok, f"eos of {path}", [eos] if eos else _EOS)
-    begin = _token(tok, f"bos of {path}", [bos] if bos else [*_BOS, *_EOS])
+def _hf(
+    content: bytes, path: str, bos: str | None, eos: str | None, template: str | None, folder: _Folder
+) -> Tokenizer:
+    """Returns the tokenizer of a tokenizer.json."""
+    tok = _tokenizers(content, path, parse=False)
+    parsing = functools.cache(lambda: _tokenizers(content, path, parse=True))
+    added = tok.get_added_tokens_decoder()
+    special = {number: token.content for number, token in added.items() if token.special}
+    end = _token(tok, path, "eos", eos, folder, _EOS, special)
+    begin = _token(tok, path, "bos", bos, folder, (*_BOS, *_EOS, tok.id_to_token(end)), special)
+    names = {"bos_token": tok.id_to_token(begin), "eos_token": tok.id_to_token(end)}
+    form = _template(template, folder, **({} if folder.names else names))
     pad = tok.token_to_id("<pad>")
 
     def numbers(encoding: Any) -> np.ndarray:
         return np.array(encoding.ids, np.uint32)
 
+    def coded(encoding: Any) -> chat.Coded:
+        place = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return chat.Coded(numbers(encoding), place[:, 0], place[:, 1], np.isin(encoding.ids, [*special]))
+
+    coder = chat.Coder(
+        lambda text: coded(tok.encode(text, add_special_tokens=False)),
+        lambda text: coded(parsing().encode(text, add_special_tokens=False)),
+        tuple(special.values()),
+        begin,
+        end,
+    )
     return Tokenizer(
         "hf",
         1 + max(tok.get_vocab(with_added_tokens=True).values()),  # numbers may have gaps
@@ -120,13 +201,75 @@ def _hf(path: str, bos: str | None, eos: str | None) -> Tokenizer:
         lambda text: numbers(tok.encode(text, add_special_tokens=False)),
         lambda texts: [numbers(e) for e in tok.encode_batch(list(texts), add_special_tokens=False)],
         lambda tokens: tok.decode([int(t) for t in np.asarray(tokens).ravel()], skip_special_tokens=True),
-        hashlib.sha256(content + f"/{begin}/{end}".encode()).hexdigest(),
+        _digest(content, begin, end, form),
+        chat.make(coder, form),
     )
 
 
-def _token(tok: Any, field: str, names: Sequence[str]) -> int:
-    """Returns the number of the first of these tokens that exists."""
-    numbers = [number for number in map(tok.token_to_id, names) if number is not None]
+def _tokenizers(content: bytes, path: str, *, parse: bool) -> Any:
+    """Returns the library's object; with `parse`, text that looks like a special token becomes one."""
+    import tokenizers  # noqa: PLC0415  (only those who use it pay for the import)
+
+    try:
+        tok = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise UserError(f"config.tokenizer.path={path!r}: not a tokenizer.json ({error})") from error
+    tok.encode_special_tokens = not parse
+    tok.no_padding()
+    tok.no_truncation()
+    return tok
+
+
+def _token(
+    tok: Any, path: str, end: str, asked: str | None, folder: _Folder, usual: Sequence[str], special: dict[int, str]
+) -> int:
+    """Returns the number of the bos or eos: the one asked for, that of the folder, or the first of the usual names.
+
+    Of the usual names those of special tokens go first: in a large vocabulary `<s>` may also be a piece of text.
+    """
+    named = asked or folder.names.get(f"{end}_token")
+    if named:
+        number = tok.token_to_id(named)
+        if number is None:
+            where = "" if asked else f", which the files beside it name; set config.tokenizer.{end}"
+            raise UserError(f"config.tokenizer: {end} of {path}: no token {named}{where or '; name one that it has'}")
+        return number
+    marked = [name for name in usual if name in special.values()]
+    numbers = [number for number in map(tok.token_to_id, [*marked, *usual]) if number is not None]
     if not numbers:
-        raise UserError(f"config.tokenizer: {field}: no token {' or '.join(names)}; name one that the file has")
+        raise UserError(f"config.tokenizer: {end} of {path}: no token {' or '.join(usual)}; name one that the file has")
     return numbers[0]
+
+
+def _sentencepiece(
+    content: bytes, path: str, bos: str | None, eos: str | None, template: str | None, folder: _Folder
+) -> Tokenizer:
+    """Returns the tokenizer of a SentencePiece model."""
+    model, ends = pieces.load(content, path), {}
+    if os.path.isfile(file := os.path.join(os.path.dirname(path), "added_tokens.json")):
+        for token in json.loads(_read(file)):
+            if pieces.number(model, token) is None:
+                raise UserError(f"{file}: {token!r} is not in the model; save the folder with a tokenizer.json instead")
+    for end, asked, own in (("bos", bos, model.bos_id()), ("eos", eos, model.eos_id())):
+        named = asked or folder.names.get(f"{end}_token")
+        number = pieces.number(model, named) if named else own
+        if number is None or (number < 0 and end == "eos"):
+            raise UserError(
+                f"config.tokenizer: {end} of {path}: no token {named or '</s>'}; name one that the file has"
+            )
+        ends[end] = number
+    end, begin = ends["eos"], ends["bos"] if ends["bos"] >= 0 else ends["eos"]
+    names = {"bos_token": model.id_to_piece(begin), "eos_token": model.id_to_piece(end)}
+    form = _template(template, folder, **({} if folder.names else names))
+    return Tokenizer(
+        "sentencepiece",
+        model.get_piece_size(),
+        begin,
+        end,
+        model.pad_id() if model.pad_id() >= 0 else None,
+        lambda text: pieces.encode(model, text),
+        lambda texts: [pieces.encode(model, text) for text in texts],
+        lambda tokens: pieces.decode(model, tokens),
+        _digest(content, begin, end, form),
+        chat.make(pieces.coder(model, begin, end), form),
+    )
