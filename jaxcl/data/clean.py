@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.data import shingles
-from jaxcl.data.sources import Source, files, listing
+from jaxcl.data.sources import Source, files, listing, text_of_document
 from jaxcl.schema import UserError, nearest
 
 _DOCUMENTS, _CHARACTERS = 1024, 1 << 19  # examined together, at the most (one document may be longer)
@@ -112,16 +112,11 @@ def _passing(documents: Iterator[Any], checks: dict[str, Check], counts: dict[st
     for read in _chunks(documents):
         chunk = read
         for reason, check in checks.items():
-            bad = check([_text(document) for document in chunk]) if chunk else np.zeros(0, bool)
+            bad = check([text_of_document(document) for document in chunk]) if chunk else np.zeros(0, bool)
             if bad.any():
                 counts[reason] = counts.get(reason, 0) + int(bad.sum())
                 chunk = [document for document, removed in zip(chunk, bad, strict=True) if not removed]
         yield from chunk
-
-
-def _text(document: Any) -> str:
-    """Returns the text of a document; of a conversation, its contents joined by newlines."""
-    return document if isinstance(document, str) else "\n".join(content for _, content in document.turns)
 
 
 def _chunks(documents: Iterator[Any]) -> Iterator[list[Any]]:
@@ -129,7 +124,7 @@ def _chunks(documents: Iterator[Any]) -> Iterator[list[Any]]:
     chunk, size = [], 0
     for document in documents:
         chunk.append(document)
-        size += len(_text(document))
+        size += len(text_of_document(document))
         if len(chunk) >= _DOCUMENTS or size >= _CHARACTERS:
             yield chunk
             chunk, size = [], 0
