@@ -81,14 +81,11 @@ def make(
       vocab: V, number of tokens.
       layers: number of blocks.
       embed: D, width of the residual stream.
-      heads: H, query heads.
-      kv_heads: G, key and value heads; divides `heads`, and equals it if not given.
+      heads: H, query heads; `kv_heads`, G key and value heads, divides it, and equals it if not given.
       head_dim: K, width of a head, even; `embed / heads` if not given.
       mlp: F, hidden width of the gated unit.
       tied: whether the head is the transposed embedding table.
-      qkv_bias: whether queries, keys and values have a bias (Qwen 2).
-      out_bias: whether the projection after attention has a bias.
-      mlp_bias: whether the projections of the gated unit have one.
+      qkv_bias: whether q, k and v have a bias (Qwen 2); `out_bias`, the output of attention; `mlp_bias`, the gated unit.
       qk_norm: whether every query and key head is RMS-normalised before the rotation (Qwen 3).
       window: tokens that a query sees, its own included (Mistral); all of its document if not given.
       window_layers: which layers have the window; all if not given.
@@ -96,13 +93,10 @@ def make(
       rope_scaling: `kind` and its fields: 'llama3' (the default), 'linear' or 'yarn', see `models.config`; {} for none.
       norm_eps: added to the mean square in every RMSNorm.
       max_length: longest row (and cache) that is accepted.
-      vocab_multiple: of which the stored rows of embedding and head are one, so that a mesh axis divides them; there
-        are no logits for rows beyond `vocab`.
-      init_std: standard deviation of the initial weights; that of the two projections back into the residual stream
-        is smaller by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
-      remat: what the backward pass finds stored: 'none' recomputes nothing, 'full' keeps only the input of every
-        block, 'dots' also results of matrix products, 'dots_no_batch' those without batch dimension (projections,
-        not attention scores), 'attention' the attention outputs.
+      vocab_multiple: embedding and head are stored with a multiple of it in rows (for a mesh axis); logits are V.
+      init_std: of the initial weights; / sqrt(2 * layers) for projections into the stream (Radford et al. 2019, 2.3).
+      remat: what the backward pass finds stored: 'none' all, 'full' the input of every block alone, 'dots' also results
+        of matrix products, 'dots_no_batch' of projections, not attention scores, 'attention' attention outputs.
       compute_dtype: 'float32' or 'bfloat16'; parameters are float32 either way and are cast where they are used.
       unroll: blocks per iteration of the loop over layers.
 
