@@ -85,7 +85,7 @@ def make(
       head_dim: K, width of a head, even; `embed / heads` if not given.
       mlp: F, hidden width of the gated unit.
       tied: whether the head is the transposed embedding table.
-      qkv_bias: whether q, k and v have a bias (Qwen 2); `out_bias`, the output of attention; `mlp_bias`, the gated unit.
+      qkv_bias: whether q, k and v have a bias (Qwen 2); `out_bias`: after attention; `mlp_bias`: the gated unit.
       qk_norm: whether every query and key head is RMS-normalised before the rotation (Qwen 3).
       window: tokens that a query sees, its own included (Mistral); all of its document if not given.
       window_layers: which layers have the window; all if not given.
