@@ -52,7 +52,7 @@ def prepare(task: Task, engine: Engine, options: Options) -> Measure:
 
 
 def normalised(text: str) -> str:
-    """Returns a text for comparison: case, repeated white space, a final period, $ and commas in numbers are ignored."""
+    """Returns a text for comparison: without case, repeated white space, final period, $, commas in numbers."""
     plain = " ".join(text.casefold().replace("$", "").split())
     return re.sub(r"(?<=\d),(?=\d)", "", plain).rstrip(".").strip()
 
