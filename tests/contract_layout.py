@@ -16,7 +16,7 @@ LAYERS = (
     {"models", "kernels"},
     {"methods"},
     {"data", "rl"},
-    {"forgetting", "stability", "seeds", "flops", "scores", "metrics", "progress", "console"},
+    {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console"},
     {"folder", "report", "checkpoint", "manifests", "checksum", "distributed", "allocator", "hf"},
     {"network"},
     {"program", "train", "weights"},
