@@ -13,6 +13,7 @@ from jaxcl.schema import UserError
 
 _BOS = ("<|begin_of_text|>", "<bos>", "<s>", "<|startoftext|>", "[CLS]")
 _EOS = ("<|end_of_text|>", "<eos>", "</s>", "<|endoftext|>", "[SEP]")
+_PAD = ("<pad>", "[PAD]", "<|pad|>")
 
 
 class Tokenizer(NamedTuple):
@@ -105,7 +106,7 @@ def _hf(path: str, bos: str | None, eos: str | None) -> Tokenizer:
     tok.no_truncation()
     end = _token(tok, f"eos of {path}", [eos] if eos else _EOS)
     begin = _token(tok, f"bos of {path}", [bos] if bos else [*_BOS, *_EOS])
-    pad = tok.token_to_id("<pad>")
+    pads = [number for number in map(tok.token_to_id, _PAD) if number is not None]
 
     def numbers(encoding: Any) -> np.ndarray:
         return np.array(encoding.ids, np.uint32)
@@ -115,7 +116,7 @@ def _hf(path: str, bos: str | None, eos: str | None) -> Tokenizer:
         1 + max(tok.get_vocab(with_added_tokens=True).values()),  # numbers may have gaps
         begin,
         end,
-        tok.token_to_id("[PAD]") if pad is None else pad,
+        pads[0] if pads else None,
         lambda text: numbers(tok.encode(text, add_special_tokens=False)),
         lambda texts: [numbers(e) for e in tok.encode_batch(list(texts), add_special_tokens=False)],
         lambda tokens: tok.decode([int(t) for t in np.asarray(tokens).ravel()], skip_special_tokens=True),
