@@ -13,7 +13,12 @@ from jaxcl import bpe
 from jaxcl.data import tokenizer
 from jaxcl.schema import UserError
 
-TEXTS = ["the cat sat on the mat 12345", "le chat était là, élève", "猫がマットの上に座った。猫が", "naïve café\n\n  the end"] * 5
+TEXTS = [
+    "the cat sat on the mat 12345",
+    "le chat était là, élève",
+    "猫がマットの上に座った。猫が",
+    "naïve café\n\n  the end",
+] * 5
 AGAIN = "import sys\nfrom jaxcl import bpe, console\nconsole.cli(bpe.main)\n"
 
 

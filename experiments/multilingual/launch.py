@@ -3,8 +3,8 @@ r"""The whole recipe in one command: corpora and tokenizer, then the pilot or th
 python experiments/multilingual/launch.py --data=FOLDER --workdir=runs/multilingual --pilot=0.5,1,2
 python experiments/multilingual/launch.py --data=FOLDER --workdir=runs/multilingual
 
-FOLDER is described in prepare.py. The pilot trains replay 25 % at these multiples of the config's peak learning rate, on a
-seed that the comparison does not use. Overrides such as --config.stream.batch=4 apply to all runs.
+FOLDER is described in prepare.py. The pilot trains replay 25 % at these multiples of the config's peak learning rate,
+on a seed that the comparison does not use. Overrides such as --config.stream.batch=4 apply to all runs.
 """
 
 import copy

@@ -3,8 +3,8 @@ r"""Makes the three corpora and the tokenizer out of two files of parallel parag
 python experiments/multilingual/prepare.py --data=FOLDER --out=runs/multilingual/data
 
 FOLDER holds en-fr.jsonl.gz and en-ja.jsonl.gz: paragraphs of the Python documentation with their translations. Each
-English paragraph goes, by its hash, to one of three languages, and is kept in that language alone: so nothing in a later
-stage translates a paragraph of an earlier one. Paragraphs that exist in one language only go there if it is theirs.
+English paragraph is assigned by its hash to one of the three languages and kept in that language alone, if it has it:
+so nothing in a later stage translates a paragraph of an earlier one.
 
 OUT gets english.jsonl, french.jsonl, japanese.jsonl (column `text`), and the tokenizer, trained on what the runs train
 on: the paragraphs that the packing will hold out are left out.
@@ -41,7 +41,7 @@ def held_out(text):
 
 
 def paragraphs(data):
-    """Returns English paragraph -> {"en", and "fr" and "ja" where there is a translation}, in the order of the files."""
+    """Returns English paragraph -> its text by language: en, and fr and ja where translated; in the order of files."""
     found = {}
     for name, code in FILES.items():
         path = Path(data) / name
