@@ -16,7 +16,7 @@ from jaxcl.schema import UserError
 
 LANGUAGES = ("english", "french", "japanese")
 STEPS = {"english": 320, "french": 160, "japanese": 160}  # half an epoch or less of each
-PEAK = 3e-3
+PEAK = 1.5e-3  # the best of four in the pilot
 REPTILE = "reptile(every=10, keep=0.5)"
 
 
