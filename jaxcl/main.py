@@ -44,6 +44,8 @@ def read(argv: list[str]) -> tuple[dict[str, Any], str]:
         rest = flags.FLAGS([arg for arg in argv if arg not in given])[1:]
         config = CONFIG.value
         getattr(config, "keys", None)  # a file that could not be read shows itself only here
+    except UserError:
+        raise
     except Exception as error:  # a config file is a program: it can fail in any way
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"command line: {text}; {USAGE}") from error

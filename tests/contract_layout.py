@@ -20,10 +20,10 @@ LAYERS = (
     {"folder", "report", "checkpoint", "manifests", "checksum", "distributed", "allocator", "hf"},
     {"network"},
     {"program", "train", "weights"},
-    {"sweep", "main", "branch", "evaluate", "commands"},
+    {"sweep", "main", "branch", "bpe", "evaluate", "commands"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
-IO_LAYERS |= {"main", "sweep", "branch", "console", "manifests", "weights", "evaluate", "commands"}
+IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "weights", "evaluate", "commands"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 

@@ -131,6 +131,11 @@ def add_command_lines(cases, settings):
         ["command line", "'ConfigDcit' is not defined"],
         "def get_config():\n    return ConfigDcit()\n",
     )
+    add(
+        "config file that refuses",
+        ["error: data/: absent; fetch it\n"],
+        "from jaxcl.schema import UserError\n\n\ndef get_config():\n    raise UserError('data/: absent; fetch it')\n",
+    )
     add("config file without a config", ["command line", "get_config"], "x = 1\n")
 
 

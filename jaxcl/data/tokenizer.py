@@ -18,6 +18,7 @@ from jaxcl.schema import UserError
 BYTE_NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")  # of the tokens that the byte tokenizer adds
 _BOS = ("<|begin_of_text|>", "<bos>", "<s>", "<|startoftext|>", "[CLS]")
 _EOS = ("<|end_of_text|>", "<eos>", "</s>", "<|endoftext|>", "[SEP]")
+_PAD = ("<pad>", "[PAD]", "<|pad|>")
 
 
 class Tokenizer(NamedTuple):
@@ -176,7 +177,7 @@ def _hf(
     begin = _token(tok, path, "bos", bos, folder, (*_BOS, *_EOS, tok.id_to_token(end)), special)
     names = {"bos_token": tok.id_to_token(begin), "eos_token": tok.id_to_token(end)}
     form = _template(template, folder, **({} if folder.names else names))
-    pad = tok.token_to_id("<pad>")
+    pads = [number for number in map(tok.token_to_id, _PAD) if number is not None]
 
     def numbers(encoding: Any) -> np.ndarray:
         return np.array(encoding.ids, np.uint32)
@@ -197,7 +198,7 @@ def _hf(
         1 + max(tok.get_vocab(with_added_tokens=True).values()),  # numbers may have gaps
         begin,
         end,
-        tok.token_to_id("[PAD]") if pad is None else pad,
+        pads[0] if pads else None,
         lambda text: numbers(tok.encode(text, add_special_tokens=False)),
         lambda texts: [numbers(e) for e in tok.encode_batch(list(texts), add_special_tokens=False)],
         lambda tokens: tok.decode([int(t) for t in np.asarray(tokens).ravel()], skip_special_tokens=True),
