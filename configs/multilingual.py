@@ -31,8 +31,8 @@ def infinite():
     return rate | {"end": PEAK / 10, "anneal": steps // 10, "anneal_from": steps - steps // 10}
 
 
-def variant(label, fraction, method="cpt", schedule=None, more=()):
-    pairs = (("stream.replay.fraction", fraction), ("method", method), ("schedule", schedule or rewarmed()), *more)
+def variant(label, fraction, method="cpt", schedule=None):
+    pairs = (("stream.replay.fraction", fraction), ("method", method), ("schedule", schedule or rewarmed()))
     return ConfigDict({"label": label, "set": pairs})
 
 
@@ -56,17 +56,12 @@ def get_config(data="runs/multilingual/data"):
     config.mesh = ConfigDict({"data": 1})
     config.seeds = (20, 21, 22)
     config.control = "replay 25 %"
-    joint = ({"name": "all", "mixture": {n: float(s) for n, s in STEPS.items()}, "steps": sum(STEPS.values())},)
     config.variants = (
         variant("naive", 0.0),
         variant("replay 5 %", 0.05),
         variant("replay 25 %", 0.25),
         variant("MER", 0.25, REPTILE),
         variant("replay 25 %, half the rate", 0.25, schedule=rewarmed(0.5)),
-        variant("MER, twice the rate", 0.25, REPTILE, schedule=rewarmed(2.0)),
-        variant("Reptile alone, twice the rate", 0.0, REPTILE, schedule=rewarmed(2.0)),
         variant("naive, infinite", 0.0, schedule=infinite()),
-        variant("replay 25 %, infinite", 0.25, schedule=infinite()),
-        variant("joint", 0.0, more=(("stream.stages", joint),)),
     )
     return config
