@@ -9,17 +9,16 @@ counts them and the three special tokens; a corpus too small for it gives a smal
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from jaxcl import console, schema
-from jaxcl.data import sources
+from jaxcl import console
+from jaxcl.data import files, sources
 from jaxcl.schema import UserError
 
 BOS, EOS, PAD = SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
@@ -31,25 +30,6 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
-
-
-def documents(paths: Sequence[str], columns: Sequence[str]) -> Iterator[str]:
-    """Yields the text of files: a text file is one document; elsewhere it is what each row has under each column.
-
-    Raises:
-      UserError: no such file, or one whose name does not tell its kind, before the first document; what the sources
-        raise, later.
-    """
-    made = []
-    for path in sources.files(list(paths)):
-        kind = next((kind for end, kind in _KINDS.items() if path.endswith(end)), None)
-        if kind is None:
-            raise UserError(f"{path}: its name does not tell what it is; rename it to end in {', '.join(_KINDS)}")
-        for column in [None] if kind == "text" else columns:
-            options = {"name": kind, "path": glob.escape(path)} | ({"column": column} if column else {})
-            made.append(schema.make("jaxcl.data.sources", options, field="sources"))
-    return itertools.chain.from_iterable(source.documents() for source in made)
 
 
 def train(texts: Iterator[str], vocab: int) -> str:
@@ -115,7 +95,9 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     parser = console.Parser(prog="python -m jaxcl.bpe", description="Trains a byte-level BPE on files of text.")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    parser.add_argument("files", nargs="+", metavar="FILE", help=f"file or glob pattern: {', '.join(_KINDS)}")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="file or glob pattern: text, JSON lines, Parquet, ArrayRecord"
+    )
     parser.add_argument("--vocab", type=int, default=8192, metavar="N", help="number of tokens (8192)")
     parser.add_argument("--column", action="append", metavar="NAME", help="of the text (text); may be repeated")
     parser.add_argument("--max_bytes", type=int, metavar="N", help="of text to read, in the order of the files' names")
@@ -124,8 +106,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{options.out}: exists; choose another folder, or remove it")
     if options.max_bytes is not None and options.max_bytes < 1:
         raise UserError(f"--max_bytes={options.max_bytes}: must be at least 1; leave it out to read all")
-    texts = sources.limited(documents(options.files, options.column or ["text"]), options.max_bytes)
-    made = train(texts, options.vocab)
+    texts = sources.limited(files.documents_of(options.files, *(options.column or ())), options.max_bytes)
+    made = train(map(sources.text_of_document, texts), options.vocab)
     write(options.out, made)
     size = len(json.loads(made)["model"]["vocab"])
     print(f"{options.out}: {size} tokens; read it with config.tokenizer name='hf', path={str(options.out)!r}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcl import bpe
-from jaxcl.data import tokenizer
+from jaxcl.data import files, tokenizer
 from jaxcl.schema import UserError
 
 TEXTS = [
@@ -96,9 +96,9 @@ def test_the_folder_says_which_tokens_are_special_and_starts_a_text_with_one(cor
 
 
 def test_columns_and_limit(corpus):
-    both = list(bpe.documents([str(corpus / "b.jsonl")], ["text", "other"]))
+    both = list(files.documents_of([str(corpus / "b.jsonl")], "text", "other"))
     assert both == [*TEXTS, *(f"zqzq {i}" for i in range(len(TEXTS)))]
-    assert list(bpe.documents([str(corpus / "a.txt")], ["x", "y"])) == ["\n\n".join(TEXTS)], "a text has no columns"
+    assert list(files.documents_of([str(corpus / "a.txt")], "x", "y")) == ["\n\n".join(TEXTS)], "a text has no columns"
     words = [trained(corpus / f"{n}", "--vocab=300", corpus / "b.jsonl", *more).encode("zqzq")
              for n, more in enumerate([(), ("--column=other",), ("--column=text", "--column=other")])]  # fmt: skip
     assert len(words[0]) == 4
@@ -109,12 +109,11 @@ def test_columns_and_limit(corpus):
 
 
 def test_parquet(corpus):
-    pytest.importorskip("jaxcl.data.sources.parquet")
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": TEXTS}), corpus / "d.parquet")
-    assert list(bpe.documents([str(corpus / "d.parquet")], ["text"])) == TEXTS
+    assert list(files.documents_of([str(corpus / "d.parquet")])) == TEXTS
 
 
 def test_a_small_corpus_gives_a_smaller_vocabulary(corpus):

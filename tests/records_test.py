@@ -279,5 +279,5 @@ def test_documents_of_files_of_any_kind(tmp_path):
     assert list(files.documents_of(str(tmp_path / "*.md"))) == ["plain"]
     assert list(files.documents_of(str(tmp_path / "a.parquet"), "lang"))[:3] == ["de", "fr", "ja"]
     (tmp_path / "c.bin").write_text("x")
-    with pytest.raises(UserError, match=r"c.bin: its name says no kind of file"):
+    with pytest.raises(UserError, match=r"c.bin: its name does not tell what it is"):
         files.documents_of([str(tmp_path / "c.bin")])
