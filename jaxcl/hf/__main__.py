@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxcl import console, weights
 from jaxcl.data import tokenizer as tokenizers
-from jaxcl.hf import families, files, read, write
+from jaxcl.hf import arithmetic, families, files, read, write
 from jaxcl.schema import UserError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -100,6 +100,7 @@ def main(argv: list[str]) -> None:
     add.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; the newest by default")
     add.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors; as imported by default")
     add.set_defaults(act=_export)
+    arithmetic.add_commands(commands)
     options = parser.parse_args(argv)
     options.act(options)
 
