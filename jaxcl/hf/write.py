@@ -63,20 +63,22 @@ class Writer:
         return self
 
     def __exit__(self, kind: Any, error: object, trace: object) -> None:
+        if kind is not None:
+            return self._remove(error)
         try:
-            if kind is None:
-                self._publish()
+            self._publish()
         except BaseException as late:
-            kind, error = type(late), late
+            self._remove(late)
             raise
-        finally:
-            if kind is not None:
-                if self._file is not None:
-                    with contextlib.suppress(OSError):  # of a full disk, once more
-                        self._file.close()
-                shutil.rmtree(self.partial, ignore_errors=True)
-                if isinstance(error, OSError) and error.filename is None:
-                    error.filename = str(self.folder)  # a failed write does not know its file
+
+    def _remove(self, error: object) -> None:
+        """Leaves nothing behind."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk complains once more
+                self._file.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self.folder)  # a failed write does not know its file
 
     def add(self, name: str, tensor: np.ndarray) -> None:
         """Appends a tensor to the open shard, or to a new one if that is full."""
@@ -90,7 +92,7 @@ class Writer:
             self._file.seek(8 + _ROOM)
             self._shards.append({"__metadata__": {"format": "pt"}})
             self._room, self._size = _ROOM - 64, 0
-        self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+        self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         entry["data_offsets"] = [self._size, self._size + tensor.nbytes]
         self._shards[-1][name] = entry
         self._room -= needed
