@@ -29,7 +29,7 @@ PEAKS: tuple[tuple[str, float], ...] = (
 )
 
 
-def per_token(params: int, layers: int = 0, length: int = 0, width: int = 0, *, causal: bool = False) -> float:
+def per_token(params: float, layers: int = 0, length: int = 0, width: int = 0, *, causal: bool = False) -> float:
     """Returns the FLOPs of training on one token, forward and backward: 6 N + 12 layers x length x width.
 
     Chowdhery et al. 2022 (PaLM), appendix B. The second term is the attention; by convention it is not halved for
@@ -45,7 +45,7 @@ def per_token(params: int, layers: int = 0, length: int = 0, width: int = 0, *, 
     return 6.0 * params + 12.0 * layers * length * width * (0.5 if causal else 1.0)
 
 
-def of_model(axes: PyTree, params: PyTree, length: int) -> float:
+def of_model(axes: PyTree, params: PyTree, length: int, trained: PyTree = None) -> float:
     """Returns `per_token` of a model, told by the logical axes of its parameters.
 
     A parameter with two dimensions or more, not counting `layers` and with `heads` and `head` as one, is a matrix that
@@ -58,14 +58,17 @@ def of_model(axes: PyTree, params: PyTree, length: int) -> float:
       axes: `Model.axes`.
       params: arrays or jax.ShapeDtypeStruct.
       length: L, tokens per row.
+      trained: tree of bools like `params`; a frozen matrix has no gradient of its own, which saves 2 of its 6 FLOPs.
+        None = all are trained.
     """
+    learning = [True] * len(jax.tree.leaves(params)) if trained is None else jax.tree.leaves(trained)
     leaves = jax.tree.leaves(params)
     names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
     matrices, queries = [], 0
-    for leaf, own in zip(leaves, names, strict=True):
+    for leaf, own, learns in zip(leaves, names, learning, strict=True):
         dims = [name for name in own if name not in ("layers", "head")]
         if len(dims) > 1:
-            matrices.append((dims, leaf.size))
+            matrices.append((dims, leaf.size * (1.0 if learns else 2 / 3)))
         if own[-3:] == ("embed", "heads", "head"):
             queries += leaf.size // leaf.shape[-3]  # layers x H x K
     tied = not any(dims[-1] == "vocab" for dims, _ in matrices)

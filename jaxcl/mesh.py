@@ -132,7 +132,12 @@ def explain(mesh: Mesh | AbstractMesh, model_axes: PyTree, params: PyTree, rules
 
 
 def state_shardings(
-    mesh: Mesh | AbstractMesh, model_axes: PyTree, abstract_state: PyTree, rules: Rules = RULES
+    mesh: Mesh | AbstractMesh,
+    model_axes: PyTree,
+    abstract_state: PyTree,
+    rules: Rules = RULES,
+    *,
+    params: PyTree = None,
 ) -> PyTree:
     """Returns a sharding for every leaf of a state, from three rules.
 
@@ -146,10 +151,11 @@ def state_shardings(
       model_axes: `Model.axes`.
       abstract_state: TrainState of arrays or jax.ShapeDtypeStruct.
       rules: logical axis -> mesh axes.
+      params: shapes of all parameters of the model; None = those of the state, which are all unless some are frozen.
     """
     specs: dict[str, tuple[tuple[int, ...], PartitionSpec]] = {}
     axes = dict(_named_axes(model_axes))
-    for name, leaf in named_leaves(abstract_state.params):
+    for name, leaf in named_leaves(abstract_state.params if params is None else params):
         specs[name] = (tuple(leaf.shape), spec(mesh, axes.get(name), leaf.shape, rules))
 
     def leaf_spec(name: str, leaf: Any) -> NamedSharding:

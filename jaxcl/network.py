@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl import schema
+from jaxcl import schema, tree
 from jaxcl.data import tokenizer as tokenizers
-from jaxcl.hf import read
-from jaxcl.models import transformer
+from jaxcl.hf import peft, read
+from jaxcl.models import lora, transformer
 from jaxcl.models.config import Config, resolve
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Params, PyTree
@@ -22,6 +22,15 @@ VOCAB_MULTIPLE = 128  # rows of an imported vocabulary, so that any usual tensor
 FREE = ("vocab", "vocab_multiple", "max_length", "init_std", "remat", "compute_dtype", "unroll")
 
 
+class Adapter(NamedTuple):
+    """The options of `jaxcl.models.lora.make`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: Sequence[str] = lora.ALL
+    dropout: float = 0.0
+
+
 class Network(NamedTuple):
     """A model and its parameters before training."""
 
@@ -29,31 +38,86 @@ class Network(NamedTuple):
     load: Callable[[Key, PyTree], Params] | None  # key, abstract parameters with shardings -> those of the checkpoint
     shape: Config | None  # if it is a transformer
     checkpoint: str | None = None  # folder that they are imported from
+    adapter: Adapter | None = None  # then `model` is the one with the adapter
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Returns the patterns of the parameters that are not trained."""
+        return lora.FROZEN if self.adapter else ()
+
+    @property
+    def keyed(self) -> bool:
+        """Returns whether `model.apply` is random, given a key."""
+        return self.adapter is not None and self.adapter.dropout > 0
 
 
 def tokenizer_of(options: Mapping[str, Any] | None, model: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a config: by default that of the model's checkpoint, and without one plain bytes."""
-    if not options and isinstance(model.get("checkpoint"), str):
-        options = {"name": "hf", "path": model["checkpoint"]}
+    if "checkpoint" in model:
+        folder = model["checkpoint"]
+        if not folder or not isinstance(folder, str):
+            raise UserError(f"config.model.checkpoint={folder!r}: give the folder of a Hugging Face checkpoint")
+        read.fields(folder)  # a folder that is no checkpoint should not be called a bad tokenizer
+        options = options or {"name": "hf", "path": folder}
     return schema.call(tokenizers.make, options or {}, field="tokenizer")
 
 
-def make(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:
-    """Returns the model of `config.model`.
+def make(
+    options: Mapping[str, Any],
+    words: tokenizers.Tokenizer,
+    length: int,
+    adapter: str | Mapping[str, Any] | None = None,
+) -> Network:
+    """Returns the model of `config.model`, with `config.adapter` if there is one.
 
     Args:
       options: `name` of a module of jaxcl.models and the options of its `make`; or `checkpoint`, a folder in the
         format of Hugging Face, with options that are named in FREE.
       words: the tokenizer; a vocabulary that is smaller is refused.
       length: L of the rows that the model must take.
+      adapter: 'lora', or a dict with that `name`, options of `jaxcl.models.lora.make`, and `checkpoint`: a folder in
+        the format of PEFT that A and B are read from; rank, alpha and targets are then those of the folder.
 
     Raises:
       UserError: the vocabulary does not fit the tokenizer, the model does not take rows of this length, or the
         checkpoint is not one that jaxcl reads.
     """
-    if "checkpoint" in options:
-        return _imported(dict(options), words, length)
-    return _initialised(options, words, length)
+    imported = "checkpoint" in options
+    found = _imported(dict(options), words, length) if imported else _initialised(options, words, length)
+    return found if adapter is None else _adapted(found, {"name": adapter} if isinstance(adapter, str) else adapter)
+
+
+def _adapted(base: Network, options: Mapping[str, Any]) -> Network:
+    """Returns `base` with an adapter. The base keeps the type of its files, bit for bit."""
+    if options.get("name") != "lora":
+        raise UserError(f"config.adapter.name={options.get('name')!r}: there is one, 'lora'")
+    given = {key: value for key, value in options.items() if key not in ("name", "checkpoint")}
+    source = options.get("checkpoint")
+    schema.check(Adapter, given, field="adapter")
+    if source is not None:
+        found = peft.options(source)
+        for key in ("rank", "alpha", "targets"):
+            if key in given and (list(given[key]) if key == "targets" else given[key]) != found[key]:
+                raise UserError(f"config.adapter.{key}={given[key]!r}: {source} has {found[key]!r}; leave it out")
+        given = found | given
+    chosen = Adapter(**given)
+    plain = base.model
+    if base.checkpoint is not None:
+        kind = read.stored_dtype(base.checkpoint)
+        plain = plain._replace(init=lambda key: tree.cast(base.model.init(key), kind))
+    model = lora.make(plain, **chosen._asdict())
+
+    def load(key: Key, abstract: PyTree) -> Params:
+        def drawn(part: str) -> Params:
+            places = jax.tree.map(lambda x: x.sharding, abstract[part])
+            return jax.jit(lambda: model.init(key)[part], out_shardings=places)()
+
+        return {
+            "base": base.load(key, abstract["base"]) if base.load else drawn("base"),
+            "lora": drawn("lora") if source is None else peft.load(source, abstract["lora"]),
+        }
+
+    return base._replace(model=model, load=load if base.load or source is not None else None, adapter=chosen)
 
 
 def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import alignment, compose, flops, losses, schedules, schema, scores, tree
+from jaxcl import alignment, compose, flops, frozen, losses, schedules, schema, scores, tree
 from jaxcl import guard as guards
 from jaxcl import mesh as meshes
 from jaxcl import network as networks
 from jaxcl import optim as optimisers
-from jaxcl.data import prepare, provenance
+from jaxcl.data import clean, prepare, provenance
 from jaxcl.data import rows as tables
 from jaxcl.data import stream as streams
 from jaxcl.data import tokenizer as tokenizers
+from jaxcl.data.sources import Source
 from jaxcl.random import key_for
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Metrics, Model, Params, TrainState
@@ -34,6 +35,7 @@ class Program(NamedTuple):
     stream: streams.Stream
     abstract: TrainState  # shapes, dtypes and shardings of the state
     create: Callable[[], TrainState]
+    imported: bool  # whether `create` reads a checkpoint folder
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     end_task: Callable[[TrainState, Batch], TrainState]
     evaluate: Callable[[Params], dict[str, dict[str, float]]]  # loss (nats per token) and bits_per_byte by domain
@@ -65,6 +67,7 @@ class Evaluation(NamedTuple):
 def build(
     *,
     model: dict[str, Any],
+    adapter: str | dict[str, Any] | None = None,
     sources: dict[str, Any],
     packing: dict[str, Any],
     stream: dict[str, Any],
@@ -83,10 +86,11 @@ def build(
 
     Args:
       model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
-      sources: domain -> `name` of a source of documents, and its options.
+      adapter: 'lora', or a dict with that `name` and options, see `jaxcl.network.make`: all else is frozen.
+      sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`.
       packing: see `Packing`.
       stream: see `stream_of`.
-      optim: see `jaxcl.optim.make`; the learning rate is the schedule's.
+      optim: see `jaxcl.optim.make`; the learning rate is the schedule's. `frozen` parameters cost no gradient.
       schedule: see `jaxcl.schedules.make`.
       method: an expression such as "er(capacity=256) + reptile(every=10, keep=0.5)", or a dict, or a list of dicts.
       tokenizer: see `jaxcl.data.tokenizer.make`.
@@ -107,7 +111,8 @@ def build(
     check_options(schedule, optim, chosen, len(sources))
     packed = schema.call(Packing, packing, field="packing")
     words = networks.tokenizer_of(tokenizer, model)
-    network = networks.make(model, words, packed.length)
+    network = networks.make(model, words, packed.length, adapter)
+    optim, patterns = frozen_of(optim, network)
     corpora = corpora_of(sources, words, packed)
     multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
     rows = {name: corpus.train for name, corpus in corpora.items()}
@@ -116,8 +121,16 @@ def build(
     example = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, flow.at(0)))
     tx = optimisers.make(lr=rate, **optim)
     setting = compose.Setting(network.model, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
-    pieces = compiled(devices, network, learner_of(method, setting, guard), flow, rate, seed)
-    return Program(stream=flow, **pieces, **measures(devices, setting, pieces["abstract"], corpora, chosen))
+    learner = learner_of(method, setting, guard, patterns, network.keyed)
+    pieces = compiled(devices, network, learner, flow, rate, seed)
+    return Program(stream=flow, **pieces, **measures(devices, setting, pieces["abstract"], corpora, chosen, patterns))
+
+
+def frozen_of(optim: dict[str, Any], network: networks.Network) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the options of the optimiser of the trained parameters, and the patterns of the frozen ones."""
+    own = optim.get("frozen", ())
+    schema.check(optimisers.make, {"lr": 0.0, "frozen": own}, field="optim")
+    return {key: value for key, value in optim.items() if key != "frozen"}, (*network.frozen, *own)
 
 
 def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluation: Evaluation, domains: int) -> None:
@@ -145,8 +158,21 @@ def corpora_of(
         raise UserError(
             "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
         )
-    made = {name: schema.make("jaxcl.data.sources", s, field=f"sources.{name}") for name, s in sources.items()}
+    made = {name: source_of(name, options) for name, options in sources.items()}
     return {name: prepare.make(source, words, name=name, **packing._asdict()) for name, source in made.items()}
+
+
+def source_of(name: str, options: Mapping[str, Any]) -> Source:
+    """Returns the documents of a domain, cleaned if its options say how."""
+    field, rest = f"sources.{name}", options
+    if isinstance(options, Mapping):
+        rest = {key: value for key, value in options.items() if key != "clean"}
+    source = schema.make("jaxcl.data.sources", rest, field=field)
+    if (how := options.get("clean")) is None:
+        return source
+    if not isinstance(how, Mapping):
+        raise UserError(f"config.{field}.clean={how!r}: expected a dict of options, as in dict(near=0.8)")
+    return schema.call(clean.make, how, source, field=f"{field}.clean")
 
 
 def stream_of(
@@ -187,11 +213,20 @@ def loss_of(options: Mapping[str, Any]) -> Callable[..., tuple[jax.Array, jax.Ar
     return functools.partial(losses.cross_entropy, **options)
 
 
-def learner_of(method: Any, setting: compose.Setting, guard: Mapping[str, Any] | None) -> Method:
-    """Returns the method, inside its guard if there is one."""
-    parts = schema.parse(method, field="method") if isinstance(method, str) else method
-    learner = compose.make(parts, setting)
-    return learner if guard is None else schema.call(guards.guard, guard, learner, field="guard")
+def learner_of(
+    method: Any,
+    setting: compose.Setting,
+    guard: Mapping[str, Any] | None,
+    patterns: Sequence[str] = (),
+    keyed: bool = False,
+) -> Method:
+    """Returns the method, inside its guard if there is one, for the parameters that no pattern freezes."""
+
+    def build(model: Model) -> Method:
+        learner = compose.make(method, setting._replace(model=model))
+        return learner if guard is None else schema.call(guards.guard, guard, learner, field="guard")
+
+    return frozen.frozen(build, setting.model, patterns, keyed=keyed) if patterns else build(setting.model)
 
 
 def compiled(
@@ -208,13 +243,15 @@ def compiled(
         return learner.init(network.model.init(key_for(seed, "init")))
 
     shapes = jax.eval_shape(initial)
-    shardings = meshes.state_shardings(mesh, network.model.axes, shapes)
+    params = jax.eval_shape(network.model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    cut = functools.partial(meshes.state_shardings, mesh, network.model.axes, params=params)
+    shardings = cut(shapes)
     abstract = meshes.with_shardings(shapes, shardings)
 
     def imported() -> TrainState:
         assert network.load
-        params = network.load(key_for(seed, "init"), abstract.params)
-        return jax.jit(learner.init, out_shardings=shardings, donate_argnums=0)(params)
+        found = network.load(key_for(seed, "init"), meshes.with_shardings(params, cut(params)))
+        return jax.jit(learner.init, out_shardings=shardings, donate_argnums=0)(found)
 
     copied = meshes.replicated(mesh)
 
@@ -239,6 +276,7 @@ def compiled(
 
     return {
         "abstract": abstract,
+        "imported": network.load is not None,
         "create": imported if network.load else jax.jit(initial, out_shardings=shardings),
         "step": jax.jit(step, out_shardings=(shardings, copied), donate_argnums=0),
         "end_task": jax.jit(end_task, out_shardings=shardings, donate_argnums=0),
@@ -253,17 +291,18 @@ def measures(
     abstract: TrainState,
     corpora: Mapping[str, prepare.Corpus],
     chosen: Evaluation,
+    patterns: Sequence[str],
 ) -> dict[str, Any]:
     """Returns what a Program measures with. The held-out rows are put on the devices here, in batches of B."""
     size = setting.example.task.shape[0]
     batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
-    known = facts(mesh, setting, abstract, corpora)
+    known = facts(mesh, setting, abstract, corpora, patterns)
     cost, peak = known["flops_per_token"], known["peak_flops_per_device"]
     return {
         "evaluate": evaluator(setting.model, corpora, rows),
         "evaluate_every": chosen.every,
-        "align": aligner(mesh, setting, rows) if chosen.alignment else None,
+        "align": aligner(mesh, setting, rows, patterns) if chosen.alignment else None,
         "utilisation": lambda speed: flops.utilisation(speed, cost, mesh.size, peak),
         "facts": known,
         "held_out": {name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
@@ -285,7 +324,7 @@ def evaluator(
 
 
 def aligner(
-    mesh: jax.sharding.Mesh, setting: compose.Setting, rows: scores.Rows
+    mesh: jax.sharding.Mesh, setting: compose.Setting, rows: scores.Rows, patterns: Sequence[str]
 ) -> Callable[[Params], dict[str, dict[str, float]]]:
     """Returns the comparison of the domains: the cosines of their gradients of the training loss.
 
@@ -293,11 +332,12 @@ def aligner(
     for each domain, and one gradient of memory for each.
     """
     first = [batches[0] for batches in rows.values()]
-    products = alignment.gram(setting)
 
     @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
     def compare(params: Params, batches: list[Batch]) -> jax.Array:
-        return alignment.cosines(products(params, jax.tree.map(lambda *x: jnp.stack(x), *batches)))  # [T, T]
+        trained, kept = frozen.split(params, patterns)
+        products = alignment.gram(setting._replace(model=frozen.bind(setting.model, kept, patterns)))
+        return alignment.cosines(products(trained, jax.tree.map(lambda *x: jnp.stack(x), *batches)))  # [T, T]
 
     def run(params: Params) -> dict[str, dict[str, float]]:
         table = meshes.fetch(compare(params, first)).tolist()
@@ -307,13 +347,21 @@ def aligner(
 
 
 def facts(
-    mesh: jax.sharding.Mesh, setting: compose.Setting, abstract: TrainState, corpora: Mapping[str, prepare.Corpus]
+    mesh: jax.sharding.Mesh,
+    setting: compose.Setting,
+    abstract: TrainState,
+    corpora: Mapping[str, prepare.Corpus],
+    patterns: Sequence[str],
 ) -> dict[str, Any]:
     """Returns what the report says of the run besides its metrics."""
     device, length = mesh.devices.flat[0], setting.example.targets.shape[1]
+    params, trained = frozen.whole(abstract), dict(tree.named_leaves(abstract.params))
+    learning = tree.map_named(lambda name, _: name in trained, params)
+    less = {"trained_parameters": tree.size(abstract.params)} if patterns else {}
     return {
-        "parameters": tree.size(abstract.params),
-        "flops_per_token": round(flops.of_model(setting.model.axes, abstract.params, length)),  # forward and backward
+        "parameters": tree.size(params),
+        **less,
+        "flops_per_token": round(flops.of_model(setting.model.axes, params, length, learning)),  # forward and backward
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
         "devices": f"{mesh.devices.size} x {device.device_kind}",
         "peak_flops_per_device": flops.peak(device),

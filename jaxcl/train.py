@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcl import allocator, checkpoint, distributed, folder, mesh, metrics, program, progress, report, schema
+from jaxcl import allocator, checkpoint, distributed, folder, frozen, mesh, metrics, program, progress, report, schema
 from jaxcl.data.archive import Archive
 from jaxcl.report import terminal
 from jaxcl.types import Batch, Metrics, TrainState
@@ -192,6 +192,8 @@ class Session:
         flow = self.made.stream
         if self.fresh:
             self.evaluate(boundary=-1)
+            if self.made.imported:  # once: no later start reads the files it came from
+                self.save()
         feeding = contextlib.closing(Feeder(self.batch, self.step, flow.total_steps))
         with feeding as feeder, jax.transfer_guard("disallow"):
             while self.step < flow.total_steps:
@@ -254,14 +256,15 @@ class Session:
         """Evaluates every domain and writes the result and the ledger; at a boundary, also their alignment."""
         self.flush()
         began = time.perf_counter()
-        scores = self.made.evaluate(self.state.params)
+        params = frozen.whole(self.state)
+        scores = self.made.evaluate(params)
         spent = {"seconds": time.perf_counter() - began}
         if boundary == -1 and (bad := [name for name, loss in scores["loss"].items() if not math.isfinite(loss)]):
             raise BadSteps(
                 f"the loss on {bad[0]} is not finite before the first step; look at its rows and config.model"
             )
         if boundary is not None and self.made.align:
-            scores = scores | {"alignment": self.made.align(self.state.params)}
+            scores = scores | {"alignment": self.made.align(params)}
             spent["alignment_s"] = time.perf_counter() - began - spent["seconds"]
         task = self.made.stream.stage_of(self.step - 1) if self.step else -1
         about = {"step": self.step, "task": task, "boundary": boundary}

@@ -1,5 +1,7 @@
 """Attention against a float64 NumPy transcription, and its limiting cases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,20 @@ def test_packed_rows_follow_the_definition(causal, groups):
     assert not np.any(np.asarray(got)[SEGMENTS == 0])
 
 
+@pytest.mark.parametrize("window", [1, 3, 7, np.int32(2), 0, -1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_follows_the_definition(window, causal):
+    q, k, v = draw()
+
+    def allowed(b, i, j):
+        return (j <= i or not causal) and (i - j < window or window <= 0)
+
+    want = oracle(q, k, v, segments=SEGMENTS, kv_segments=SEGMENTS, allowed=allowed, scale=0.5)
+    for function in (reference.attention, attention):
+        got = function(q, k, v, segments=SEGMENTS, causal=causal, window=window)
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
 def test_without_segments_the_row_is_one_document():
     q, k, v = draw()
     one = np.ones((2, 7), np.int32)
@@ -58,15 +74,15 @@ def test_without_segments_the_row_is_one_document():
     assert np.isfinite(reference.attention(q, k, v, causal=False)).all()
 
 
-def test_a_cache_is_causal_by_position():
+@pytest.mark.parametrize("window", [None, 0, 1, 3])
+def test_a_cache_is_causal_by_position(window):
     q, k, v = draw(length=2, slots=9)
     kv_segments = np.array([[1, 1, 1, 0, 0, 1, 1, 0, 0], [2, 2, 0, 0, 2, 2, 2, 2, 0]], np.int32)
     kv_positions = np.array([[0, 1, 2, 0, 0, 3, 4, 0, 0], [0, 1, 0, 0, 2, 3, 4, 5, 0]], np.int32)
     segments = np.array([[1, 1], [2, 0]], np.int32)
     positions = np.array([[3, 4], [4, 0]], np.int32)
-    got = reference.attention(
-        q, k, v, segments=segments, kv_segments=kv_segments, positions=positions, kv_positions=kv_positions
-    )
+    places = {"kv_segments": kv_segments, "positions": positions, "kv_positions": kv_positions}
+    got = attention(q, k, v, segments=segments, window=window, **places)
     want = oracle(
         q,
         k,
@@ -74,7 +90,7 @@ def test_a_cache_is_causal_by_position():
         segments=segments,
         kv_segments=kv_segments,
         scale=0.5,
-        allowed=lambda b, i, j: kv_positions[b, j] <= positions[b, i],
+        allowed=lambda b, i, j: 0 <= positions[b, i] - kv_positions[b, j] < (window or 99),
     )
     np.testing.assert_allclose(got, want, atol=2e-6)
 
@@ -124,22 +140,30 @@ def packed(length, rows=2):
 
 
 @pytest.mark.parametrize(
-    ("groups", "segments", "causal"),
-    [(2, packed(300), True), (2, None, True), (4, packed(300), False)],
-    ids=["packed", "whole", "both ways"],
+    ("groups", "segments", "causal", "window"),
+    [
+        (2, packed(300), True, None),
+        (2, None, True, None),
+        (4, packed(300), False, None),
+        (2, packed(300), True, 40),
+        (2, None, True, 150),
+    ],
+    ids=["packed", "whole", "both ways", "packed window", "window"],
 )
-def test_blocks_and_their_gradients_follow_the_definition(groups, segments, causal):
+def test_blocks_and_their_gradients_follow_the_definition(groups, segments, causal, window):
     """300 tokens are three blocks forward and five backward, the last of them shorter."""
     length = 300
     assert length > 2 * cpu.FORWARD > 2 * cpu.BACKWARD
     q, k, v = draw(length=length, slots=length, heads=4, groups=groups)
     weights = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
-    def both(function):
-        mixed, pull = jax.vjp(lambda *x: function(*x, segments=segments, causal=causal), q, k, v)
+    def both(function, window):
+        mixed, pull = jax.vjp(lambda *x: function(*x, segments=segments, causal=causal, window=window), q, k, v)
         return mixed, *pull(weights)
 
-    got, want = (toys.quick(lambda f=f: both(f))() for f in (attention, reference.attention))
+    # The window of a layer is traced, as the layers are one loop.
+    window = None if window is None else np.int32(window)
+    got, want = (toys.quick(functools.partial(both, f))(window) for f in (attention, reference.attention))
     for name, a, b in zip(("mixed", "d_q", "d_k", "d_v"), got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4, err_msg=name)
 

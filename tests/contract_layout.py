@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxcl").rglob("*.py"))
 LAYERS = (
     {"types", "tree", "random", "schema"},
-    {"grad", "losses", "memory", "optim", "schedules", "mesh", "compose", "guard", "alignment"},
+    {"grad", "losses", "memory", "optim", "schedules", "mesh", "compose", "frozen", "guard", "alignment"},
     {"models", "kernels"},
     {"methods"},
     {"data", "rl"},

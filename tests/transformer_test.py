@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcl import mesh as meshes
 from jaxcl.models import transformer
 from jaxcl.models.config import REMAT
 from jaxcl.schema import UserError
-from jaxcl.types import Batch
+from jaxcl.types import Batch, TrainState
 
 SHAPE = {
     "vocab": 37,
@@ -25,8 +26,21 @@ SHAPE = {
     "max_length": 64,
 }
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 16}
+YARN = {
+    "kind": "yarn",
+    "factor": 4.0,
+    "original_max_position": 64,
+    "attention_factor": 1.3,
+    "beta_fast": 5.0,
+    "beta_slow": 0.7,
+}
 EVERYTHING = SHAPE | {
     "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+    "window": 3,
+    "window_layers": (False, True),
+    "vocab_multiple": 8,
     "qk_norm": True,
     "rope_theta": 100.0,
     "rope_scaling": SCALING,
@@ -39,6 +53,14 @@ FEATURES = {
     "qk_norm": {"qk_norm": True, "kv_heads": 6},
     "theta": {"rope_theta": 50.0, "norm_eps": 0.1},
     "scaling": {"rope_scaling": SCALING, "rope_theta": 100.0, "head_dim": 10},
+    "out_bias": {"out_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "window": {"window": 2},
+    "window_layers": {"window": 2, "window_layers": (True, False)},
+    "linear": {"rope_scaling": {"kind": "linear", "factor": 3.0}, "rope_theta": 50.0},
+    "yarn": {"rope_scaling": YARN, "rope_theta": 100.0, "head_dim": 16},
+    "yarn_untruncated": {"rope_scaling": YARN | {"truncate": False}, "rope_theta": 100.0, "head_dim": 16},
+    "padded": {"vocab_multiple": 8},
     "everything": EVERYTHING,
 }
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3]], np.int32)
@@ -80,35 +102,54 @@ def norm64(x, scale, eps):
 
 
 def angle_rates(k, theta, scaling):
+    """The rate of every pair, scaled as the source of each kind writes it."""
+    rates = np.array([1.0 / theta ** (2 * i / k) for i in range(k // 2)])
+    if scaling is None:
+        return rates
+    kinds = {"llama3": llama3_rate, "linear": lambda i, k, theta, rate, s: rate / s["factor"], "yarn": yarn_rate}
+    scaled = kinds[scaling.get("kind", "llama3")]
+    return np.array([scaled(i, k, theta, rate, scaling) for i, rate in enumerate(rates)])
+
+
+def llama3_rate(i, k, theta, rate, scaling):
     """As written in the Llama 3.1 reference: by wavelength, with a linear blend between the two bounds."""
-    rates = []
-    for i in range(k // 2):
-        rate = 1.0 / theta ** (2 * i / k)
-        if scaling is not None:
-            wavelength = 2 * np.pi / rate
-            low = scaling["original_max_position"] / scaling["low_freq_factor"]
-            high = scaling["original_max_position"] / scaling["high_freq_factor"]
-            blend = (scaling["original_max_position"] / wavelength - scaling["low_freq_factor"]) / (
-                scaling["high_freq_factor"] - scaling["low_freq_factor"]
-            )
-            if wavelength > low:
-                rate = rate / scaling["factor"]
-            elif wavelength > high:
-                rate = (1 - blend) * rate / scaling["factor"] + blend * rate
-        rates.append(rate)
-    return np.array(rates)
+    wavelength = 2 * np.pi / rate
+    low = scaling["original_max_position"] / scaling["low_freq_factor"]
+    high = scaling["original_max_position"] / scaling["high_freq_factor"]
+    blend = (scaling["original_max_position"] / wavelength - scaling["low_freq_factor"]) / (
+        scaling["high_freq_factor"] - scaling["low_freq_factor"]
+    )
+    if wavelength > low:
+        return rate / scaling["factor"]
+    return (1 - blend) * rate / scaling["factor"] + blend * rate if wavelength > high else rate
 
 
-def rotate64(x, positions, rates):
-    """Multiplies the complex number x[i] + 1j x[i + K/2] by exp(1j angle)."""
+def yarn_rate(i, k, theta, rate, scaling):
+    """A ramp between the (fractional) pairs whose wavelength fits beta_fast and beta_slow times into the context."""
+    fast, slow = (
+        k / 2 * np.log(scaling["original_max_position"] / beta / (2 * np.pi)) / np.log(theta)
+        for beta in (scaling["beta_fast"], scaling["beta_slow"])
+    )
+    if scaling.get("truncate", True):
+        fast, slow = np.floor(fast), np.ceil(slow)
+    assert 0 < fast < slow < k // 2 - 1  # the case has pairs on both sides of the ramp
+    blend = min(max((i - fast) / (slow - fast), 0), 1)
+    return rate * (1 - blend) + rate / scaling["factor"] * blend
+
+
+def rotate64(x, positions, rates, factor):
+    """Multiplies the complex number x[i] + 1j x[i + K/2] by factor * exp(1j angle)."""
     half = x.shape[-1] // 2
-    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * positions[:, None, None] * rates)
+    turned = factor * (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * positions[:, None, None] * rates)
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 def document64(params, x, positions, fields):
     """Hidden states [L, D] of one document given its embeddings [L, D]."""
-    f = {"norm_eps": 1e-5, "rope_theta": 10_000.0, "rope_scaling": None, "qkv_bias": False, "qk_norm": False} | fields
+    f = {"norm_eps": 1e-5, "rope_theta": 10_000.0, "rope_scaling": None, "window": 99} | fields
+    f = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "qk_norm"), False) | f
+    factor = (f["rope_scaling"] or {}).get("attention_factor", 1.0)
+    distance = positions[:, None] - positions[None]
     share, rates = f["heads"] // f["kv_heads"], angle_rates(f["head_dim"], f["rope_theta"], f["rope_scaling"])
     for n in range(f["layers"]):
         layer = jax.tree.map(lambda leaf, n=n: np.asarray(leaf[n], np.float64), params["layers"])
@@ -118,22 +159,26 @@ def document64(params, x, positions, fields):
             q, k, v = q + a["query_bias"], k + a["key_bias"], v + a["value_bias"]
         if f["qk_norm"]:
             q, k = norm64(q, a["query_norm"], f["norm_eps"]), norm64(k, a["key_norm"], f["norm_eps"])
-        q, k = rotate64(q, positions, rates), rotate64(k, positions, rates)
+        q, k = rotate64(q, positions, rates, factor), rotate64(k, positions, rates, factor)
+        window = f["window"] if f.get("window_layers", [True] * f["layers"])[n] else 99
         for head in range(f["heads"]):
             group = head // share
             scores = q[:, head] @ k[:, group].T / np.sqrt(f["head_dim"])
-            weights = np.tril(np.exp(scores))
+            weights = np.exp(scores) * ((distance >= 0) & (distance < window))
             x = x + weights / weights.sum(1, keepdims=True) @ v[:, group] @ a["out"][head]
-        h = norm64(x, layer["mlp_norm"], f["norm_eps"])
-        gate = h @ layer["mlp"]["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["mlp"]["up"])) @ layer["mlp"]["down"]
+        x = x + (a["out_bias"] if f["out_bias"] else 0)
+        m, h = layer["mlp"], norm64(x, layer["mlp_norm"], f["norm_eps"])
+        gate, up, down = (m[f"{name}_bias"] if f["mlp_bias"] else 0 for name in ("gate", "up", "down"))
+        gate, up = gate + h @ m["gate"], up + h @ m["up"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ m["down"] + down
     return norm64(x, np.asarray(params["final_norm"], np.float64), f["norm_eps"])
 
 
 def logits64(params, tokens, fields):
     table = np.asarray(params["embedding"], np.float64)
     head = table.T if fields.get("tied") else np.asarray(params["head"], np.float64)
-    out = np.zeros((*tokens.shape, head.shape[1]))
+    head = head[:, : fields["vocab"]]
+    out = np.zeros((*tokens.shape, fields["vocab"]))
     for b, row in enumerate(SEGMENTS):
         for segment in set(row) - {0}:
             at = np.flatnonzero(row == segment)
@@ -190,8 +235,40 @@ def test_embeddings_take_the_path_of_tokens():
 
 
 def test_a_token_outside_the_vocabulary_is_not_silent():
-    _, params, apply = build("plain")
-    assert np.isnan(apply(params, rows(np.full(SEGMENTS.shape, 37, np.int32))).hidden).any()
+    for name in ("plain", "padded", "everything"):  # in the padding of the table too
+        _, params, apply = build(name)
+        assert np.isnan(apply(params, rows(np.full(SEGMENTS.shape, 37, np.int32))).hidden).any()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_of_the_vocabulary_changes_no_number(tied):
+    _, params, apply = build("padded", tied=tied)
+    leaves = ["embedding"] if tied else ["embedding", "head"]
+    assert params["embedding"].shape == (40, 24)
+    less = params | {"embedding": params["embedding"][:37]} | ({} if tied else {"head": params["head"][:, :37]})
+    batch = rows(draw_tokens())
+    value, grads = loss_and_gradient("padded", tied=tied)(params, batch)
+    want, slopes = loss_and_gradient("plain", tied=tied)(less, batch)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    for name in leaves:
+        grad, slope = (x if name == "embedding" else x.T for x in (grads[name], slopes[name]))
+        np.testing.assert_allclose(grad[:37], slope, atol=1e-6, rtol=1e-5)
+        assert not np.any(grad[37:])
+    assert apply(params, batch).logits.shape == (2, 11, 37)
+
+
+def test_a_padded_vocabulary_is_cut_over_the_tensor_axis():
+    """Four devices hold ten rows each of the 40 for 37 tokens: same loss, same gradient."""
+    model, params, _ = build("padded")
+    mesh = meshes.make(data=2, tensor=4)
+    shardings = meshes.state_shardings(mesh, model.axes, TrainState(np.int32(0), params, (), {})).params
+    placed, batch = jax.device_put(params, shardings), rows(draw_tokens())
+    assert {shard.data.shape for shard in placed["embedding"].addressable_shards} == {(10, 24)}
+    assert {shard.data.shape for shard in placed["head"].addressable_shards} == {(24, 10)}
+    got = loss_and_gradient("padded")(placed, meshes.place(mesh, batch))
+    want = loss_and_gradient("padded")(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
+    assert not np.any(np.asarray(got[1]["embedding"])[37:])
 
 
 def test_cache_agrees_with_the_full_forward_on_ragged_rows():
@@ -291,7 +368,7 @@ def test_bfloat16_compute_keeps_float32_masters():
 def test_every_dimension_has_one_axis_name(name):
     model, params, _ = build(name)
     axes = dict(jax.tree_util.tree_leaves_with_path(model.axes, is_leaf=lambda x: isinstance(x, tuple)))
-    sizes = dict(SHAPE, head=SHAPE["head_dim"])
+    sizes = dict(SHAPE, head=SHAPE["head_dim"], vocab=40 if name == "everything" else 37)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         assert tuple(sizes[name] for name in axes.pop(path)) == leaf.shape, path
     assert not axes

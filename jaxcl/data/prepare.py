@@ -22,14 +22,14 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxcl.data import shards
 from jaxcl.data.rows import Rows, pack, unpack, width
-from jaxcl.data.sources import Source
+from jaxcl.data.sources import Source, text_of_document
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.schema import UserError
 
@@ -134,6 +134,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: str, length: int, held_
         "held_out": held_out,
         "source": source.description,
         "licence": source.licence,
+        "removed": source.removed(),  # by cleaning, documents by reason
         "tokenizer": {"name": tokenizer.name, "vocab": tokenizer.vocab, "fingerprint": tokenizer.fingerprint},
         "splits": splits,
     }
@@ -149,7 +150,7 @@ def _split(source: Source, tokenizer: Tokenizer, folder: str, length: int, limit
     """
     writers = {split: _Writer(folder, split, length) for split in _SPLITS}
     lowest = 2**64
-    for texts in _chunks(source.documents()):
+    for texts in _chunks(map(text_of_document, source.documents())):
         for text, tokens in zip(texts, tokenizer.encode_many(texts), strict=True):
             data = text.encode("utf-8", "surrogatepass")
             value = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
@@ -173,7 +174,7 @@ def _publish(partial: str, path: str) -> None:
     shards.sync(os.path.dirname(path) or ".")
 
 
-def _chunks(documents: Iterator[str]) -> Iterator[list[str]]:
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
     """Yields documents in lists, so that a tokenizer can work in parallel."""
     chunk: list[str] = []
     for text in documents:

@@ -9,8 +9,8 @@ from jaxcl.data.prepare import Corpus
 
 
 def table(corpora: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
-    """Returns for every source (JSON) its description, licence, tokenizer, and per split documents, rows, tokens,
-    bytes and fingerprint.
+    """Returns for every source (JSON) its description, licence, tokenizer, the number of documents that cleaning
+    removed by reason, and per split documents, rows, tokens, bytes and fingerprint.
     """
     keep = ("documents", "rows", "tokens", "bytes", "fingerprint")
     return {
@@ -18,6 +18,7 @@ def table(corpora: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
             "source": corpus.manifest["source"],
             "licence": corpus.manifest["licence"],
             "tokenizer": corpus.manifest["tokenizer"],
+            "removed": corpus.manifest.get("removed", {}),
             **{split: {key: entry[key] for key in keep} for split, entry in corpus.manifest["splits"].items()},
         }
         for name, corpus in corpora.items()

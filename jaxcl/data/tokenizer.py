@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcl.schema import UserError
 
+BYTE_NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")  # of the tokens that the byte tokenizer adds
 _BOS = ("<|begin_of_text|>", "<bos>", "<s>", "<|startoftext|>", "[CLS]")
 _EOS = ("<|end_of_text|>", "<eos>", "</s>", "<|endoftext|>", "[SEP]")
 
@@ -83,7 +84,7 @@ def byte_json() -> str:
     tok = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = tokenizers.decoders.ByteLevel()
-    tok.add_special_tokens(["<|bos|>", "<|eos|>", "<|pad|>"])
+    tok.add_special_tokens(list(BYTE_NAMES))
     return tok.to_str()
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxcl import console, weights
 from jaxcl.data import tokenizer as tokenizers
-from jaxcl.hf import arithmetic, families, files, read, write
+from jaxcl.hf import arithmetic, families, files, peft, read, write
+from jaxcl.models import lora
 from jaxcl.schema import UserError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -40,12 +41,13 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
     shape, source = found.network.shape, found.network.checkpoint
     if shape is None:
         raise UserError(f"{run}: its model is no transformer; only transformers have a Hugging Face format")
+    params = found.params if found.network.adapter is None else lora.merge(found.params, found.network.adapter.alpha)
     original = files.config(source) if source and (Path(source) / "config.json").exists() else {}
     config = families.config(shape, original)
     kind = families.family(config, str(out))
-    chosen = DTYPES[dtype] if dtype else np.dtype(read.stored_dtype(source) if original else np.float32)
+    chosen = DTYPES[dtype] if dtype else np.dtype(read.stored_dtype(source) if source and original else np.float32)
     with write.Writer(out) as writer:
-        for name, tensor in write.tensors(found.params, shape, kind, chosen):
+        for name, tensor in write.tensors(params, shape, kind, chosen):
             writer.add(name, tensor)
         words = found.tokenizer
         writer.json(
@@ -54,6 +56,30 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
         writer.json("generation_config.json", _generation(source, words))
         _tokenizer(writer, found)
         writer.json("jaxcl.json", provenance(found))
+    return found.step
+
+
+def export_adapter(run: Path, out: Path, *, step: int | None = None) -> int:
+    """Writes the adapter of a run at a checkpoint as a PEFT folder, without the base; returns the step.
+
+    Raises:
+      UserError: no such run or checkpoint, a run without an adapter, or `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists; choose another folder, or remove it")
+    found = weights.load(run, step=step)
+    adapter = found.network.adapter
+    if adapter is None:
+        raise UserError(f"{run}: has no adapter; export it without --adapter")
+    peft.export(
+        out,
+        found.params["lora"],
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        base=found.network.checkpoint,
+        provenance=provenance(found),
+    )
     return found.step
 
 
@@ -80,7 +106,7 @@ def _tokenizer(writer: write.Writer, found: weights.Weights) -> None:
     path = options.get("path") or (None if options else found.network.checkpoint)
     if path is None:
         writer.json("tokenizer.json", json.loads(tokenizers.byte_json()))
-        names = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+        names = dict(zip(("bos_token", "eos_token", "pad_token"), tokenizers.BYTE_NAMES, strict=True))
         writer.json("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
         return
     place = Path(path).expanduser()
@@ -99,6 +125,7 @@ def main(argv: list[str]) -> None:
     add.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     add.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; the newest by default")
     add.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors; as imported by default")
+    add.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, for PEFT; else it is merged")
     add.set_defaults(act=_export)
     arithmetic.add_commands(commands)
     options = parser.parse_args(argv)
@@ -106,6 +133,12 @@ def main(argv: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.adapter:
+        if options.dtype:
+            raise UserError("--dtype: an adapter is float32; leave it out")
+        step = export_adapter(options.run, options.out, step=options.step)
+        print(f"{options.out}: adapter of {options.run} at step {step}; load it with PeftModel.from_pretrained")
+        return
     step = export(options.run, options.out, step=options.step, dtype=options.dtype)
     print(f"{options.out}: {options.run} at step {step}; load it with AutoModelForCausalLM.from_pretrained")
 

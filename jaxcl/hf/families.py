@@ -8,11 +8,13 @@ the right.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxcl.models.config import Config
+from jaxcl.models.config import SCALINGS, Config, resolve
 from jaxcl.schema import UserError, nearest
 
 
@@ -130,6 +132,14 @@ _FIELDS = MappingProxyType(
         "mlp_bias": "mlp_bias",
     }
 )
+# Fields of ours that say how to compute, not what.
+_OWN = MappingProxyType(
+    {
+        field.name: field.default
+        for field in dataclasses.fields(Config)
+        if field.name in ("init_std", "remat", "compute_dtype", "unroll", "vocab_multiple")
+    }
+)
 
 
 def family(config: Mapping[str, Any], place: str) -> Family:
@@ -138,11 +148,9 @@ def family(config: Mapping[str, Any], place: str) -> Family:
     Raises:
       UserError: none of ours.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise UserError(
-            f"{place}: model_type={kind!r} is no family that jaxcl reads{nearest(str(kind), list(FAMILIES))}"
-        )
+        raise UserError(f"{place}: model_type={kind!r} is no family that jaxcl reads{nearest(kind, list(FAMILIES))}")
     return FAMILIES[kind]
 
 
@@ -195,8 +203,93 @@ def _refuse(known: Mapping[str, Any], place: str) -> None:
 
 
 def _scaling(rope: Mapping[str, Any], known: Mapping[str, Any], place: str) -> dict[str, Any] | None:
-    return None
+    """Returns our `rope_scaling` for theirs."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    longest = known["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings", known.get("original_max_position_embeddings", longest))
+    try:
+        if kind == "linear":
+            return {"kind": kind, "factor": float(rope["factor"])}
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor")
+            return {"kind": kind, "original_max_position": original} | {name: float(rope[name]) for name in names}
+        if kind == "yarn":
+            factor = float(rope.get("factor") or longest / original)
+            return {
+                "kind": kind,
+                "factor": factor,
+                "original_max_position": original,
+                "attention_factor": _attention_factor(factor, rope),
+                "beta_fast": float(rope.get("beta_fast") or 32),
+                "beta_slow": float(rope.get("beta_slow") or 1),
+                "truncate": bool(rope.get("truncate", True)),
+            }
+    except KeyError as error:
+        raise UserError(f"{place}: its {kind} RoPE scaling lacks {error}; take the original config.json") from None
+    raise UserError(f"{place}: rope_type={kind!r} is not implemented; jaxcl has default, linear, llama3 and yarn")
+
+
+def _attention_factor(factor: float, rope: Mapping[str, Any]) -> float:
+    """Returns by what YaRN multiplies queries and keys (Peng et al. 2023, eq. 22)."""
+
+    def grown(by: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return grown(rope["mscale"]) / grown(rope["mscale_all_dim"])
+    return grown(1.0)
 
 
 def _window(known: Mapping[str, Any], place: str) -> dict[str, Any]:
-    return {}
+    """Returns our `window` and `window_layers`."""
+    width, layers = known.get("sliding_window"), known["num_hidden_layers"]
+    kinds = known.get("layer_types")
+    if kinds and (odd := set(kinds) - {"full_attention", "sliding_attention"}):
+        raise UserError(f"{place}: layer_types has {sorted(odd)[0]!r}; jaxcl has full and sliding attention")
+    if known["model_type"] == "mistral":
+        return {"window": width}
+    if not width or not known.get("use_sliding_window"):
+        return {}
+    near = [kind == "sliding_attention" for kind in kinds or []]
+    near = near or [layer >= known["max_window_layers"] for layer in range(layers)]
+    return {"window": width, "window_layers": near} if any(near) else {}
+
+
+def config(shape: Config, original: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns config.json for a model: that of the checkpoint it came from, brought up to date, or a new one.
+
+    Args:
+      shape: of the model.
+      original: config.json of its checkpoint; {} for a model that was trained from the beginning.
+
+    Raises:
+      UserError: no family describes such a model.
+    """
+    if original:
+        return {**original, "vocab_size": shape.vocab, "max_position_embeddings": shape.max_length}
+    kind = "qwen3" if shape.qk_norm else "mistral" if shape.window else "llama"
+    out = {theirs: getattr(shape, ours) for ours, theirs in _FIELDS.items()}
+    if shape.qkv_bias != shape.out_bias:
+        kind = "qwen2"
+        out.pop("attention_bias")
+    if kind in ("qwen2", "qwen3") and shape.window:
+        near = list(shape.window_layers or (True,) * shape.layers)
+        types = ["sliding_attention" if layer else "full_attention" for layer in near]
+        out |= {"use_sliding_window": True, "sliding_window": shape.window, "layer_types": types}
+    elif kind == "mistral":
+        out |= {"sliding_window": shape.window}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": out.pop("rope_theta")}
+    if shape.rope_scaling is not None:
+        name = next(name for name, form in SCALINGS.items() if isinstance(shape.rope_scaling, form))
+        rope |= {"rope_type": name, **dataclasses.asdict(shape.rope_scaling)}
+        if "original_max_position" in rope:
+            rope["original_max_position_embeddings"] = rope.pop("original_max_position")
+    made = {"model_type": kind, "architectures": [FAMILIES[kind].architecture], "hidden_act": "silu", **out}
+    made |= {"rope_parameters": rope}
+    if resolve(fields(made, "config.json")) != dataclasses.replace(shape, **_OWN):
+        raise UserError("config.model: no Hugging Face family has this combination of biases, norms and windows")
+    return made

@@ -36,7 +36,7 @@ class Tensors(NamedTuple):
 
         The file is mapped anew, so that those pages leave the memory of the process with the mapping.
         """
-        return _open(self.folder / self.file_of[name]).get_slice(name)[... if where is None else where]
+        return open_file(self.folder / self.file_of[name]).get_slice(name)[... if where is None else where]
 
     def _slice(self, name: str) -> Any:
         return self.handles[self.file_of[name]].get_slice(name)
@@ -74,7 +74,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Tensors:
         if not isinstance(table, dict) or not table:
             raise UserError(f"{place / INDEX}: has no weight_map; fetch it again")
     elif (place / SINGLE).exists():
-        table = dict.fromkeys(_open(place / SINGLE).keys(), SINGLE)
+        table = dict.fromkeys(open_file(place / SINGLE).keys(), SINGLE)
     else:
         other = [*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.pth")]
         found = f"only {other[0].name}, a pickle, which is never loaded" if other else "none"
@@ -84,7 +84,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Tensors:
             raise UserError(
                 f"{place / INDEX}: names {file!r}, which is no file of its folder; do not use this checkpoint"
             )
-    handles = {file: _open(place / file) for file in sorted(set(table.values()))}
+    handles = {file: open_file(place / file) for file in sorted(set(table.values()))}
     held = {file: set(handle.keys()) for file, handle in handles.items()}
     for name, file in table.items():
         if name not in held[file]:
@@ -92,7 +92,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Tensors:
     return Tensors(place, table, handles)
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     """Opens one file; its header is checked against its size."""
     import safetensors  # noqa: PLC0415  (only those who import a checkpoint pay for it)
 

@@ -20,7 +20,7 @@ from jaxcl.tree import named_leaves
 from jaxcl.types import Params
 
 SHARD_BYTES = 5 * 10**9
-_ROOM = 2**16  # bytes for the table of a shard: some 500 tensors; a shard takes no more
+_ROOM = 2**16  # at most for the table of a shard: some 500 tensors; a shard takes no more
 _SPELLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # What belongs to a tokenizer, wherever a folder has it.
 TOKENIZER_FILES = (
@@ -40,8 +40,8 @@ class Writer:
     format allows spaces behind the table.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES):
-        """Prepares a folder beside `folder`.
+    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES, single: str = files.SINGLE):
+        """Prepares a folder beside `folder`; `single` is the file of the tensors if they fit in one shard.
 
         Raises:
           UserError: `folder` exists.
@@ -52,7 +52,8 @@ class Writer:
         self.partial = self.folder.parent / f".{self.folder.name}.partial"
         shutil.rmtree(self.partial, ignore_errors=True)  # of an attempt that was cut short
         self.partial.mkdir(parents=True)
-        self._limit = shard_bytes
+        self._limit, self._single = shard_bytes, single
+        self._table = min(_ROOM, max(_ROOM // 32, shard_bytes // 8))  # bytes for the table of a shard
         self._shards: list[dict[str, Any]] = []  # the table of each
         self._file: BinaryIO | None = None  # the last of them, while it is open
         self._room = self._size = 0  # bytes left for the table; bytes of tensors in the open shard
@@ -89,9 +90,9 @@ class Writer:
         if self._file is None or full or needed > self._room or self._size % tensor.itemsize:
             self._close()
             self._file = open(self.partial / str(len(self._shards)), "wb")  # noqa: SIM115  (closed by _close)
-            self._file.seek(8 + _ROOM)
+            self._file.seek(8 + self._table)
             self._shards.append({"__metadata__": {"format": "pt"}})
-            self._room, self._size = _ROOM - 64, 0
+            self._room, self._size = self._table - 64, 0
         self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         entry["data_offsets"] = [self._size, self._size + tensor.nbytes]
         self._shards[-1][name] = entry
@@ -113,7 +114,7 @@ class Writer:
         if self._file is None:
             return
         self._file.seek(0)
-        self._file.write(_ROOM.to_bytes(8, "little") + json.dumps(self._shards[-1]).encode().ljust(_ROOM))
+        self._file.write(self._table.to_bytes(8, "little") + json.dumps(self._shards[-1]).encode().ljust(self._table))
         self._file.close()
         self._file = None
 
@@ -122,7 +123,7 @@ class Writer:
         self._close()
         count = len(self._shards)
         names = (
-            [files.SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+            [self._single] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
         )
         for i, name in enumerate(names):
             os.rename(self.partial / str(i), self.partial / name)

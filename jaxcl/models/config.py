@@ -121,14 +121,20 @@ def resolve(fields: Mapping[str, Any]) -> Config:
         )
     if given["head_dim"] % 2:
         raise UserError(f"config.model.head_dim={given['head_dim']}: must be even, as RoPE rotates pairs")
-    if (chosen := given.get("window_layers")) is not None:
-        if len(chosen) != given["layers"] or not given.get("window"):
-            raise UserError(
-                f"config.model.window_layers={list(chosen)!r}: needs one entry for each of the {given['layers']} layers, "
-                "and config.model.window"
-            )
-        given["window_layers"] = tuple(bool(layer) for layer in chosen)
+    given["window_layers"] = _window_layers(given)
     return Config(**given)
+
+
+def _window_layers(given: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """Returns which layers have the window, checked; None for all."""
+    if (chosen := given.get("window_layers")) is None:
+        return None
+    if len(chosen) != given["layers"] or "window" not in given:
+        raise UserError(
+            f"config.model.window_layers={list(chosen)!r}: "
+            f"needs one entry for each of the {given['layers']} layers, and config.model.window"
+        )
+    return tuple(bool(layer) for layer in chosen)
 
 
 def _scaling(value: Any) -> Scaling | None:
@@ -146,8 +152,9 @@ def _scaling(value: Any) -> Scaling | None:
     for name, field in known.items():
         if name not in options and field.default is MISSING:
             raise UserError(f"config.model.rope_scaling.{name}: missing; {kind} scaling needs {', '.join(known)}")
-        if not options.get(name, 1) > 0 and name != "truncate":
-            raise UserError(f"config.model.rope_scaling.{name}={options[name]!r}: must be positive")
+        value = options.get(name, 1)
+        if name != "truncate" and not (isinstance(value, int | float) and value > 0):
+            raise UserError(f"config.model.rope_scaling.{name}={value!r}: must be a positive number")
     scaling = SCALINGS[kind](**options)
     if isinstance(scaling, RopeScaling) and not scaling.low_freq_factor < scaling.high_freq_factor:
         raise UserError(

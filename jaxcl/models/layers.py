@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,30 +24,65 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * inverse * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "a", "b", "key"], meta_fields=["scale", "rate"])
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A kernel w + scale * a b that is never formed; it takes the place of w [in, out] among the parameters."""
+
+    w: jax.Array  # first, because Flax compares the shape of the first leaf with the one it expects
+    a: jax.Array  # [in, r]
+    b: jax.Array  # [r, out]
+    key: jax.Array | None  # of the dropout; None = no dropout
+    scale: float
+    rate: float  # share of the inputs of `a` that is dropped
+
+    def astype(self, dtype: Any) -> LowRank:
+        """Casts the matrices."""
+        return dataclasses.replace(self, w=self.w.astype(dtype), a=self.a.astype(dtype), b=self.b.astype(dtype))
+
+
+def linear(x: jax.Array, kernel: jax.Array | LowRank, axes: int = 1) -> jax.Array:
     """Contracts the last `axes` dimensions of x [B, L, ...] with the first of `kernel`; both have the same dtype.
 
     It differs from `jnp.tensordot` in the gradient of the kernel, one product in the layout of the kernel, where
-    automatic differentiation transposes the product and XLA then a whole activation. Reverse mode only.
+    automatic differentiation transposes the product and XLA then a whole activation; for a kernel that is not
+    differentiated, nothing is kept for it. Reverse mode only.
     """
+    if not isinstance(kernel, LowRank):
+        return _product(x, kernel, axes)
+    inputs = x
+    if kernel.key is not None:
+        kept = jax.random.bernoulli(kernel.key, 1 - kernel.rate, x.shape)
+        inputs = jnp.where(kept, x / (1 - kernel.rate), 0).astype(x.dtype)
+    low: Any = _product(_product(inputs, kernel.a, axes), kernel.b, 1)
+    return _product(x, kernel.w, axes) + kernel.scale * low
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
     return jnp.tensordot(x, kernel, axes)
 
 
-def _linear_fwd(x: jax.Array, kernel: jax.Array, axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Not `linear` itself: a policy of rematerialisation would not see the product inside.
-    return jnp.tensordot(x, kernel, axes), (x, kernel)
+def _product_fwd(x: Any, kernel: Any, axes: int) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+    # Not `_product` itself: a policy of rematerialisation would not see the product inside.
+    kept = x.value if kernel.perturbed else None
+    return jnp.tensordot(x.value, kernel.value, axes), (kept, kernel.value)
 
 
-def _linear_bwd(axes: int, saved: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_bwd(
+    axes: int, saved: tuple[jax.Array | None, jax.Array], d_y: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
     x, kernel = saved
-    outputs, rows = kernel.ndim - axes, tuple(range(x.ndim - axes))
+    outputs = kernel.ndim - axes
     last = tuple(range(d_y.ndim - outputs, d_y.ndim))
     d_x = jax.lax.dot_general(d_y, kernel, ((last, tuple(range(axes, kernel.ndim))), ((), ())))
+    if x is None:
+        return d_x, None
+    rows = tuple(range(x.ndim - axes))
     return d_x, jax.lax.dot_general(x, d_y, ((rows, rows), ((), ())))
 
 
-linear.defvjp(_linear_fwd, _linear_bwd)
+_product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -79,23 +79,17 @@ def make(
     Args:
       preset: name of a shape in `jaxcl.models.presets`.
       vocab: V, number of tokens.
-      layers: number of blocks.
-      embed: D, width of the residual stream.
-      heads: H, query heads.
-      kv_heads: G, key and value heads; divides `heads`, and equals it if not given.
-      head_dim: K, width of a head, even; `embed / heads` if not given.
+      layers, embed: number of blocks; D, width of the residual stream.
+      heads: H, query heads, a multiple of `kv_heads`.
+      kv_heads, head_dim: G, key and value heads, `heads` if not given; K, even, `embed / heads` if not given.
       mlp: F, hidden width of the gated unit.
-      tied: whether the head is the transposed embedding table.
-      qkv_bias: whether queries, keys and values have a bias (Qwen 2).
-      out_bias: whether the projection after attention has a bias.
-      mlp_bias: whether the projections of the gated unit have one.
+      tied, qkv_bias: whether the head is the transposed embedding; whether queries, keys, values have a bias (Qwen 2).
+      out_bias, mlp_bias: whether the projection after attention and those of the gated unit have one.
       qk_norm: whether every query and key head is RMS-normalised before the rotation (Qwen 3).
-      window: tokens that a query sees, its own included (Mistral); all of its document if not given.
-      window_layers: which layers have the window; all if not given.
+      window, window_layers: tokens that a query sees, its own included (Mistral), in these layers; not given: all.
       rope_theta: base of the rotary wavelengths.
-      rope_scaling: `kind` and its fields: 'llama3' (the default), 'linear' or 'yarn', see `models.config`; {} for none.
-      norm_eps: added to the mean square in every RMSNorm.
-      max_length: longest row (and cache) that is accepted.
+      rope_scaling: `kind` ('llama3' unless given, 'linear', 'yarn') and fields, see `models.config`; {} for none.
+      norm_eps, max_length: added to the mean square in every RMSNorm; longest row (and cache) that is accepted.
       vocab_multiple: of which the stored rows of embedding and head are one, so that a mesh axis divides them; there
         are no logits for rows beyond `vocab`.
       init_std: standard deviation of the initial weights; that of the two projections back into the residual stream

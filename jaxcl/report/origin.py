@@ -28,7 +28,7 @@ def data(run: Run) -> str:
         ]
         size = _both(*(words.measure(split.get("bytes", 0), "B") for split in splits))
         prints = _both(*(f"<code>{escape(str(split.get('fingerprint', ''))[:SHOWN])}</code>" for split in splits))
-        text = f'<td class="text">{escape(describe(about.get("source", {})))}</td>'
+        text = f'<td class="text">{escape(describe(about.get("source", {})))}{removed(about)}</td>'
         licence = f'<td class="text">{escape(about.get("licence") or "not stated")}</td>'
         rows.append([escape(name), text, licence, *cells, size, prints])
         tokenizers.append(about.get("tokenizer", {}))
@@ -82,9 +82,16 @@ def describe(source: Mapping[str, Any]) -> str:
     for key, value in source.items():
         if key != "name":
             shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            shown = f"({describe({'name': '', **value})[2:]})" if isinstance(value, Mapping) else shown
             options.append(f"{key} {', '.join(map(str, shown)) if isinstance(shown, list) else shown}")
     name = str(source.get("name", "–"))
     return f"{name}: {', '.join(options)}" if options else name
+
+
+def removed(about: Mapping[str, Any]) -> str:
+    """Returns a line on what cleaning removed: `removed: 1,234 duplicate, 5 too short`; empty if nothing was."""
+    counts = [f"{words.count(n)} {reason.replace('_', ' ')}" for reason, n in (about.get("removed") or {}).items()]
+    return f'<br><span class="pm">removed: {escape(words.join(counts))}</span>' if counts else ""
 
 
 def _sources(run: Run) -> dict[str, dict[str, Any]]:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxcl.schema import UserError
+
+
+class Chat(NamedTuple):
+    """A conversation: one document that is tokenised by a chat template, not as plain text."""
+
+    turns: tuple[tuple[str, str], ...]  # (role, content); roles are system, user, assistant or what the template knows
+
+
+Document = str | Chat
+
+
+def text_of_document(document: Document) -> str:
+    """Returns the text of a document; of a conversation, its contents joined by newlines."""
+    return document if isinstance(document, str) else "\n".join(content for _, content in document.turns)
 
 
 class Source(NamedTuple):
@@ -15,8 +29,9 @@ class Source(NamedTuple):
 
     description: dict[str, Any]  # JSON: module name and options
     listing: list[list[Any]]  # JSON: name, size, time of change of every file; a change rebuilds the rows
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[Document]]
     licence: str | None = None
+    removed: Callable[[], dict[str, int]] = dict  # documents left out in the latest pass, by reason
 
 
 def describe(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,18 +66,25 @@ def listing(paths: Sequence[str], names: Sequence[str] | None = None) -> list[li
     return [[name, s.st_size, s.st_mtime_ns] for name, s in zip(names or paths, stats, strict=True)]
 
 
-def limited(documents: Iterator[str], max_bytes: int | None) -> Iterator[str]:
-    """Yields documents that are not blank, up to `max_bytes` of UTF-8; the last one may be cut."""
+def limited(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
+    """Yields documents that are not blank, up to `max_bytes` of UTF-8.
+
+    The last text may be cut; a conversation is taken whole or not at all.
+    """
     left = max_bytes
-    for text in documents:
+    for document in documents:
+        text = text_of_document(document)
         if not text.strip():
             continue
         if left is None:
-            yield text
+            yield document
             continue
         data = text.encode("utf-8", "surrogatepass")
         if len(data) >= left:
-            yield data[:left].decode("utf-8", "ignore")
+            if isinstance(document, str):
+                yield data[:left].decode("utf-8", "ignore")
+            elif len(data) == left:
+                yield document
             return
         left -= len(data)
-        yield text
+        yield document

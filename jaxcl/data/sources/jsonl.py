@@ -1,54 +1,72 @@
-"""JSON lines, plain or gzip: one document per line."""
+"""JSON lines, plain, gzip or Zstandard: one document per line."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
 
-from jaxcl.data.sources import Source, describe, files, limited, listing
-from jaxcl.schema import UserError, nearest
+from jaxcl.data.sources import Source, files, records
+from jaxcl.schema import UserError
 
 
 def make(
     *,
     path: str | list[str],
-    column: str = "text",
+    column: str | None = None,
+    messages: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    where: Mapping[str, Any] | None = None,
     max_bytes: int | None = None,
     licence: str | None = None,
 ) -> Source:
-    """Returns a source of `.jsonl` and `.jsonl.gz` files.
+    """Returns a source of files of JSON lines; `.gz` and `.zst` are decompressed as they are read.
 
     Args:
       path: file, glob pattern, or a list of them.
-      column: key of the text in each object.
+      column: key of the text in each object; "text" unless the next ones are given.
+      messages: key of a list of messages instead.
+      prompt: key of a user's turn instead, with `response`.
+      response: key of the answer.
+      where: key -> value, or list of values, of the lines that are kept.
       max_bytes: stop after this many bytes of text.
       licence: recorded in the manifest.
 
     Raises:
-      UserError: no such file; a line that is no JSON object with text under `column`.
+      UserError: no such file; a line that is no JSON object with such columns.
     """
-    paths = files(path)
-
-    def documents() -> Iterator[str]:
-        for name in paths:
-            opener = gzip.open if name.endswith(".gz") else open
-            try:
-                with opener(name, "rt", encoding="utf-8") as stream:
-                    for number, line in enumerate(stream, 1):
-                        if line.strip():
-                            yield text_of(line, column, f"{name}:{number}")
-            except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-                raise UserError(f"{name}: cannot be read ({error}); replace the file or leave it out") from error
-
-    options = {"path": path, "column": column, "max_bytes": max_bytes}
-    return Source(describe("jsonl", options), listing(paths), lambda: limited(documents(), max_bytes), licence)
+    chosen = records.fields(column, messages, prompt, response, where)
+    return records.source("jsonl", {"path": path}, files(path), read, chosen, max_bytes=max_bytes, licence=licence)
 
 
-def text_of(line: str | bytes, column: str, place: str) -> str:
-    """Returns the text under `column` of one JSON object.
+def read(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, records.Record]]:
+    """Yields place and object of every line that is not blank; all columns are there."""
+    try:
+        with _open(name) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield f"{name}:{number}", parse(line, f"{name}:{number}")
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise records.broken(name, error) from error
+
+
+def _open(name: str) -> IO[str]:
+    """Opens a file for reading as text."""
+    if name.endswith(".gz"):
+        return gzip.open(name, "rt", encoding="utf-8")
+    if name.endswith((".zst", ".zstd")):
+        import pyarrow  # noqa: PLC0415  (only those who use it pay for the import)
+
+        return io.TextIOWrapper(io.BufferedReader(pyarrow.input_stream(name, compression="zstd")), encoding="utf-8")
+    return open(name, encoding="utf-8")
+
+
+def parse(line: str | bytes, place: str) -> dict[str, Any]:
+    """Returns one JSON object.
 
     Raises:
       UserError: names the place and what is wrong there.
@@ -59,8 +77,4 @@ def text_of(line: str | bytes, column: str, place: str) -> str:
         raise UserError(f"{place}: not JSON ({error}); repair the line") from error
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected a JSON object, got {type(value).__name__}")
-    if column not in value:
-        raise UserError(f"{place}: no column {column!r}{nearest(column, list(value))}")
-    if not isinstance(value[column], str):
-        raise UserError(f"{place}: column {column!r} holds {type(value[column]).__name__}, not text; choose another")
-    return value[column]
+    return value

@@ -1,0 +1,152 @@
+"""A run that starts from a Hugging Face folder and becomes one: through the command line's own functions."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import tokenizers
+
+from jaxcl import train, weights
+from jaxcl.hf import files
+from jaxcl.hf.__main__ import export
+from jaxcl.schema import UserError
+from jaxcl.tree import named_leaves
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "hf_run"
+
+
+def settings(folder, **overrides):
+    plain = {"method": "cpt", "evaluation": {"every": 8, "rows": 8}, "stream__replay": None}
+    return small.config(folder, **plain | overrides)
+
+
+@pytest.fixture(scope="module")
+def trunk(folder):
+    """A run from the beginning, and what it exports."""
+    workdir = folder / "trunk"
+    assert train.run(settings(folder), str(workdir), final=False) == 0
+    export(workdir, folder / "exported")
+    return workdir, folder / "exported"
+
+
+def continued(folder, exported, **overrides):
+    return settings(folder, model={"checkpoint": str(exported)}, **overrides)
+
+
+def test_a_run_goes_on_from_what_another_exported(folder, trunk, tmp_path):
+    """Same model, same tokenizer, same loss to the last bit; the second export of no steps is the first."""
+    workdir, exported = trunk
+    config = continued(folder, exported, stream__steps=1)
+    assert train.run(config, str(tmp_path / "next"), final=False) == 0
+    last, first = small.records(workdir, "eval")[-1], small.records(tmp_path / "next", "eval")[0]
+    assert first["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    begun = weights.load(tmp_path / "next", step=0)
+    ended = weights.load(workdir)
+    assert begun.network.checkpoint == str(exported)
+    assert begun.params["embedding"].shape == (384, 16)  # 259 tokens, padded to a multiple of 128
+    rows = begun.network.shape.vocab
+    for (name, ours), (_, theirs) in zip(named_leaves(begun.params), named_leaves(ended.params), strict=True):
+        cut = (slice(rows),) if name == "embedding" else ()
+        np.testing.assert_array_equal(ours[cut], theirs[cut])
+    export(tmp_path / "next", tmp_path / "again", step=0)
+    before, after = files.open_folder(exported), files.open_folder(tmp_path / "again")
+    assert set(before.file_of) == set(after.file_of)
+    assert all(before.read(name).tobytes() == after.read(name).tobytes() for name in before.file_of)
+    export(tmp_path / "next", tmp_path / "trained")
+    trained = files.open_folder(tmp_path / "trained")
+    assert any(before.read(name).tobytes() != trained.read(name).tobytes() for name in before.file_of)
+
+
+def test_it_resumes_without_reading_the_folder_again(folder, trunk, tmp_path, monkeypatch):
+    _, exported = trunk
+    own = Path(shutil.copytree(exported, tmp_path / "model"))
+    config = continued(folder, own, stream__steps=4)
+    with monkeypatch.context() as patch:
+        small.strike(patch, "SIGTERM", 1, "account")
+        assert train.run(config, str(tmp_path / "run"), final=False) == 0
+    for path in own.glob("*.safetensors"):
+        path.unlink()
+    assert train.run(config, str(tmp_path / "run"), final=False) == 0
+    assert train.run(continued(folder, exported, stream__steps=4), str(tmp_path / "straight"), final=False) == 0
+    assert small.checkpoint(tmp_path / "run")[1] == small.checkpoint(tmp_path / "straight")[1]
+
+
+def test_the_folder_says_what_it_is(trunk):
+    exported = trunk[1]
+    config = files.config(exported)
+    assert config["model_type"] == "llama"
+    assert config["vocab_size"] == 264
+    assert (config["bos_token_id"], config["eos_token_id"]) == (256, 257)
+    assert files.config(exported, "generation_config.json")["eos_token_id"] == 257
+    tok = tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json"))
+    text = "naïve — 日本 \x00\x7f"
+    assert tok.encode(text).ids == list(text.encode())
+    assert tok.decode(tok.encode(text).ids) == text
+    told = files.config(exported, "jaxcl.json")
+    assert told["step"] == small.TOTAL
+    assert set(told["sources"]) == {"d0", "d1", "d2"}
+    for entry in told["sources"].values():
+        assert entry["train"]["fingerprint"]
+        assert entry["consumed"]["new_tokens"] > 0
+        assert "licence" in entry
+
+
+BAD = {
+    "no folder": ({"model": {"checkpoint": "nowhere"}}, r"nowhere/config.json: no such file"),
+    "no path": ({"model": {"checkpoint": ""}}, r"config.model.checkpoint='': give the folder"),
+    "shape": ({"model": {"checkpoint": "EXPORTED", "layers": 3}}, r"config.model.layers: is given by the checkpoint"),
+    "fewer rows": (
+        {"model": {"checkpoint": "EXPORTED", "vocab": 263}},
+        r"config.model.vocab=263.*rows are never removed",
+    ),
+    "preset": ({"model": {"checkpoint": "EXPORTED", "preset": "tiny"}}, r"config.model.preset: is given by"),
+    "long rows": ({"model": {"checkpoint": "EXPORTED"}, "packing__length": 600}, r"config.model.max_length=512"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_is_one_line_and_nothing_is_written(folder, trunk, tmp_path, case):
+    overrides, words = BAD[case]
+    config = json.loads(json.dumps(settings(folder, **overrides)).replace("EXPORTED", str(trunk[1])))
+    with pytest.raises(UserError, match=words) as caught:
+        train.run(config, str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, trunk, tmp_path):
+    own = Path(shutil.copytree(trunk[1], tmp_path / "model"))
+    tok = tokenizers.Tokenizer.from_file(str(own / "tokenizer.json"))
+    tok.add_special_tokens([f"<|new {i}|>" for i in range(6)])  # 265 tokens, 264 rows
+    tok.save(str(own / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"vocab=264: the tokenizer 'hf' has 265 tokens;.*config.model.vocab=265"):
+        train.run(continued(folder, own), str(tmp_path / "run"))
+
+
+def test_the_command_exports_and_refuses(trunk, tmp_path):
+    def command(*arguments):
+        line = [sys.executable, "-m", "jaxcl.hf", "export", *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, check=False, env={"JAX_PLATFORMS": "cpu"})
+
+    done = command(trunk[0], tmp_path / "out", "--dtype=bfloat16", f"--step={small.TOTAL}")
+    assert done.returncode == 0, done.stderr
+    assert "AutoModelForCausalLM" in done.stdout
+    assert files.open_folder(tmp_path / "out").dtype("model.norm.weight") == "BF16"
+    for arguments, words in [
+        ((trunk[0], tmp_path / "out"), "out: exists"),
+        ((tmp_path / "none", tmp_path / "x"), "none: not the folder of a run"),
+        ((trunk[0], tmp_path / "x", "--step=5"), "no checkpoint at step 5; it has"),
+    ]:
+        failed = command(*arguments)
+        assert failed.returncode == 2
+        assert len(failed.stderr.splitlines()) == 1
+        assert words in failed.stderr
+        assert not (tmp_path / "x").exists()

@@ -1,0 +1,201 @@
+"""TensorFlow Datasets without TensorFlow: a dataset built here goes the whole way; one that is not there says so."""
+
+import io
+import json
+import pathlib
+import struct
+import sys
+import zlib
+
+import numpy as np
+import processes
+import pytest
+import small
+
+from jaxcl import schema, train
+from jaxcl.data import images, prepare, rows, stream, tokenizer
+from jaxcl.data.sources import Chat, tfds
+from jaxcl.schema import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def sentence(i):
+    rng = np.random.default_rng(i)
+    return f"{i} µ " + " ".join(rng.choice(small.WORDS, 30))
+
+
+def image(i):
+    return np.full((4, 3, 1), i, np.uint8)
+
+
+def png(pixels):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = pixels.shape
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in pixels))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two datasets in array_record format: `tiny_words` and `tiny_images`."""
+    import tensorflow_datasets as library
+
+    class Tiny(library.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = library.core.Version("1.0.0")
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(80), "test": self._generate_examples(6)}
+
+        def _info(self):
+            return library.core.DatasetInfo(builder=self, features=library.features.FeaturesDict(self.features()))
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, self.example(i)
+
+    class TinyWords(Tiny, skip_registration=True):
+        def features(self):
+            text = library.features.Text()
+            turns = library.features.Sequence({"role": text, "content": text})
+            return {"text": text, "lang": text, "n": np.int32, "turns": turns, "png": library.features.Image()}
+
+        def example(self, i):
+            turns = [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]
+            picture = io.BytesIO(png(image(i)))
+            return {"text": sentence(i), "lang": "de" if i % 2 else "fr", "n": i, "turns": turns, "png": picture}
+
+    class TinyImages(Tiny, skip_registration=True):
+        def features(self):
+            pixels = library.features.Tensor(shape=(4, 3, 1), dtype=np.uint8)
+            return {"image": pixels, "label": library.features.ClassLabel(num_classes=3)}
+
+        def example(self, i):
+            return {"image": image(i), "label": i % 3}
+
+    place = tmp_path_factory.mktemp("tfds")
+    for builder in (TinyWords, TinyImages):
+        builder(data_dir=str(place), file_format="array_record").download_and_prepare()
+    assert "tensorflow" not in sys.modules
+    return str(place)
+
+
+def words(folder, **options):
+    return list(tfds.make(dataset="tiny_words", data_dir=folder, **options).documents())
+
+
+def test_documents_of_a_dataset(folder, capfd):
+    texts = {sentence(i) for i in range(80)}
+    found = words(folder)
+    assert set(found) == texts
+    assert found == words(folder)
+    assert words(folder, split="train[:25%]") == found[:20]
+    assert len(words(folder, split="train+test")) == 86
+    assert set(words(folder, where={"lang": "de", "n": [3, 4, 5]})) == {sentence(3), sentence(5)}
+    chats = set(words(folder, messages="turns", split="test"))
+    assert chats == {Chat((("user", f"{i}?"), ("assistant", f"{i}!"))) for i in range(6)}
+    pairs = words(folder, prompt="lang", response="text", split="test")
+    assert set(pairs) == {Chat((("user", "de" if i % 2 else "fr"), ("assistant", sentence(i)))) for i in range(6)}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_wrong_is_one_line(folder, tmp_path):
+    for text, options in (
+        (
+            "dataset='none/x': not prepared in data_dir='.*'; set download=True, or run tfds.builder",
+            {"dataset": "none/x"},
+        ),
+        ("split='dev': not in 'tiny_words'; choose from t", {"split": "dev"}),
+        ("no column 'txt'; did you mean 'text'", {"column": "txt"}),
+        (r"tiny_words train\[0\]: column 'n' holds int", {"column": "n"}),
+        ("dataset='none_x': cannot be downloaded", {"dataset": "none_x", "download": True}),
+        ("split='train\\[:x\\]' cannot be read", {"split": "train[:x]"}),
+    ):
+        with pytest.raises(UserError, match=text) as error:
+            words(folder, **options) if "dataset" not in options else tfds.make(data_dir=folder, **options)
+        assert "\n" not in str(error.value)
+    path = next(pathlib.Path(folder).glob("tiny_images/*/*train*"))
+    broken = tmp_path / "broken" / path.relative_to(folder)
+    broken.parent.mkdir(parents=True)
+    for file in path.parent.iterdir():
+        (broken.parent / file.name).write_bytes(file.read_bytes())
+    broken.write_bytes(path.read_bytes()[:-70_000])
+    with pytest.raises(UserError, match=r"tiny_images.*cannot be read") as error:
+        images.load("tiny_images", data_dir=str(tmp_path / "broken"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_goes_through_rows_and_stream_into_training(folder, tmp_path):
+    source = {"name": "tfds", "dataset": "tiny_words", "data_dir": folder}
+    made = schema.make("jaxcl.data.sources", source, field="sources.x")
+    corpus = prepare.make(made, tokenizer.make(), directory=str(tmp_path / "cache"), name="t", length=32, held_out=0.2)
+    counts = {split: about["documents"] for split, about in corpus.manifest["splits"].items()}
+    assert sum(counts.values()) == 80
+    flow = stream.make({"t": corpus.train}, [stream.Stage("a", 2, {"t": 1.0})], batch=4)
+    assert flow.at(0).inputs.shape == (4, 32)
+    settings = small.config(
+        tmp_path,
+        sources={"t": source},
+        packing__directory=str(tmp_path / "cache"),
+        packing__held_out=0.2,
+        stream={"batch": 8, "steps": 2, "stages": [{"name": "a", "mixture": {"t": 1.0}}]},
+        method="cpt",
+        schedule={"name": "constant", "peak": 1e-2},
+        evaluation={"every": 2, "rows": 8},
+        mesh={"data": 8},
+    )
+    assert train.run(settings, str(tmp_path / "run")) == 0
+    losses = [record["loss"] for record in small.records(tmp_path / "run", "train")]
+    assert len(losses) == 2
+    assert np.all(np.isfinite(losses))
+    assert "tensorflow" not in sys.modules
+
+
+def test_images_are_rows_of_a_classifier(folder):
+    import jax
+
+    columns = images.load("tiny_images", data_dir=folder)
+    assert columns["inputs"].shape == (80, 4, 3, 1)
+    numbers = np.round(columns["inputs"][:, 0, 0, 0] * 255).astype(int)
+    assert sorted(numbers) == list(range(80))
+    np.testing.assert_array_equal(columns["targets"], numbers % 3)
+    (batch,) = rows.batches(rows.from_columns(columns), size=8, limit=8)
+    model = schema.make("jaxcl.models", {"name": "mlp", "inputs": 12, "hidden": [4], "classes": 3}, field="model")
+    params = model.init(jax.random.key(0))
+    assert model.apply(params, batch).logits.shape == (8, 3)
+
+
+def test_images_that_no_package_decodes_name_it(folder, monkeypatch):
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="images need a decoder; pip install pillow"):
+        images.load("tiny_words", data_dir=folder, image="png", label="n")
+    with pytest.raises(UserError, match="dataset='cifar100': not prepared"):
+        images.load("cifar100", data_dir=folder)
+
+
+def test_configs_fail_offline_in_one_line(tmp_path):
+    place, names = tmp_path / "none", ("wiki40b", "c4", "gsm8k", "imagenet")
+    cases = {
+        name: [
+            f"--config={ROOT / 'configs' / 'tfds.py'}:{name}",
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.sources.{name}.data_dir={place}",
+            f"--config.packing.directory={tmp_path / 'cache'}",
+        ]
+        for name in names
+    }
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps(cases))
+    (found,) = processes.run("refused", path)
+    for name, (status, err, _) in found.items():
+        (line,) = err.splitlines()
+        assert status == 2
+        assert (
+            "choose from wiki40b, c4, gsm8k" if name == "imagenet" else f"not prepared in data_dir={str(place)!r}"
+        ) in line
+        assert name in line
+    assert sorted(found) == sorted(names)
+    assert list(tmp_path.iterdir()) == [path]
