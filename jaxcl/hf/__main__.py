@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxcl import console, weights
 from jaxcl.data import tokenizer as tokenizers
-from jaxcl.hf import families, files, peft, read, write
+from jaxcl.hf import arithmetic, families, files, peft, read, write
 from jaxcl.models import lora
 from jaxcl.schema import UserError
 
@@ -127,6 +127,7 @@ def main(argv: list[str]) -> None:
     add.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors; as imported by default")
     add.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, for PEFT; else it is merged")
     add.set_defaults(act=_export)
+    arithmetic.add_commands(commands)
     options = parser.parse_args(argv)
     options.act(options)
 

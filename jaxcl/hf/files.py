@@ -32,8 +32,11 @@ class Tensors(NamedTuple):
         return self._slice(name).get_dtype()
 
     def read(self, name: str, where: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Returns a tensor, or a piece of it: only the pages that hold the piece are read."""
-        return self._slice(name)[... if where is None else where]
+        """Returns a tensor, or a piece of it: only the pages that hold the piece are read.
+
+        The file is mapped anew, so that those pages leave the memory of the process with the mapping.
+        """
+        return open_file(self.folder / self.file_of[name]).get_slice(name)[... if where is None else where]
 
     def _slice(self, name: str) -> Any:
         return self.handles[self.file_of[name]].get_slice(name)
