@@ -203,6 +203,8 @@ def test_greedy_text_is_extracted_normalised_and_cut(tmp_path):
     stopped = write(tmp_path / "stop.jsonl", {"prompt": "sky is", "answer": "b", "stop": ["lu", "zz"]})
     assert figures(stopped, own=taught(), max_tokens=16)["all"]["exact_match"] == 1.0
     assert figures(stopped, own=taught(), max_tokens=1)["all"]["exact_match"] == 0.0
+    other = engine()._replace(words=WORDS._replace(eos=ord("u")))  # an end that would show in the text
+    assert engines.generations(other, taught(), [engines.begin(WORDS, "sky is")], 16, [], None) == [" bl"]
     assert measure.normalised(" The  $1,042. ") == "the 1042"
 
 
