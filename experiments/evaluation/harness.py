@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    from jaxcl import train  # noqa: PLC0415  after the flags
+    from jaxcl import train
 
     place = options.workdir.resolve()
     run, tasks = place / "run", place / "tasks"
