@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import small
+import toys
 
 from jaxcl import losses, metrics, train
 from jaxcl.data import tokenizer
@@ -21,13 +22,23 @@ from jaxcl.schema import UserError
 from jaxcl.types import Batch
 
 WORDS = tokenizer.make()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    """Compiling is most of the cost of these tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 SHAPE = {"vocab": 264, "layers": 1, "embed": 16, "heads": 2, "mlp": 32, "max_length": 64, "init_std": 0.4}
 MODEL = transformer.make(**SHAPE)
 
 
 @functools.cache
 def params():
-    return MODEL.init(jax.random.key(1))
+    return toys.quick(MODEL.init)(jax.random.key(1))
 
 
 @functools.cache
@@ -37,7 +48,7 @@ def engine():
 
 @functools.cache
 def forward():
-    return jax.jit(MODEL.apply)
+    return toys.quick(MODEL.apply)
 
 
 def log_softmax64(tokens):
@@ -192,6 +203,8 @@ def test_greedy_text_is_extracted_normalised_and_cut(tmp_path):
     stopped = write(tmp_path / "stop.jsonl", {"prompt": "sky is", "answer": "b", "stop": ["lu", "zz"]})
     assert figures(stopped, own=taught(), max_tokens=16)["all"]["exact_match"] == 1.0
     assert figures(stopped, own=taught(), max_tokens=1)["all"]["exact_match"] == 0.0
+    other = engine()._replace(words=WORDS._replace(eos=ord("u")))  # an end that would show in the text
+    assert engines.generations(other, taught(), [engines.begin(WORDS, "sky is")], 16, [], None) == [" bl"]
     assert measure.normalised(" The  $1,042. ") == "the 1042"
 
 
