@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl import schema, tree
+from jaxcl import schema, tree, vocabulary
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import peft, read
 from jaxcl.models import lora, transformer
 from jaxcl.models.config import Config, resolve
+from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Params, PyTree
 
 VOCAB_SLACK = 512  # a vocabulary may be padded by this much beyond the tokenizer's, for the sake of round shapes
 VOCAB_MULTIPLE = 128  # rows of an imported vocabulary, so that any usual tensor axis divides them
 # What a config may say of an imported model; all else is in its config.json.
-FREE = ("vocab", "vocab_multiple", "max_length", "init_std", "remat", "compute_dtype", "unroll")
+FREE = ("vocab", "new_rows", "vocab_multiple", "max_length", "init_std", "remat", "compute_dtype", "unroll")
 
 
 class Adapter(NamedTuple):
@@ -72,7 +75,8 @@ def make(
 
     Args:
       options: `name` of a module of jaxcl.models and the options of its `make`; or `checkpoint`, a folder in the
-        format of Hugging Face, with options that are named in FREE.
+        format of Hugging Face, with options that are named in FREE. A larger `vocab` grows the embedding, by
+        `new_rows`: "mean" (the default), "normal" or "zeros", see `jaxcl.vocabulary.grow`.
       words: the tokenizer; a vocabulary that is smaller is refused.
       length: L of the rows that the model must take.
       adapter: 'lora', or a dict with that `name`, options of `jaxcl.models.lora.make`, and `checkpoint`: a folder in
@@ -145,6 +149,10 @@ def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int)
         raise UserError(
             f"config.model: checkpoint={folder!r}, name={name!r}: give the path of a folder, and no other name"
         )
+    how = options.pop("new_rows", "mean")
+    if how not in typing.get_args(vocabulary.How):
+        choices = schema.nearest(str(how), typing.get_args(vocabulary.How))
+        raise UserError(f"config.model.new_rows={how!r}: unknown{choices}")
     for key in options:
         if key not in FREE:
             raise UserError(f"config.model.{key}: is given by the checkpoint; remove it, or change {', '.join(FREE)}")
@@ -164,7 +172,14 @@ def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int)
     _vocab(model, length)
 
     def load(key: Key, abstract: PyTree) -> Params:
-        return read.load(folder, config, abstract)
+        found = read.load(folder, config, abstract)
+        if config.vocab == own:
+            return found
+        places = jax.tree.map(lambda x: x.sharding, found)
+        more = functools.partial(
+            vocabulary.grow, axes=model.axes, old=own, new=config.vocab, how=how, key=named(key, "new_rows")
+        )
+        return jax.jit(more, out_shardings=places, donate_argnums=0)(found)
 
     return Network(model, load, config, folder)
 

@@ -150,3 +150,28 @@ def test_the_command_exports_and_refuses(trunk, tmp_path):
         assert len(failed.stderr.splitlines()) == 1
         assert words in failed.stderr
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("how", ["mean", "normal"])
+def test_a_larger_vocabulary_gets_rows_and_keeps_the_old_ones(folder, trunk, tmp_path, how):
+    """Through training and back: rows of tokens that the tokenizer has only now, and no change of the rest."""
+    exported = trunk[1]
+    old = files.open_folder(exported).read("model.embed_tokens.weight")
+    model = {"checkpoint": str(exported), "vocab": 270, "new_rows": how}
+    assert train.run(settings(folder, model=model, stream__steps=1), str(tmp_path / "run"), final=False) == 0
+    begun = np.asarray(weights.load(tmp_path / "run", step=0).params["embedding"])
+    assert begun.shape == (384, 16)
+    np.testing.assert_array_equal(begun[:264], old)
+    np.testing.assert_array_equal(begun[270:], 0)
+    if how == "mean":
+        np.testing.assert_allclose(begun[264:270], np.tile(old.mean(0), (6, 1)), atol=1e-6)
+    else:
+        assert np.linalg.matrix_rank(begun[264:270] - old.mean(0)) == 6
+    _, leaves, _ = small.checkpoint(tmp_path / "run")
+    moments = [shape for name, (shape, *_) in leaves.items() if name.endswith("mu/embedding")]
+    assert moments == [[384, 16]]
+    export(tmp_path / "run", tmp_path / "out")
+    assert files.config(tmp_path / "out")["vocab_size"] == 270
+    assert files.open_folder(tmp_path / "out").shape("model.embed_tokens.weight") == (270, 16)
+    with pytest.raises(UserError, match=r"config.model.new_rows='men'"):
+        train.run(settings(folder, model=model | {"new_rows": "men"}), str(tmp_path / "none"))
