@@ -8,18 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl import schema
+from jaxcl import schema, vocabulary
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import read
 from jaxcl.models import transformer
 from jaxcl.models.config import Config, resolve
+from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Params, PyTree
 
 VOCAB_SLACK = 512  # a vocabulary may be padded by this much beyond the tokenizer's, for the sake of round shapes
 VOCAB_MULTIPLE = 128  # rows of an imported vocabulary, so that any usual tensor axis divides them
 # What a config may say of an imported model; all else is in its config.json.
-FREE = ("vocab", "vocab_multiple", "max_length", "init_std", "remat", "compute_dtype", "unroll")
+FREE = ("vocab", "vocab_multiple", "max_length", "init_std", "remat", "compute_dtype", "unroll", "new_rows")
+NEW_ROWS = ("mean", "normal", "zeros")
 
 
 class Network(NamedTuple):
@@ -47,7 +49,8 @@ def make(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -
 
     Args:
       options: `name` of a module of jaxcl.models and the options of its `make`; or `checkpoint`, a folder in the
-        format of Hugging Face, with options that are named in FREE.
+        format of Hugging Face, with options that are named in FREE. Of these `new_rows` says how rows of tokens that
+        the checkpoint does not have begin: see `vocabulary.grow`.
       words: the tokenizer; a vocabulary that is smaller is refused.
       length: L of the rows that the model must take.
 
@@ -88,6 +91,9 @@ def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int)
     for key in options:
         if key not in FREE:
             raise UserError(f"config.model.{key}: is given by the checkpoint; remove it, or change {', '.join(FREE)}")
+    how = options.pop("new_rows", "mean")
+    if how not in NEW_ROWS:
+        raise UserError(f"config.model.new_rows={how!r}: unknown{schema.nearest(str(how), NEW_ROWS)}")
     shape = read.fields(folder)
     own = shape["vocab"]
     merged = {"vocab_multiple": VOCAB_MULTIPLE} | shape | options
@@ -104,9 +110,20 @@ def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int)
     _vocab(model, length)
 
     def load(key: Key, abstract: PyTree) -> Params:
-        return read.load(folder, config, abstract)
+        params = read.load(folder, config, abstract)
+        return params if config.vocab == own else _grown(params, model, own, config.vocab, how, key)
 
     return Network(model, load, config, folder)
+
+
+def _grown(params: Params, model: Model, old: int, new: int, how: Any, key: Key) -> Params:
+    """Returns parameters with rows for the tokens that the checkpoint does not have, cut over the devices as before."""
+
+    def grow(params: Params) -> Params:
+        return vocabulary.grow(params, model.axes, old, new, how=how, key=named(key, "new_rows"))
+
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.jit(grow, out_shardings=jax.tree.map(lambda x: x.sharding, params), donate_argnums=0)(params)
 
 
 def _vocab(model: Model, length: int) -> int:
