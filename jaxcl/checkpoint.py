@@ -296,6 +296,19 @@ def params(
     Raises:
       UserError: no such checkpoint, or a damaged one.
     """
+    step, loaded, _ = read(directory, step=step, sharding=sharding, wanted=WEIGHTS)
+    short = {name.removeprefix(start): x for start in WEIGHTS for name, x in loaded.items() if name.startswith(start)}
+    return step, manifests.nest(short)
+
+
+def read(
+    directory: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    wanted: tuple[str, ...] = ("",),
+) -> tuple[int, dict[str, jax.Array], dict[str, Any]]:
+    """Returns the step, the leaves whose names begin with one of `wanted`, and the host part; see `params`."""
     root = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
     step = _chosen(root, step)
     path = root / str(step)
@@ -305,13 +318,13 @@ def params(
     place = sharding or SingleDeviceSharding(jax.local_devices()[0])
     saved = manifest["leaves"]
     kinds = {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, (shape, kind, _) in saved.items()}
-    wanted = {name: name.removeprefix(start) for start in WEIGHTS for name in kinds if name.startswith(start)}
-    asked = {name: kind if name in wanted else ocp.PLACEHOLDER for name, kind in kinds.items()}
+    names = [name for name in kinds if name.startswith(wanted)]
+    asked = {name: kind if name in names else ocp.PLACEHOLDER for name, kind in kinds.items()}
     loaded = dict(named_leaves(ocp.load(path / "state", manifests.nest(asked))))
-    sums = np.asarray(checksums([loaded[name] for name in wanted]).addressable_data(0)).tolist()
-    if bad := [n for n, total in zip(wanted, sums, strict=True) if total != saved[n][2]]:
+    sums = np.asarray(checksums([loaded[name] for name in names]).addressable_data(0)).tolist()
+    if bad := [n for n, total in zip(names, sums, strict=True) if total != saved[n][2]]:
         raise UserError(f"{directory}: checkpoint {step}: {bad[0]} differs from what was saved; choose another step")
-    return step, manifests.nest({short: loaded[name] for name, short in wanted.items()})
+    return step, {name: loaded[name] for name in names}, json.loads((path / "host.json").read_text())
 
 
 def _whole(directory: epath.Path) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ VOCAB_SLACK = 512  # a vocabulary may be padded by this much beyond the tokenize
 VOCAB_MULTIPLE = 128  # rows of an imported vocabulary, so that any usual tensor axis divides them
 # What a config may say of an imported model; all else is in its config.json.
 FREE = ("vocab", "new_rows", "vocab_multiple", "max_length", "init_std", "remat", "compute_dtype", "unroll")
+NEW_ROWS = ("mean", "normal", "zeros")
 
 
 class Adapter(NamedTuple):
@@ -150,9 +149,8 @@ def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int)
             f"config.model: checkpoint={folder!r}, name={name!r}: give the path of a folder, and no other name"
         )
     how = options.pop("new_rows", "mean")
-    if how not in typing.get_args(vocabulary.How):
-        choices = schema.nearest(str(how), typing.get_args(vocabulary.How))
-        raise UserError(f"config.model.new_rows={how!r}: unknown{choices}")
+    if how not in NEW_ROWS:
+        raise UserError(f"config.model.new_rows={how!r}: unknown{schema.nearest(str(how), NEW_ROWS)}")
     for key in options:
         if key not in FREE:
             raise UserError(f"config.model.{key}: is given by the checkpoint; remove it, or change {', '.join(FREE)}")
@@ -172,16 +170,20 @@ def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int)
     _vocab(model, length)
 
     def load(key: Key, abstract: PyTree) -> Params:
-        found = read.load(folder, config, abstract)
-        if config.vocab == own:
-            return found
-        places = jax.tree.map(lambda x: x.sharding, found)
-        more = functools.partial(
-            vocabulary.grow, axes=model.axes, old=own, new=config.vocab, how=how, key=named(key, "new_rows")
-        )
-        return jax.jit(more, out_shardings=places, donate_argnums=0)(found)
+        params = read.load(folder, config, abstract)
+        return params if config.vocab == own else _grown(params, model, own, config.vocab, how, key)
 
     return Network(model, load, config, folder)
+
+
+def _grown(params: Params, model: Model, old: int, new: int, how: Any, key: Key) -> Params:
+    """Returns parameters with rows for the tokens that the checkpoint does not have, cut over the devices as before."""
+
+    def grow(params: Params) -> Params:
+        return vocabulary.grow(params, model.axes, old, new, how=how, key=named(key, "new_rows"))
+
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.jit(grow, out_shardings=jax.tree.map(lambda x: x.sharding, params), donate_argnums=0)(params)
 
 
 def _vocab(model: Model, length: int) -> int:

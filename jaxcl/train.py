@@ -117,12 +117,13 @@ class Session:
             self.ledger = {source: dict(zero) for source in self.made.stream.sources}
             message = None
         else:
-            if found.host["stream"] != self.made.stream.fingerprint(found.step):
+            past, held = found.host["stream"], found.host["held_out"]  # None: grown, the rows had other tokens
+            if past not in (None, self.made.stream.fingerprint(found.step)):
                 raise schema.UserError(
                     f"config.sources: the rows before step {found.step} are not those that {self.place} was trained "
                     "on (another corpus, seed or past stage); restore them, or start a new --workdir"
                 )
-            if found.host["held_out"] != self.made.held_out:
+            if held not in (None, self.made.held_out):
                 raise schema.UserError(
                     f"config.sources: the held-out rows are not those that {self.place} was evaluated on; restore "
                     "the corpus, or start a new --workdir"

@@ -3,10 +3,13 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 import small
+import tokenizers
 
-from jaxcl import branch, train
+from jaxcl import branch, checkpoint, train
+from jaxcl.data import tokenizer
 from jaxcl.schema import UserError
 
 AT = 12  # two stages of eight steps are past the cooldown of eleven
@@ -77,6 +80,57 @@ def test_a_branch_takes_the_reservoir_along(folder, tmp_path):
         jax.config.update("jax_disable_most_optimizations", False)
     assert small.outcome(tmp_path / "new") == small.outcome(tmp_path / "run")
     assert small.tree_of(tmp_path / "run") == before
+
+
+def test_a_branch_with_more_tokens(folder, trunk, tmp_path, capsys):
+    """The tokenizer of bytes gives way to a file with the same numbers and more; old rows stay bit for bit."""
+    tok = tokenizers.Tokenizer.from_str(tokenizer.byte_json())
+    tok.add_special_tokens([f"<|new {i}|>" for i in range(9)])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    before, new = small.tree_of(trunk), tmp_path / "new"
+    branch.main([str(trunk), str(new), "--step=12", "--vocab=272"])
+    assert "--config.model.vocab=272" in capsys.readouterr().out
+    (_, old, host), (step, grown, changed) = (checkpoint.read(run / "checkpoints", step=12) for run in (trunk, new))
+    assert step == 12
+    assert changed == host | {"stream": None, "held_out": None}
+    assert old.keys() == grown.keys()
+    sizes = set()
+    for name, x in grown.items():
+        if x.shape == old[name].shape:
+            np.testing.assert_array_equal(x, old[name])
+            continue
+        axis = next(i for i, (a, b) in enumerate(zip(x.shape, old[name].shape, strict=True)) if a != b)
+        sizes.add((old[name].shape[axis], x.shape[axis]))
+        ours, theirs = (np.moveaxis(np.asarray(y), axis, 0) for y in (x, old[name]))
+        assert ours[: len(theirs)].tobytes() == theirs.tobytes()
+        if name.startswith("opt_state"):
+            assert not np.any(ours[264:])
+        elif name.startswith("params"):
+            np.testing.assert_allclose(ours[264:], np.tile(theirs.mean(axis=0), (8, 1)), atol=1e-6)
+    assert sizes == {(264, 272)}
+    (anchor,) = (name for name in grown if name.endswith("anchor/embedding"))
+    np.testing.assert_array_equal(grown[anchor][264:], grown["params/embedding"][264:])
+    config = small.config(folder)
+    config["model"]["vocab"] = 272
+    ends = {"bos": "<|bos|>", "eos": "<|eos|>"}
+    config["tokenizer"] = {"name": "hf", "path": str(tmp_path / "tokenizer.json"), **ends}
+    config["stream"]["stages"] = config["stream"]["stages"][:2]
+    config["evaluation"]["alignment"] = False
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert train.run(config, str(new), final=False) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert small.records(new, "train")[:12] == small.records(trunk, "train")[:12]
+    assert checkpoint.read(new / "checkpoints")[0] == 16
+    assert checkpoint.read(new / "checkpoints")[2]["stream"]  # from here on the rows are checked again
+    assert small.tree_of(trunk) == before
+
+
+def test_a_vocabulary_never_shrinks(trunk, tmp_path):
+    with pytest.raises(UserError, match=r"--vocab=100: the run in .* has 264 tokens"):
+        branch.make(trunk, tmp_path / "new", vocab=100)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_branch_that_was_cut_short_is_not_trained_and_is_made_anew(folder, trunk, tmp_path, monkeypatch):

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 import tokenizers
 
-from jaxcl import train, weights
+from jaxcl import mesh, network, train, weights
 from jaxcl.hf import files
 from jaxcl.hf.__main__ import export
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
+from jaxcl.types import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,27 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, trunk, tmp_pat
     tok.save(str(own / "tokenizer.json"))
     with pytest.raises(UserError, match=r"vocab=264: the tokenizer 'hf' has 265 tokens;.*config.model.vocab=265"):
         train.run(continued(folder, own), str(tmp_path / "run"))
+
+
+def test_an_embedding_grows_for_tokens_that_the_checkpoint_lacks(folder, trunk):
+    own = files.open_folder(trunk[1]).read("model.embed_tokens.weight").astype(np.float64)
+    words = network.tokenizer_of(None, {"checkpoint": str(trunk[1])})
+    found = {}
+    for how in ("mean", "normal"):
+        made = network.make({"checkpoint": str(trunk[1]), "vocab": 300, "new_rows": how}, words, 32)
+        devices = mesh.make(tensor=2, fsdp=2, data=2)
+        shapes = jax.eval_shape(made.model.init, jax.random.key(0))
+        shardings = mesh.state_shardings(devices, made.model.axes, TrainState(jnp.int32(0), shapes, ())).params
+        params = made.load(jax.random.key(1), mesh.with_shardings(shapes, shardings))
+        assert params["embedding"].sharding == shardings["embedding"]
+        found[how] = np.asarray(params["embedding"], np.float64)
+        assert found[how].shape == (384, 16)
+        np.testing.assert_array_equal(found[how][: len(own)], own)
+        assert not np.any(found[how][300:])
+    np.testing.assert_allclose(found["mean"][len(own) : 300], np.tile(own.mean(axis=0), (300 - len(own), 1)), atol=1e-7)
+    assert len(np.unique(found["normal"][len(own) : 300], axis=0)) == 300 - len(own)
+    with pytest.raises(UserError, match=r"config.model.new_rows='median': unknown"):
+        network.make({"checkpoint": str(trunk[1]), "new_rows": "median"}, words, 32)
 
 
 def test_the_command_exports_and_refuses(trunk, tmp_path):

@@ -67,16 +67,14 @@ def test_the_mean_of_the_old_rows_and_nothing_else():
 
 
 def test_draws_have_mean_and_covariance_of_the_old_rows():
-    before, count = params(), 20_000
+    before, count = params(), 4000
     after = vocabulary.grow(before, AXES, OLD, OLD + count, how="normal", key=KEY)
     table, new = (np.asarray(x, np.float64) for x in (before["embedding"], after["embedding"][OLD:]))
     wanted = np.cov(table.T)
-    assert np.abs(np.cov(new.T) - wanted).max() < 0.05 * np.abs(wanted).max()
+    assert np.abs(np.cov(new.T) - wanted).max() < 0.12 * np.abs(wanted).max()
     error = (new.mean(axis=0) - table.mean(axis=0)) / np.sqrt(np.diag(wanted) / count)
     assert np.abs(error).max() < 4.5
-    again = vocabulary.grow(before, AXES, OLD, OLD + count, how="normal", key=jax.random.key(4))
-    assert np.any(again["embedding"] != after["embedding"])
-    assert abs(np.corrcoef(after["embedding"][OLD:, 0], after["head"][0, OLD:])[0, 1]) < 0.05  # each draws for itself
+    assert abs(np.corrcoef(after["embedding"][OLD:, 0], after["head"][0, OLD:])[0, 1]) < 0.08  # each draws for itself
 
 
 def test_a_cut_array_grows_like_a_whole_one():
