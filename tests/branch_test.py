@@ -112,8 +112,7 @@ def test_a_branch_with_more_tokens(folder, trunk, tmp_path, capsys):
     np.testing.assert_array_equal(grown[anchor][264:], grown["params/embedding"][264:])
     config = small.config(folder)
     config["model"]["vocab"] = 272
-    ends = {"bos": "<|bos|>", "eos": "<|eos|>"}
-    config["tokenizer"] = {"name": "hf", "path": str(tmp_path / "tokenizer.json"), **ends}
+    config["tokenizer"] = {"name": "hf", "path": str(tmp_path / "tokenizer.json")}
     config["stream"]["stages"] = config["stream"]["stages"][:2]
     config["evaluation"]["alignment"] = False
     jax.config.update("jax_disable_most_optimizations", True)
