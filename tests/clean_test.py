@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxcl import program
@@ -100,6 +102,16 @@ def test_contamination_is_found_and_a_near_miss_stays(tmp_path):
     assert removed == {"contaminated": 2}
     assert dirty[1] in run(dirty, against=str(file), columns=["q"])[0]
     assert tidy[1] not in run(tidy, against=str(file), ngram=12)[0]
+    across = f"{other} {' '.join([*long[-8:], *short[:5]])} {other}"  # of the question and the first choice
+    assert run([across], against=str(file))[0] == []
+
+
+def test_columns_of_parquet_files_count_too(tmp_path):
+    (asked,), (other,) = sentences(1, 30, 5), sentences(1, 30, 6)
+    pq.write_table(pa.table({"q": [" ".join(asked)], "note": [" ".join(other)]}), tmp_path / "e.parquet")
+    dirty = [" ".join(asked[3:20]), " ".join(other[3:20])]
+    assert run(dirty, against=str(tmp_path / "e.parquet"))[0] == []
+    assert run(dirty, against=str(tmp_path / "e.parquet"), columns=["q"])[0] == [dirty[1]]
 
 
 def test_filters_and_the_order_of_reasons():
@@ -133,6 +145,7 @@ def test_from_the_config_to_the_manifest_and_the_report(tmp_path):
 
     def build(**options):
         text = {"name": "text", "path": str(tmp_path / "d.txt"), "split": "paragraph", "clean": options}
+        text["licence"] = "CC0-1.0"
         return program.corpora_of({"d": text}, words, packing)
 
     first = build(against=str(evaluation))
@@ -143,6 +156,7 @@ def test_from_the_config_to_the_manifest_and_the_report(tmp_path):
     evaluation.write_text(paragraphs[8] + "\n" + paragraphs[9])
     assert build(against=str(evaluation))["d"].manifest["removed"] == {"duplicate": 4, "contaminated": 2}
     table = provenance.table(first)["d"]
+    assert table["licence"] == "CC0-1.0"
     assert "4 duplicate and 1 contaminated" in origin.removed(table)
     assert origin.describe(table["source"]).count("ngram 13") == 1
     del first["d"].manifest["removed"]  # as in a folder from before there was cleaning

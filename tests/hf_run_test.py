@@ -13,7 +13,8 @@ import pytest
 import small
 import tokenizers
 
-from jaxcl import mesh, network, train, weights
+from jaxcl import bpe, mesh, network, train, weights
+from jaxcl import folder as folders
 from jaxcl.hf import files
 from jaxcl.hf.__main__ import export
 from jaxcl.schema import UserError
@@ -28,7 +29,10 @@ def folder(tmp_path_factory):
 
 def settings(folder, **overrides):
     plain = {"method": "cpt", "evaluation": {"every": 8, "rows": 8}, "stream__replay": None}
-    return small.config(folder, **plain | overrides)
+    made = small.config(folder, **plain | overrides)
+    for source in made["sources"].values():
+        source["licence"] = "CC0-1.0"
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +86,8 @@ def test_it_resumes_without_reading_the_folder_again(folder, trunk, tmp_path, mo
     assert small.checkpoint(tmp_path / "run")[1] == small.checkpoint(tmp_path / "straight")[1]
 
 
-def test_the_folder_says_what_it_is(trunk):
-    exported = trunk[1]
+def test_the_folder_says_what_it_is(trunk, tmp_path):
+    workdir, exported = trunk
     config = files.config(exported)
     assert config["model_type"] == "llama"
     assert config["vocab_size"] == 264
@@ -96,10 +100,35 @@ def test_the_folder_says_what_it_is(trunk):
     told = files.config(exported, "jaxcl.json")
     assert told["step"] == small.TOTAL
     assert set(told["sources"]) == {"d0", "d1", "d2"}
-    for entry in told["sources"].values():
-        assert entry["train"]["fingerprint"]
-        assert entry["consumed"]["new_tokens"] > 0
-        assert "licence" in entry
+    ledger = small.records(workdir, "ledger")
+    assert {name: entry["consumed"] for name, entry in told["sources"].items()} == ledger[-1]["sources"]
+    facts = folders.about(workdir)["facts"]["sources"]
+    for name, entry in told["sources"].items():
+        assert entry["train"]["fingerprint"] == facts[name]["train"]["fingerprint"]
+        assert entry["licence"] == "CC0-1.0"
+    export(workdir, tmp_path / "early", step=18)
+    early = files.config(tmp_path / "early", "jaxcl.json")
+    assert early["step"] == 18
+    assert early["sources"]["d2"]["consumed"]["new_rows"] < told["sources"]["d2"]["consumed"]["new_rows"]
+
+
+def test_an_export_keeps_tokenizer_type_and_ends_of_what_it_came_from(folder, trunk, tmp_path):
+    """A BPE, bfloat16, several end tokens and options of generation, as released models have them."""
+    texts = [str(path) for path in (folder / "text").glob("*.txt")]
+    bpe.main([str(tmp_path / "words"), "--vocab=264", *texts])
+    export(trunk[0], tmp_path / "source", dtype="bfloat16")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tmp_path / "words" / name, tmp_path / "source" / name)
+    for name, more in (("config.json", {"eos_token_id": [1, 5]}), ("generation_config.json", {"top_k": 7})):
+        path = tmp_path / "source" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    assert train.run(continued(folder, tmp_path / "source", stream__steps=1), str(tmp_path / "run"), final=False) == 0
+    export(tmp_path / "run", tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "words" / name).read_bytes()
+    assert files.config(tmp_path / "out")["eos_token_id"] == [1, 5]
+    assert files.config(tmp_path / "out", "generation_config.json")["top_k"] == 7
+    assert files.open_folder(tmp_path / "out").dtype("model.norm.weight") == "BF16"
 
 
 BAD = {

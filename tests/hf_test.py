@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxcl import generate
 from jaxcl import mesh as meshes
 from jaxcl.hf import axes, families, files, read, write
 from jaxcl.models import transformer
@@ -47,6 +48,16 @@ def test_logits_are_those_of_transformers(name):
     assert logits.shape[-1] == config.vocab
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-4)
     assert np.std(expected["logits"]) > 0.5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_continuations_are_those_of_transformers(name):
+    _, model, params = load(FIXTURES / name, vocab_multiple=16)
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    prompt = expected["prompt"].astype(np.int32)
+    run = jax.jit(lambda p, tokens: generate.greedy(model, p, tokens, jnp.ones_like(tokens), 12, jnp.array([-1])))
+    np.testing.assert_array_equal(run(params, prompt), expected["greedy"])
+    assert len(set(expected["greedy"][0].tolist())) > 3
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,6 +127,63 @@ def test_a_piece_of_merged_axes_is_the_piece_of_the_whole():
         np.testing.assert_array_equal(axes.to_ours(parsed, tensor[where], sizes)[kept], whole[index])
 
 
+def old_notation(config):
+    """The same config.json as transformers 4 wrote it."""
+    rope = dict(config.pop("rope_parameters"))
+    kind = rope.pop("rope_type")
+    config["torch_dtype"] = config.pop("dtype")
+    return config | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": kind, **rope} if rope else None}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_notation_of_transformers_4_means_the_same(name):
+    config = files.config(FIXTURES / name)
+    assert families.fields(old_notation(dict(config)), "config.json") == families.fields(config, "config.json")
+    assert ("rope_scaling" in families.fields(config, "config.json")) == ("factor" in config["rope_parameters"])
+
+
+# What the configuration classes of transformers 5.23 say if config.json does not.
+DEFAULTS = {
+    "llama": {"norm_eps": 1e-6, "max_length": 2048},
+    "mistral": {"norm_eps": 1e-6, "max_length": 131_072, "window": 4096},
+    "qwen2": {"norm_eps": 1e-6, "max_length": 32_768, "qkv_bias": True},
+    "qwen3": {"norm_eps": 1e-6, "max_length": 32_768, "qk_norm": True, "head_dim": 128},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(DEFAULTS))
+def test_fields_that_a_config_leaves_out(kind):
+    sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    found = families.fields({"model_type": kind, **dict.fromkeys(sizes, 8)}, "config.json")
+    plain = {"vocab": 8, "layers": 8, "embed": 8, "heads": 8, "mlp": 8, "rope_theta": 10_000.0, "qk_norm": False}
+    off = dict.fromkeys(("tied", "qkv_bias", "out_bias", "mlp_bias"), False)
+    assert off | found == off | plain | DEFAULTS[kind]
+
+
+def test_a_window_of_null_is_none():
+    config = files.config(FIXTURES / "mistral_head_dim")
+    assert config["sliding_window"] is None
+    assert "window" not in families.fields(config, "config.json")
+
+
+def test_max_window_layers_counts_where_no_layer_has_a_type(tmp_path):
+    config = files.config(FIXTURES / "qwen2_window")
+    assert config["max_window_layers"] == 1
+    listed = families.fields(config, "config.json")
+    assert listed["window_layers"] == [False, True, True]
+    del config["layer_types"]
+    assert families.fields(config, "config.json") == listed
+
+
+def test_a_head_that_is_tied_may_be_stored_only_if_it_is_the_embedding(tmp_path):
+    folder = Path(shutil.copytree(FIXTURES / "llama_tied", tmp_path / "model"))
+    rewrite(folder / files.SINGLE, lambda t: t.update({read.HEAD: t[read.EMBEDDING].copy()}))
+    load(folder)
+    rewrite(folder / files.SINGLE, lambda t: t[read.HEAD].__setitem__((60, 3), 7.0))
+    with pytest.raises(UserError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'"):
+        load(folder)
+
+
 @pytest.fixture
 def copy(tmp_path):
     return Path(shutil.copytree(FIXTURES / "llama_sharded", tmp_path / "model"))
@@ -141,6 +209,19 @@ DAMAGES = {
     "activation": (lambda f: edited(f, hidden_act="gelu"), r"hidden_act='gelu'"),
     "rotary": (lambda f: edited(f, partial_rotary_factor=0.5), r"partial_rotary_factor=0.5"),
     "rope": (lambda f: edited(f, rope_scaling={"rope_type": "longrope", "factor": 2}), r"rope_type='longrope'"),
+    "rope kind": (lambda f: edited(f, rope_scaling="linear"), r"rope_scaling='linear': must be an object"),
+    "rope number": (
+        lambda f: edited(f, rope_scaling={"rope_type": "linear", "factor": "two"}),
+        r"config.json: its RoPE has values that are no numbers",
+    ),
+    "rope share": (
+        lambda f: edited(f, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        r"partial_rotary_factor=0.5",
+    ),
+    "fewer rows": (
+        lambda f: edited(f, vocab_size=75),
+        r"embed_tokens.*is \[73, 16\], but config.json means \[75, 16\]",
+    ),
     "rope field": (lambda f: edited(f, rope_scaling={"rope_type": "linear"}), r"linear RoPE scaling lacks 'factor'"),
     "attention": (lambda f: edited(f, layer_types=["linear_attention"] * 2), r"layer_types has 'linear_attention'"),
     "quantised": (lambda f: edited(f, quantization_config={"bits": 4}), r"quantised weights cannot be trained"),
@@ -175,7 +256,7 @@ def test_a_checkpoint_that_is_not_sound_is_refused_in_one_line(copy, damage):
     change, words = DAMAGES[damage]
     change(copy)
     with pytest.raises(UserError, match=words) as caught:
-        load(copy)
+        load(copy, vocab_multiple=128)
     assert "\n" not in str(caught.value)
     assert str(copy) in str(caught.value)
 

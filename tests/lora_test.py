@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small
 import toys
 
-from jaxcl import branch, checkpoint, compose, flops, frozen, program, train, tree
+from jaxcl import compose, flops, frozen, tree
 from jaxcl import guard as guards
-from jaxcl.hf import peft
 from jaxcl.models import layers, lora, transformer
 from jaxcl.schema import UserError
 
@@ -320,111 +318,3 @@ def test_nothing_is_kept_for_a_kernel_that_is_frozen():
     assert products == [3, 2, 3]
     _, back = jax.vjp(lambda x: loss(w, x), x)
     assert {leaf.shape for leaf in jax.tree.leaves(back)} <= {(4, 5), ()}, "the input is a residual"
-
-
-# In the loop
-
-METHOD = "er(capacity=24, fraction=0.25) + reptile(every=5, keep=0.5)"
-STAGES = [{"name": "a", "mixture": {"d0": 1.0}}, {"name": "b", "mixture": {"d1": 1.0}}]
-
-
-def settings(folder, **overrides):
-    shape = {"adapter": {"name": "lora", "rank": 2, "dropout": 0.1}, "stream__stages": STAGES, "stream__steps": 6}
-    return small.config(folder, **({"method": METHOD} | shape | overrides))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "small"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def trained(folder, tmp_path_factory):
-    """A run with an adapter, a guard, a replay and Reptile."""
-    workdir = tmp_path_factory.mktemp("lora") / "run"
-    assert train.run(settings(folder), str(workdir), final=False) == 0
-    return workdir
-
-
-def first_losses(workdir):
-    return small.records(workdir, "eval")[0]["loss"]
-
-
-def test_a_run_leaves_the_base_alone(folder, trained):
-    _, leaves = checkpoint.params(trained / "checkpoints")
-    _, pieces = train.split(settings(folder))
-    made = program.build(**pieces)
-    start = frozen.whole(made.create())
-    jax.tree.map(np.testing.assert_array_equal, leaves["base"], start["base"])
-    assert all(np.any(x) for x in jax.tree.leaves(leaves["lora"]))
-    plain = program.build(**{k: v for k, v in pieces.items() if k != "adapter"})
-    jax.tree.map(np.testing.assert_array_equal, plain.create().params, start["base"])
-    sizes = tree.size(leaves["base"]), tree.size(leaves["lora"])
-    assert (made.facts["parameters"], made.facts["trained_parameters"]) == (sum(sizes), sizes[1])
-    assert plain.facts["parameters"] == sizes[0]
-    assert "trained_parameters" not in plain.facts
-
-
-def test_meshes_agree(folder):
-    """Bytes of the base and losses on one device and on all axes."""
-    ends = []
-    for devices in ({"devices": jax.devices()[:1]}, {"data": 2, "fsdp": 2, "tensor": 2}):
-        _, pieces = train.split(settings(folder, optim={"name": "sgd"}, mesh=devices))
-        made = program.build(**pieces)
-        state, losses = made.create(), []
-        for i in range(3):
-            state, metrics = made.step(state, made.place(i))
-            losses.append(float(metrics["loss"]))
-        ends.append((losses, jax.device_get(frozen.whole(state))))
-    specs = {name: leaf.sharding.spec for name, leaf in tree.named_leaves(state)}
-    assert tuple(specs["memory/frozen/base/layers/mlp/up"]) == (None, "fsdp", "tensor")
-    assert tuple(specs["params/lora/layers/mlp/up/a"])[:2] == (None, "fsdp")
-    assert tuple(specs["params/lora/layers/mlp/up/b"]) == (None, None, "tensor")
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *ends)
-
-
-def test_the_adapter_goes_on_with_and_without_its_optimiser_state(folder, trained, tmp_path):
-    """The next phase as a branch of the run, and as a new run that starts from the exported adapter."""
-    more = {"stream__stages": [*STAGES, {"name": "c", "mixture": {"d2": 1.0}}]}
-    branch.make(trained, tmp_path / "with")
-    assert train.run(settings(folder, **more), str(tmp_path / "with"), final=False) == 0
-    before, after = small.checkpoint(trained)[1], small.checkpoint(tmp_path / "with")[1]
-    same = {name for name in before if before[name] == after[name]}
-    assert {name for name in before if name.startswith("memory/frozen/")} <= same
-    assert not {name for name in before if name.startswith("params/")} & same
-    assert small.records(tmp_path / "with", "train")[-1]["step"] == 18
-
-    _, leaves = checkpoint.params(trained / "checkpoints")
-    peft.export(tmp_path / "adapter", leaves["lora"], rank=2, alpha=16.0)
-    again = {
-        "adapter": {"name": "lora", "checkpoint": str(tmp_path / "adapter")},
-        "stream__stages": more["stream__stages"][2:],
-    }
-    assert train.run(settings(folder, **again), str(tmp_path / "without"), final=False) == 0
-    assert first_losses(tmp_path / "without") == pytest.approx(small.records(trained, "eval")[-1]["loss"], abs=1e-5)
-
-
-def test_frozen_parameters_of_a_config(folder):
-    _, pieces = train.split(settings(folder, adapter=None, optim={"name": "adamw", "frozen": ["embedding", "norm"]}))
-    made = program.build(**pieces)
-    state = made.create()
-    before = jax.device_get(frozen.whole(state))
-    names = {name for name, _ in tree.named_leaves(state)}
-    assert "memory/frozen/embedding" in names
-    assert not {name for name in names if "embedding" in name} - {"memory/frozen/embedding"}
-    for i in (0, 1):  # the first has rate 0
-        state, _ = made.step(state, made.place(i))
-    after = jax.device_get(frozen.whole(state))
-    np.testing.assert_array_equal(before["embedding"], after["embedding"])
-    assert np.any(before["layers"]["mlp"]["up"] != after["layers"]["mlp"]["up"])
-    with pytest.raises(UserError, match=r"config\.optim\.frozen: 'nowhere' matches no parameter"):
-        program.build(**{**pieces, "optim": {"name": "adamw", "frozen": ["nowhere"]}})
-    with pytest.raises(UserError, match=r"config\.optim\.frozen='norm': expected"):
-        program.build(**{**pieces, "optim": {"name": "adamw", "frozen": "norm"}})

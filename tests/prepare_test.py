@@ -114,6 +114,13 @@ def test_a_prepared_corpus_is_reused_and_a_changed_one_is_not(tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
+def test_another_tokenizer_of_the_same_kind_has_rows_of_its_own(tmp_path):
+    other = TOKENS._replace(fingerprint="other")
+    given = {"directory": str(tmp_path), "name": "x", "length": LENGTH, "held_out": 0.2}
+    paths = [prepare.make(source(documents()), words, **given).path for words in (TOKENS, other)]
+    assert paths[0] != paths[1]
+
+
 def test_fingerprint_depends_on_content_alone(tmp_path):
     a, b = build(tmp_path / "a"), build(tmp_path / "b", name="y")
     assert a.train.fingerprint == b.train.fingerprint
@@ -233,6 +240,6 @@ def test_provenance_of_a_corpus(tmp_path, monkeypatch):
     assert found["h"].path.startswith(str(tmp_path))
     table = provenance.table(found)
     assert json.loads(json.dumps(table)) == table
-    assert table["h"]["licence"]
+    assert table["h"]["licence"] == "PSF-2.0 AND BSD-3-Clause AND Apache-2.0"
     assert table["h"]["train"]["rows"] == len(found["h"].train)
     assert table["h"]["train"]["fingerprint"] == found["h"].train.fingerprint

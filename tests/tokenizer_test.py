@@ -59,6 +59,12 @@ def test_file_round_trips_and_special_tokens_in_text_stay_text(file):
         np.testing.assert_array_equal(one, many)
 
 
+def test_a_lone_surrogate_does_not_stop_a_run(file):
+    tok = tokenizer.make(name="hf", path=file())
+    assert tok.decode(tok.encode("a\ud800b")) == "a\ufffdb"
+    assert tok.encode_many(["a\ud800b"])[0].tolist() == tok.encode("a\ufffdb").tolist()
+
+
 def test_one_special_token_serves_both_ends(file):
     tok = tokenizer.make(name="hf", path=file(["<|endoftext|>"]))
     assert tok.bos == tok.eos == 0

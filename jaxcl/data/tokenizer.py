@@ -187,8 +187,8 @@ def _hf(
         return chat.Coded(numbers(encoding), place[:, 0], place[:, 1], np.isin(encoding.ids, [*special]))
 
     coder = chat.Coder(
-        lambda text: coded(tok.encode(text, add_special_tokens=False)),
-        lambda text: coded(parsing().encode(text, add_special_tokens=False)),
+        lambda text: coded(tok.encode(_unicode(text), add_special_tokens=False)),
+        lambda text: coded(parsing().encode(_unicode(text), add_special_tokens=False)),
         tuple(special.values()),
         begin,
         end,
@@ -199,12 +199,21 @@ def _hf(
         begin,
         end,
         pads[0] if pads else None,
-        lambda text: numbers(tok.encode(text, add_special_tokens=False)),
-        lambda texts: [numbers(e) for e in tok.encode_batch(list(texts), add_special_tokens=False)],
+        lambda text: numbers(tok.encode(_unicode(text), add_special_tokens=False)),
+        lambda texts: [numbers(e) for e in tok.encode_batch([*map(_unicode, texts)], add_special_tokens=False)],
         lambda tokens: tok.decode([int(t) for t in np.asarray(tokens).ravel()], skip_special_tokens=True),
         _digest(content, begin, end, form),
         chat.make(coder, form),
     )
+
+
+def _unicode(text: str) -> str:
+    """Returns a text with U+FFFD for lone surrogates, which JSON can hold and the libraries cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _tokenizers(content: bytes, path: str, *, parse: bool) -> Any:
@@ -268,8 +277,8 @@ def _sentencepiece(
         begin,
         end,
         model.pad_id() if model.pad_id() >= 0 else None,
-        lambda text: pieces.encode(model, text),
-        lambda texts: [pieces.encode(model, text) for text in texts],
+        lambda text: pieces.encode(model, _unicode(text)),
+        lambda texts: [pieces.encode(model, _unicode(text)) for text in texts],
         lambda tokens: pieces.decode(model, tokens),
         _digest(content, begin, end, form),
         chat.make(pieces.coder(model, begin, end), form),

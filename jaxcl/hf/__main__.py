@@ -41,19 +41,18 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
     shape, source = found.network.shape, found.network.checkpoint
     if shape is None:
         raise UserError(f"{run}: its model is no transformer; only transformers have a Hugging Face format")
-    params = found.params if found.network.adapter is None else lora.merge(found.params, found.network.adapter.alpha)
     original = files.config(source) if source and (Path(source) / "config.json").exists() else {}
     config = families.config(shape, original)
     kind = families.family(config, str(out))
     chosen = DTYPES[dtype] if dtype else np.dtype(read.stored_dtype(source) if source and original else np.float32)
+    adapter = found.network.adapter
+    params = found.params if adapter is None else lora.merge(found.params, adapter.alpha, chosen)
     with write.Writer(out) as writer:
         for name, tensor in write.tensors(params, shape, kind, chosen):
             writer.add(name, tensor)
-        words = found.tokenizer
-        writer.json(
-            "config.json", config | {"dtype": chosen.name, "bos_token_id": words.bos, "eos_token_id": words.eos}
-        )
-        writer.json("generation_config.json", _generation(source, words))
+        ends = _ends(found, original)
+        writer.json("config.json", config | {"dtype": chosen.name} | ends)
+        writer.json("generation_config.json", _generation(source, ends))
         _tokenizer(writer, found)
         writer.json("jaxcl.json", provenance(found))
     return found.step
@@ -71,6 +70,9 @@ def export_adapter(run: Path, out: Path, *, step: int | None = None) -> int:
     adapter = found.network.adapter
     if adapter is None:
         raise UserError(f"{run}: has no adapter; export it without --adapter")
+    base, shape = found.network.checkpoint, found.network.shape
+    if base and shape and read.fields(base)["vocab"] != shape.vocab:
+        raise UserError(f"{run}: its vocabulary has grown, which no adapter holds; export it merged, without --adapter")
     peft.export(
         out,
         found.params["lora"],
@@ -93,11 +95,18 @@ def provenance(found: weights.Weights) -> dict[str, Any]:
     return {"run": about["id"], "step": found.step, "base": base, "sources": sources, "versions": about["versions"]}
 
 
-def _generation(source: str | None, words: tokenizers.Tokenizer) -> dict[str, Any]:
+def _ends(found: weights.Weights, original: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tokens that begin and end a text: those of the source, where the run has its tokenizer."""
+    words, own = found.tokenizer, not found.about["config"].get("tokenizer")
+    ends = {"bos_token_id": words.bos, "eos_token_id": words.eos}
+    return {key: original.get(key, value) if own else value for key, value in ends.items()}
+
+
+def _generation(source: str | None, ends: dict[str, Any]) -> dict[str, Any]:
     """Returns generation_config.json: that of the source, if it has one."""
     if source and (Path(source) / "generation_config.json").exists():
         return files.config(source, "generation_config.json")
-    return {"bos_token_id": words.bos, "eos_token_id": words.eos, "do_sample": False}
+    return ends | {"do_sample": False}
 
 
 def _tokenizer(writer: write.Writer, found: weights.Weights) -> None:

@@ -181,17 +181,32 @@ def fields(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     """
     kind = family(config, place)
     known = dict(kind.defaults) | {key: value for key, value in config.items() if value is not None}
-    _refuse(known, place)
+    known["sliding_window"] = config.get("sliding_window", kind.defaults.get("sliding_window"))  # null: there is none
+    rope = _rope(known, place)
+    _refuse(known | rope, place)
     out = {ours: known[theirs] for ours, theirs in _FIELDS.items() if theirs in known}
     for name in ("vocab", "layers", "embed", "heads", "mlp"):
         if name not in out:
             raise UserError(f"{place}: has no {_FIELDS[name]!r}; take the config.json that came with the weights")
     out["qkv_bias"] = config["model_type"] == "qwen2" or bool(known.get("attention_bias", False))
     out["qk_norm"] = config["model_type"] == "qwen3"
-    rope = dict(known.get("rope_parameters") or {}) | dict(known.get("rope_scaling") or {})
-    out["rope_theta"] = float(rope.pop("rope_theta", out["rope_theta"]))
-    out["rope_scaling"] = _scaling(rope, known, place)
+    try:
+        out["rope_theta"] = float(rope.get("rope_theta", out["rope_theta"]))
+        out["rope_scaling"] = _scaling(rope, known, place)
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{place}: its RoPE has values that are no numbers: {rope}; take the original one") from None
     return {key: value for key, value in (out | _window(known, place)).items() if value is not None}
+
+
+def _rope(known: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Returns what a config.json says of RoPE, in the notation of transformers 4 or 5."""
+    found: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        value = known.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise UserError(f"{place}: {key}={value!r}: must be an object with a rope_type; take the original one")
+        found |= value
+    return found
 
 
 def _refuse(known: Mapping[str, Any], place: str) -> None:

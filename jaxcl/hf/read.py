@@ -20,6 +20,7 @@ from jaxcl.schema import UserError
 from jaxcl.tree import map_named, named_leaves
 from jaxcl.types import Params, PyTree
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 16  # rows turned into columns at a time: as many as a cache line holds; five times faster than all at once
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64}
 
@@ -50,10 +51,11 @@ def load(folder: str | os.PathLike[str], config: Config, abstract: PyTree) -> Pa
     Raises:
       UserError: a tensor that is missing, left over, or of another shape or type than config.json says.
     """
-    kind = families.family(files.config(folder), os.path.join(folder, "config.json"))
+    described = files.config(folder)
+    kind = families.family(described, os.path.join(folder, "config.json"))
     tensors = files.open_folder(folder)
     table = {entry.path: entry for entry in families.entries(kind, config)}
-    check(tensors, config, list(table.values()), abstract)
+    check(tensors, config, list(table.values()), abstract, described["vocab_size"])
 
     def leaf(name: str, target: Any) -> jax.Array:
         def read(index: Any) -> np.ndarray:
@@ -76,20 +78,28 @@ def stored_dtype(folder: str | os.PathLike[str]) -> Any:
     return DTYPES.get(max(counts, key=lambda kind: counts[kind]), np.float32)
 
 
-def check(tensors: files.Tensors, config: Config, table: Sequence[families.Entry], abstract: PyTree) -> None:
-    """Raises UserError unless the tensors are those of `table`, with the shapes of `abstract`. Reads headers only."""
+def check(
+    tensors: files.Tensors, config: Config, table: Sequence[families.Entry], abstract: PyTree, vocab: int
+) -> None:
+    """Raises UserError unless the tensors are those of `table`, with the shapes of `abstract` and `vocab` tokens.
+
+    Reads headers only, and a head that is stored although it is tied.
+    """
     wanted: dict[str, tuple[int, ...]] = {}
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract)}
     for entry in table:
         layered = "{}" in entry.tensor
-        theirs = axes.their_shape(axes.parse(entry.axes), shapes[entry.path][layered:])
+        parsed = axes.parse(entry.axes)
+        theirs = axes.their_shape(parsed, shapes[entry.path][layered:])
+        if parsed.theirs[0] == ("vocab",):  # ours is padded, and may have grown
+            theirs = (vocab, *theirs[1:])
         for layer in range(config.layers if layered else 1):
             wanted[entry.tensor.format(layer)] = theirs
     for name, shape in wanted.items():
         if name not in tensors.file_of:
             raise UserError(f"{tensors.folder}: has no tensor {name!r}; the checkpoint does not fit its config.json")
-        found, vocab = tensors.shape(name), name in ("model.embed_tokens.weight", "lm_head.weight")
-        if found != shape and not (vocab and found[1:] == shape[1:] and found[0] <= shape[0]):
+        found = tensors.shape(name)
+        if found != shape:
             raise UserError(
                 f"{tensors.folder / tensors.file_of[name]}: {name!r} is {list(found)}, but config.json means "
                 f"{list(shape)}; take the config.json that came with the weights"
@@ -101,11 +111,27 @@ def check(tensors: files.Tensors, config: Config, table: Sequence[families.Entry
             )
     for name in tensors.file_of:
         known = name in wanted or name.endswith("rotary_emb.inv_freq")  # a constant that old versions stored
-        if not known and not (name == "lm_head.weight" and config.tied):
+        if name == HEAD and config.tied:
+            _check_tied(tensors)
+        elif not known:
             raise UserError(
                 f"{tensors.folder / tensors.file_of[name]}: {name!r} has no place in the model that config.json "
                 "describes; a merged adapter or another architecture?"
             )
+
+
+def _check_tied(tensors: files.Tensors) -> None:
+    """Raises UserError if the stored head is not the embedding."""
+    rows = tensors.shape(HEAD)[0]
+    same = tensors.shape(HEAD) == tensors.shape(EMBEDDING)
+    for start in range(0, rows if same else 0, 4096):
+        part = (slice(start, min(start + 4096, rows)), slice(None))
+        same &= bool(np.array_equal(tensors.read(HEAD, part), tensors.read(EMBEDDING, part)))
+    if not same:
+        raise UserError(
+            f"{tensors.folder / tensors.file_of[HEAD]}: {HEAD!r} differs from {EMBEDDING!r}, but config.json says "
+            "tie_word_embeddings; set that to false, or remove the tensor"
+        )
 
 
 def piece(

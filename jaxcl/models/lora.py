@@ -86,14 +86,15 @@ def make(
     return Model(init, apply, {"base": model.axes, "lora": _axes(model.axes, chosen)})
 
 
-def merge(params: Params, alpha: float) -> Params:
-    """Returns the parameters of the base with the changes added in float32, in the dtype of the base.
+def merge(params: Params, alpha: float, dtype: Any = None) -> Params:
+    """Returns the parameters of the base with the changes added in float32.
 
     Args:
       params: {"base", "lora"}.
       alpha: as in `make`.
+      dtype: of the projections that change; None = that of the base, which rounds a bfloat16 base plus its change.
     """
-    return _add(params["base"], params["lora"], alpha)
+    return _add(params["base"], params["lora"], alpha, dtype)
 
 
 def unmerge(merged: Params, adapter: Params, alpha: float) -> Params:
@@ -110,7 +111,7 @@ def pairs_of(adapter: Params) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _add(base: Params, adapter: Params, alpha: float) -> Params:
+def _add(base: Params, adapter: Params, alpha: float, dtype: Any = None) -> Params:
     """Returns base + (alpha / rank) A B."""
     pairs = pairs_of(adapter)
 
@@ -120,7 +121,7 @@ def _add(base: Params, adapter: Params, alpha: float) -> Params:
         a, b = pairs[path]["a"], pairs[path]["b"]
         # Layer by layer; flattening the dimensions would gather what is cut over devices.
         product = jax.vmap(lambda x, y: jnp.tensordot(x, y, 1, precision=jax.lax.Precision.HIGHEST))(a, b)
-        return (w.astype(jnp.float32) + alpha / a.shape[-1] * product).astype(w.dtype)
+        return (w.astype(jnp.float32) + alpha / a.shape[-1] * product).astype(dtype or w.dtype)
 
     return map_named(leaf, base)
 
