@@ -36,7 +36,7 @@ def about(place: Path) -> dict[str, Any]:
     try:
         found = _read(place / "run.json")
     except FileNotFoundError:
-        raise UserError(f"{place}: not the folder of a run, it has no run.json; name a new or empty one") from None
+        raise UserError(f"{place}: not the folder of a run, it has no run.json; name that of a run, or to train a new one") from None
     if not isinstance(found, dict) or {"id", "config", "finished"} - set(found):
         raise UserError(f"{place / 'run.json'}: damaged; remove the folder to start anew")
     return found

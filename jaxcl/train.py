@@ -262,7 +262,7 @@ class Session:
         spent = {"seconds": time.perf_counter() - began}
         if boundary == -1 and (bad := [name for name, loss in scores["loss"].items() if not math.isfinite(loss)]):
             raise BadSteps(
-                f"the loss on {bad[0]} is not finite before the first step; look at its rows and config.model"
+                f"the loss on {bad[0]} is not finite before the first step; look at config.model and its checkpoint"
             )
         if boundary is not None and self.made.align:
             scores = scores | {"alignment": self.made.align(params)}

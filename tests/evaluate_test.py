@@ -312,6 +312,7 @@ BAD = {
     "long": (json.dumps(GOOD | {"prompt": "a" * 2000}), [], "t.jsonl:1: 200. tokens.*max_length"),
     "long prompt": ('{"prompt": "%s", "answer": "b"}' % ("a" * 2000), [], "t.jsonl:1: a prompt of 2001 tokens"),
     "step": (json.dumps(GOOD), ["--steps=5"], "no checkpoint '5'.*it has .*24"),
+    "negative shots": ('{"text": "a"}', ["--shots=-1"], "--shots=-1: must be at least 0"),
     "shots": ('{"text": "a"}', ["--shots=1"], "take examples"),
     "window": ('{"text": "a"}', ["--window=0"], "--window=0"),
     "max tokens": (json.dumps(GOOD), ["--max_tokens=0"], "at least 1"),

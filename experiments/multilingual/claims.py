@@ -25,6 +25,8 @@ CLAIMS = (
     ("Reptile adds to replay, at the matched rate: final loss", "final", -1, {MER: 1, REPLAY: -1}),
     ("Reptile adds to replay, at the matched rate: forgetting", "forgetting", -1, {MER: 1, REPLAY: -1}),
     ("Reptile adds to replay, at the matched rate: gap depth", "gap_depth", -1, {MER: 1, REPLAY: -1}),
+    ("Reptile adds to replay, at the matched rate: learned", "learned", -1, {MER: 1, REPLAY: -1}),
+    ("replay 25 % learns as much: learned, beside none", "learned", -1, {REPLAY: 1, NAIVE: -1}),
     (
         "a point of replay is worth more from 0 to 5 % than from 5 to 25 %: forgetting per point",
         "forgetting",

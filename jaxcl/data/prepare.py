@@ -127,7 +127,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: str, length: int, held_
     if not counts["train"] or (held_out and not counts["held_out"]):
         raise UserError(
             f"config.sources: {source.description} has too few different documents (of {sum(counts.values())}) "
-            f"for held_out={held_out}; add documents, or cut them smaller (text: split='paragraph')"
+            f"for held_out={held_out}; add documents, lower held_out, or in text files use split='paragraph'"
         )
     manifest = {
         "format": _FORMAT,

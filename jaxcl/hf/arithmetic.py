@@ -281,7 +281,7 @@ def add_commands(commands: Any) -> None:
     made.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     made.add_argument("--base", type=Path, required=True, help="what both others started from")
     made.add_argument("--instruct", type=Path, required=True, help="the model that follows instructions")
-    made.add_argument("--scale", type=_finite, default=1.0, help="of what was learned; 1 by default")
+    made.add_argument("--scale", type=number, default=1.0, help="of what was learned; 1 by default")
     made.set_defaults(act=_residual)
     for verb, means, option in (
         ("add", "A + scale * B", "scale"),
@@ -293,15 +293,15 @@ def add_commands(commands: Any) -> None:
             made.add_argument(name, metavar=name.upper(), type=Path, help="folder of a checkpoint")
         made.add_argument("out", metavar="OUT", type=Path, help="folder to make")
         if option:
-            made.add_argument(f"--{option}", type=_finite, required=option == "weight", default=1.0, help="a number")
+            made.add_argument(f"--{option}", type=number, required=option == "weight", default=1.0, help="a number")
         made.set_defaults(act=_pair)
 
 
-def _finite(text: str) -> float:
+def number(text: str) -> float:
     """Reads a finite number."""
-    if not math.isfinite(number := float(text)):
+    if not math.isfinite(value := float(text)):
         raise ValueError(text)
-    return number
+    return value
 
 
 def _residual(options: argparse.Namespace) -> None:
