@@ -36,7 +36,8 @@ def about(place: Path) -> dict[str, Any]:
     try:
         found = _read(place / "run.json")
     except FileNotFoundError:
-        raise UserError(f"{place}: not the folder of a run, it has no run.json; name that of a run, or to train a new one") from None
+        fault = "not the folder of a run, it has no run.json; name that of a run, or to train a new one"
+        raise UserError(f"{place}: {fault}") from None
     if not isinstance(found, dict) or {"id", "config", "finished"} - set(found):
         raise UserError(f"{place / 'run.json'}: damaged; remove the folder to start anew")
     return found

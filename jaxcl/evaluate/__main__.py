@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     if options.shots < 0:
         raise UserError(f"--shots={options.shots}: must be at least 0")
     if not all(options.tasks.split(",")):
-        raise UserError(f"--tasks={options.tasks!r}: names nothing somewhere; give files, or held_out, and commas between")
+        raise UserError(f"--tasks={options.tasks!r}: empty, or a comma too many; give files, or held_out")
     asked = tasks.read_all(options.tasks.split(","), shots=options.shots)
     target = target_of(options, asked)
     made = subject.load(options.run, steps=options.steps, window=options.window)
