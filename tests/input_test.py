@@ -212,6 +212,7 @@ NAMES = [
     *("misspelt override", "override of the wrong type", "override that does not fit", "misspelt flag", "not a flag"),
     "override of a default",
     *("missing config file", "config file with a syntax error", "config file with a wrong name"),
+    "config file that refuses",
     *("config file without a config", "empty corpus", "task shorter than a batch", "binary corpus", "damaged train"),
     *(
         "damaged train.tokens",
