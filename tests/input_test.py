@@ -133,7 +133,7 @@ def add_command_lines(cases, settings):
     )
     add(
         "config file that refuses",
-        ["error: data/: absent; fetch it\n"],
+        ["error: data/: absent; fetch it"],
         "from jaxcl.schema import UserError\n\n\ndef get_config():\n    raise UserError('data/: absent; fetch it')\n",
     )
     add("config file without a config", ["command line", "get_config"], "x = 1\n")

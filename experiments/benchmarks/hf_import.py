@@ -14,7 +14,6 @@ import datetime
 import json
 import pathlib
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -33,19 +32,26 @@ FOLDER = flags.DEFINE_string("folder", None, "where the checkpoint is written, a
 READ = flags.DEFINE_string("read", None, "internal: read this folder")
 
 TORCH = """
-import json, resource, sys, time
+import json, sys, time
 import torch, transformers
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+highest = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+base = highest()
 began = time.perf_counter()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 seconds = time.perf_counter() - began
 # Reads every byte, as a mapped file is not in memory before that.
 total = sum(float(p.float().sum()) for p in model.parameters())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = highest()
 touched = time.perf_counter() - began
 versions = {"torch": torch.__version__, "transformers": transformers.__version__}
 print(json.dumps({"seconds": seconds, "touched_s": touched, "base_kib": base, "peak_kib": peak, "versions": versions}))
 """
+
+
+def highest() -> int:
+    """Returns the highest resident memory of this process in KiB; unlike ru_maxrss without that of its parent."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def read(folder: str) -> None:
@@ -58,7 +64,7 @@ def read(folder: str) -> None:
     from jaxcl.models.config import resolve
 
     jax.devices()
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = highest()
     began = time.perf_counter()
     config = resolve(hf.fields(folder))
     shapes = jax.eval_shape(transformer.from_config(config).init, jax.random.key(0))
@@ -66,7 +72,7 @@ def read(folder: str) -> None:
     params = jax.block_until_ready(hf.load(folder, config, abstract))
     seconds = time.perf_counter() - began
     total = sum(float(leaf.ravel()[0]) for leaf in jax.tree.leaves(params))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = highest()
     told = {"seconds": seconds, "touched_s": time.perf_counter() - began, "base_kib": base, "peak_kib": peak}
     print(json.dumps(told | {"sum": total, "versions": {"jax": jax.__version__}}))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jaxcl.tree import map_named, named_leaves
 from jaxcl.types import Params, PyTree
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_THREADS = 8  # tensors in transit at the most
 _ROWS = 16  # rows turned into columns at a time: as many as a cache line holds; five times faster than all at once
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64}
 
@@ -143,8 +145,14 @@ def piece(
     if "{}" not in entry.tensor:
         _fill(out, tensors, entry.tensor, parsed, shape, index)
         return out
-    for place, layer in enumerate(range(*index[0].indices(shape[0]))):
-        _fill(out[place], tensors, entry.tensor.format(layer), parsed, shape[1:], index[1:])
+    layers = range(*index[0].indices(shape[0]))
+
+    def fill(place: int) -> None:
+        _fill(out[place], tensors, entry.tensor.format(layers[place]), parsed, shape[1:], index[1:])
+
+    with ThreadPoolExecutor(_THREADS) as pool:  # copies of arrays do not hold the interpreter's lock
+        for _ in pool.map(fill, range(len(layers))):
+            pass
     return out
 
 
