@@ -115,7 +115,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints that were completed, in increasing order."""
-        return _whole(self._directory)
+        return completed(self._directory)
 
     @jax.transfer_guard("allow")
     def save(self, step: int, state: TrainState, host: Mapping[str, Any]) -> float:
@@ -273,7 +273,7 @@ def copy(source: str | os.PathLike[str], target: str | os.PathLike[str], *, step
     path = old / str(step)
     reason, manifest = manifests.verify(path, everything=True)
     if manifest is None:
-        raise UserError(f"{source}: checkpoint {step} is damaged: {reason}; choose one of {_whole(old)}")
+        raise UserError(f"{source}: checkpoint {step} is damaged: {reason}; choose one of {completed(old)}")
     for name in manifest["files"]:
         (new / str(step) / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).copy(new / str(step) / name)
@@ -314,7 +314,7 @@ def read(
     path = root / str(step)
     reason, manifest = manifests.verify(path, everything=True)
     if manifest is None:
-        raise UserError(f"{directory}: checkpoint {step} is damaged: {reason}; choose one of {_whole(root)}")
+        raise UserError(f"{directory}: checkpoint {step} is damaged: {reason}; choose one of {completed(root)}")
     place = sharding or SingleDeviceSharding(jax.local_devices()[0])
     saved = manifest["leaves"]
     kinds = {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, (shape, kind, _) in saved.items()}
@@ -327,7 +327,7 @@ def read(
     return step, {name: loaded[name] for name in names}, json.loads((path / "host.json").read_text())
 
 
-def _whole(directory: epath.Path) -> list[int]:
+def completed(directory: epath.Path) -> list[int]:
     """Returns the steps of the checkpoints that were completed."""
     return [step for step in manifests.steps(directory) if (directory / str(step) / MANIFEST).exists()]
 
@@ -338,7 +338,7 @@ def _chosen(directory: epath.Path, step: int | None) -> int:
     Raises:
       UserError: there is no such checkpoint.
     """
-    whole = _whole(directory)
+    whole = completed(directory)
     if not whole or (step is not None and step not in whole):
         asked = "no checkpoint" if step is None else f"no checkpoint at step {step}"
         raise UserError(f"{directory}: {asked}; it has {whole or 'none'}")

@@ -144,7 +144,8 @@ def main(_) -> None:
         }
         for name, runs in raw.items()
     }
-    about = {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "command": sys.argv[1:]}
+    command = ["--peer_python=PYTHON" if arg.startswith("--peer_python") else arg for arg in sys.argv[1:]]
+    about = {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "command": command}
     result = {"preset": PRESET.value, "checkpoint_bytes": size, "summary": summary, "raw": raw, **about}
     pathlib.Path(OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"checkpoint_gib": size / 2**30, **summary}, indent=1))
