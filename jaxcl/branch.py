@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from jaxcl import checkpoint, console, folder, manifests, metrics, network, vocabulary
+from jaxcl import checkpoint, console, folder, manifests, metrics, network, saved, vocabulary
 from jaxcl.random import key_for
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
@@ -65,7 +65,7 @@ def make(
             with checkpoint.Checkpoints(target / "checkpoints") as checkpoints:
                 checkpoints.save(step, state, host)
         else:
-            step = checkpoint.copy(source / "checkpoints", target / "checkpoints", step=step)
+            step = saved.copy(source / "checkpoints", target / "checkpoints", step=step)
     except UserError:
         shutil.rmtree(target)
         raise
@@ -88,7 +88,7 @@ def _grown(
         raise UserError(f"{source}: --vocab={vocab}: only a transformer has a vocabulary that can grow; leave it out")
     if vocab < made.shape.vocab:
         raise UserError(f"--vocab={vocab}: the run in {source} has {made.shape.vocab} tokens; give at least as many")
-    step, leaves, host = checkpoint.read(source / "checkpoints", step=step)
+    step, leaves, host = saved.read(source / "checkpoints", step=step)
     nested = manifests.nest(leaves)
     names = [name for name, _ in named_leaves(jax.eval_shape(made.model.init, jax.random.key(0)))]
     if [name for name, _ in named_leaves(nested["params"])] != names:

@@ -5,7 +5,8 @@
       ...
       if checkpoints.due(step):
           checkpoints.save(step, state, {"ledger": ...})    returns once the state may be donated
-  copy(directory, other_directory, step=2700)               the beginning of a branch, see `jaxcl.branch`
+
+`jaxcl.saved` reads and copies checkpoints without a run.
 
 On disk, WORKDIR/checkpoints/STEP holds `state` (written by Orbax), `host.json` and, written last, `MANIFEST`: a line of
 JSON with size and sha256 of every file and shape, type and checksum of every leaf, and a line with its own sha256.
@@ -35,14 +36,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from jaxcl import manifests
+from jaxcl import manifests, saved
 from jaxcl.checksum import checksums
 from jaxcl.manifests import MANIFEST, PART
+from jaxcl.saved import BASE, Base
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
-from jaxcl.types import Params, PyTree, TrainState
+from jaxcl.types import PyTree, TrainState
 
-WEIGHTS = ("params/", "memory/frozen/")  # where the parameters of a model are in a state, trained and frozen
 CLOCK_STEPS = 20  # several processes ask process 0 for the time only this often: each answer is a collective
 
 
@@ -65,6 +66,7 @@ class Checkpoints:
     def __init__(
         self,
         directory: str | os.PathLike[str],
+        base: Base | None = None,
         *,
         every_steps: int | None = None,
         every_minutes: float | None = 10.0,
@@ -75,6 +77,7 @@ class Checkpoints:
 
         Args:
           directory: local, or gs:// and others that etils.epath knows; shared by all processes.
+          base: reads the leaves below `saved.BASE` from where they came; then checkpoints hold their checksums alone.
           every_steps: `due` at every multiple; None = never.
           every_minutes: `due` when this much time has passed since the last save; None = never.
           keep: how many of the latest checkpoints stay.
@@ -88,7 +91,7 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_not_orbax)
         self._directory = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
         self._every_steps, self._every_minutes = every_steps, every_minutes
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._base = keep, keep_every, base
         self._last = time.monotonic()
         self._pending: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -115,7 +118,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints that were completed, in increasing order."""
-        return completed(self._directory)
+        return manifests.completed(self._directory)
 
     @jax.transfer_guard("allow")
     def save(self, step: int, state: TrainState, host: Mapping[str, Any]) -> float:
@@ -146,7 +149,8 @@ class Checkpoints:
         self._barrier(step, "start")
         sums = checksums(list(leaves.values()))
         table = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
-        response = ocp.save_async(target / "state", manifests.nest(leaves))
+        inside = {name: leaf for name, leaf in leaves.items() if not (self._base and name.startswith(BASE))}
+        response = ocp.save_async(target / "state", manifests.nest(inside))
 
         # The thread must not touch the leaves: the next step may take their memory.
         def finish() -> None:
@@ -195,7 +199,7 @@ class Checkpoints:
             cut_short = f"{MANIFEST} is missing: its save was cut short"
             reason, manifest = manifests.verify(path) if exists else (cut_short, None)
             if _all_agree(manifest is not None) and manifest is not None:
-                state = _load(path, manifest, abstract_state)
+                state = _load(path, manifest, abstract_state, self._base)
                 if state is not None:
                     host = json.loads((path / "host.json").read_text())
                     message = "; ".join([*reasons, f"resuming from step {number}"]) if reasons else None
@@ -237,7 +241,7 @@ class Checkpoints:
                 mine |= json.loads((target / f"{PART}{other}").read_text())
                 (target / f"{PART}{other}").unlink()
             leaves = {name: [*shape_type, total] for (name, shape_type), total in zip(table.items(), sums, strict=True)}
-            line = json.dumps({"step": step, "files": mine, "leaves": leaves})
+            line = json.dumps({"step": step, "files": mine, "leaves": leaves, "base": self._base is None})
             manifests.write(target / MANIFEST, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
             self._prune()
         self._barrier(step, "committed")
@@ -258,107 +262,20 @@ class Checkpoints:
             asyncio.run(ocp.multihost.sync_global_processes(phase, operation_id=f"jaxcl-{step}-{self._saves}"))
 
 
-def copy(source: str | os.PathLike[str], target: str | os.PathLike[str], *, step: int | None = None) -> int:
-    """Copies one checkpoint, by default the newest, between two directories of checkpoints and returns its step.
-
-    For several processes, call it on one of them before the others look.
-
-    Raises:
-      UserError: no such checkpoint, a damaged one, or `target` has one already.
-    """
-    old, new = epath.Path(source), epath.Path(target)
-    if manifests.steps(new):
-        raise UserError(f"{target}: has checkpoints already: {manifests.steps(new)}; choose a new directory")
-    step = _chosen(old, step)
-    path = old / str(step)
-    reason, manifest = manifests.verify(path, everything=True)
-    if manifest is None:
-        raise UserError(f"{source}: checkpoint {step} is damaged: {reason}; choose one of {completed(old)}")
-    for name in manifest["files"]:
-        (new / str(step) / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).copy(new / str(step) / name)
-    manifests.write(new / str(step) / MANIFEST, (path / MANIFEST).read_text())
-    return step
-
-
-def params(
-    directory: str | os.PathLike[str], *, step: int | None = None, sharding: jax.sharding.Sharding | None = None
-) -> tuple[int, Params]:
-    """Returns the step and the parameters of one checkpoint, by default the newest; nothing else of it is read.
-
-    Parameters that are trained and those that are frozen come as one nested dict.
-
-    Args:
-      directory: of the checkpoints of a run.
-      step: of one of them; None = the newest.
-      sharding: of every array; None = all on the first device.
-
-    Raises:
-      UserError: no such checkpoint, or a damaged one.
-    """
-    step, loaded, _ = read(directory, step=step, sharding=sharding, wanted=WEIGHTS)
-    short = {name.removeprefix(start): x for start in WEIGHTS for name, x in loaded.items() if name.startswith(start)}
-    return step, manifests.nest(short)
-
-
-def read(
-    directory: str | os.PathLike[str],
-    *,
-    step: int | None = None,
-    sharding: jax.sharding.Sharding | None = None,
-    wanted: tuple[str, ...] = ("",),
-) -> tuple[int, dict[str, jax.Array], dict[str, Any]]:
-    """Returns the step, the leaves whose names begin with one of `wanted`, and the host part; see `params`."""
-    root = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
-    step = _chosen(root, step)
-    path = root / str(step)
-    reason, manifest = manifests.verify(path, everything=True)
-    if manifest is None:
-        raise UserError(f"{directory}: checkpoint {step} is damaged: {reason}; choose one of {completed(root)}")
-    place = sharding or SingleDeviceSharding(jax.local_devices()[0])
-    saved = manifest["leaves"]
-    kinds = {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, (shape, kind, _) in saved.items()}
-    names = [name for name in kinds if name.startswith(wanted)]
-    asked = {name: kind if name in names else ocp.PLACEHOLDER for name, kind in kinds.items()}
-    loaded = dict(named_leaves(ocp.load(path / "state", manifests.nest(asked))))
-    sums = np.asarray(checksums([loaded[name] for name in names]).addressable_data(0)).tolist()
-    if bad := [n for n, total in zip(names, sums, strict=True) if total != saved[n][2]]:
-        raise UserError(f"{directory}: checkpoint {step}: {bad[0]} differs from what was saved; choose another step")
-    return step, {name: loaded[name] for name in names}, json.loads((path / "host.json").read_text())
-
-
-def completed(directory: epath.Path) -> list[int]:
-    """Returns the steps of the checkpoints that were completed."""
-    return [step for step in manifests.steps(directory) if (directory / str(step) / MANIFEST).exists()]
-
-
-def _chosen(directory: epath.Path, step: int | None) -> int:
-    """Returns `step`, or the newest one for None.
-
-    Raises:
-      UserError: there is no such checkpoint.
-    """
-    whole = completed(directory)
-    if not whole or (step is not None and step not in whole):
-        asked = "no checkpoint" if step is None else f"no checkpoint at step {step}"
-        raise UserError(f"{directory}: {asked}; it has {whole or 'none'}")
-    return whole[-1] if step is None else step
-
-
-def _load(path: epath.Path, manifest: dict[str, Any], abstract_state: PyTree) -> PyTree | None:
+def _load(path: epath.Path, manifest: dict[str, Any], abstract_state: PyTree, base: Base | None) -> PyTree | None:
     """Returns the state on the devices, or None if a checksum differs.
 
     Raises:
-      UserError: `abstract_state` has other leaves than the checkpoint.
+      UserError: `abstract_state` has other leaves than the checkpoint, or the base has changed.
     """
-    saved, wanted = manifest["leaves"], dict(named_leaves(abstract_state))
+    kept, wanted = manifest["leaves"], dict(named_leaves(abstract_state))
     for name, leaf in wanted.items():
-        if leaf.size and name not in saved:
+        if leaf.size and name not in kept:
             raise UserError(f"{path}: has no leaf {name!r}, which this run needs; was it made by another config?")
-        if leaf.size and saved[name][:2] != [list(leaf.shape), str(leaf.dtype)]:
-            found, asked = (f"{kind}{shape}" for shape, kind in (saved[name][:2], (list(leaf.shape), leaf.dtype)))
+        if leaf.size and kept[name][:2] != [list(leaf.shape), str(leaf.dtype)]:
+            found, asked = (f"{kind}{shape}" for shape, kind in (kept[name][:2], (list(leaf.shape), leaf.dtype)))
             raise UserError(f"{path}: leaf {name!r} is {found}, this run needs {asked}; was it made by another config?")
-    extra = [name for name in saved if name not in wanted]
+    extra = [name for name in kept if name not in wanted]
     if extra:
         raise UserError(f"{path}: holds the leaf {extra[0]!r}, which this run lacks; was it made by another config?")
     here = SingleDeviceSharding(jax.local_devices()[0])
@@ -367,9 +284,8 @@ def _load(path: epath.Path, manifest: dict[str, Any], abstract_state: PyTree) ->
         for name, leaf in wanted.items()
     }
     full = {name: target for name, target in targets.items() if target.size}
-    loaded = dict(named_leaves(ocp.load(path / "state", manifests.nest(full))))
-    sums = np.asarray(checksums([loaded[name] for name in full]).addressable_data(0)).tolist()
-    if not _all_agree(sums == [saved[name][2] for name in full]):
+    loaded, differ = saved.arrays(path, manifest, full, base)
+    if not _all_agree(not differ):
         return None
     empty = {name: jnp.zeros(t.shape, t.dtype, device=t.sharding) for name, t in targets.items() if not t.size}
     return jax.tree.unflatten(jax.tree.structure(abstract_state), [(loaded | empty)[name] for name in wanted])

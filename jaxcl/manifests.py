@@ -20,6 +20,11 @@ def steps(directory: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal()) if directory.exists() else []
 
 
+def completed(directory: epath.Path) -> list[int]:
+    """Returns the steps of the checkpoints that were completed."""
+    return [step for step in steps(directory) if (directory / str(step) / MANIFEST).exists()]
+
+
 def files(root: epath.Path, prefix: str = "") -> list[str]:
     """Returns the names of all files below `root`, sorted, without those by which processes exchange hashes."""
     names = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,14 +34,18 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
 
 
+Load = Callable[[Key, PyTree], Params]  # key, abstract parameters with shardings -> the parameters
+
+
 class Network(NamedTuple):
     """A model and its parameters before training."""
 
     model: Model
-    load: Callable[[Key, PyTree], Params] | None  # key, abstract parameters with shardings -> those of the checkpoint
+    load: Load | None  # of the parameters of the checkpoint
     shape: Config | None  # if it is a transformer
     checkpoint: str | None = None  # folder that they are imported from
     adapter: Adapter | None = None  # then `model` is the one with the adapter
+    load_base: Load | None = None  # of an adapter whose base is a checkpoint: as `load`, for the base alone
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -51,6 +56,10 @@ class Network(NamedTuple):
     def keyed(self) -> bool:
         """Returns whether `model.apply` is random, given a key."""
         return self.adapter is not None and self.adapter.dropout > 0
+
+    def base_of(self, key: Key) -> Callable[[PyTree], Params] | None:
+        """Returns what reads the base below an adapter again, if it came from a checkpoint; `key` as for `load`."""
+        return functools.partial(self.load_base, key) if self.load_base else None
 
 
 def tokenizer_of(options: Mapping[str, Any] | None, model: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -120,7 +129,8 @@ def _adapted(base: Network, options: Mapping[str, Any]) -> Network:
             "lora": drawn("lora") if source is None else peft.load(source, abstract["lora"]),
         }
 
-    return base._replace(model=model, load=load if base.load or source is not None else None, adapter=chosen)
+    either = load if base.load or source is not None else None
+    return base._replace(model=model, load=either, adapter=chosen, load_base=base.load)
 
 
 def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:

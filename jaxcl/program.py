@@ -36,6 +36,7 @@ class Program(NamedTuple):
     abstract: TrainState  # shapes, dtypes and shardings of the state
     create: Callable[[], TrainState]
     imported: bool  # whether `create` reads a checkpoint folder
+    base: Callable[[Any], Params] | None  # reads the base below an adapter again, see `jaxcl.saved.arrays`
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     end_task: Callable[[TrainState, Batch], TrainState]
     evaluate: Callable[[Params], dict[str, dict[str, float]]]  # loss (nats per token) and bits_per_byte by domain
@@ -277,6 +278,7 @@ def compiled(
     return {
         "abstract": abstract,
         "imported": network.load is not None,
+        "base": network.base_of(key_for(seed, "init")),
         "create": imported if network.load else jax.jit(initial, out_shardings=shardings),
         "step": jax.jit(step, out_shardings=(shardings, copied), donate_argnums=0),
         "end_task": jax.jit(end_task, out_shardings=shardings, donate_argnums=0),

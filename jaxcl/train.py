@@ -68,7 +68,7 @@ class Session:
         """Restores, and only then writes to `place`: what is refused leaves it as it was."""
         self.made, self.loop, self.place = made, loop, place
         self.checkpoints = schema.call(
-            checkpoint.Checkpoints, loop.checkpoint or {}, place / "checkpoints", field="checkpoint"
+            checkpoint.Checkpoints, loop.checkpoint or {}, place / "checkpoints", made.base, field="checkpoint"
         )
         self.state: TrainState
         self.step = 0

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcl import checkpoint, folder, network
+from jaxcl import folder, network, saved
 from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.random import key_for
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
 from jaxcl.types import Params
@@ -41,7 +42,8 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
     config = about["config"]
     words = network.tokenizer_of(config.get("tokenizer"), config["model"])
     made = network.make(config["model"], words, config["packing"]["length"], config.get("adapter"))
-    step, leaves = checkpoint.params(run / "checkpoints", step=step, sharding=sharding)
+    key = key_for(config.get("seed", 0), "init")
+    step, leaves = saved.params(run / "checkpoints", step=step, sharding=sharding, base=made.base_of(key))
     names = {name for name, _ in named_leaves(jax.eval_shape(made.model.init, jax.random.key(0)))}
     if names != {name for name, _ in named_leaves(leaves)}:
         raise UserError(f"{run}: checkpoint {step} holds another model than run.json describes; restore run.json")

@@ -8,7 +8,7 @@ import pytest
 import small
 import tokenizers
 
-from jaxcl import branch, checkpoint, train
+from jaxcl import branch, saved, train
 from jaxcl.data import tokenizer
 from jaxcl.schema import UserError
 
@@ -90,7 +90,7 @@ def test_a_branch_with_more_tokens(folder, trunk, tmp_path, capsys):
     before, new = small.tree_of(trunk), tmp_path / "new"
     branch.main([str(trunk), str(new), "--step=12", "--vocab=272"])
     assert "--config.model.vocab=272" in capsys.readouterr().out
-    (_, old, host), (step, grown, changed) = (checkpoint.read(run / "checkpoints", step=12) for run in (trunk, new))
+    (_, old, host), (step, grown, changed) = (saved.read(run / "checkpoints", step=12) for run in (trunk, new))
     assert step == 12
     assert changed == host | {"stream": None, "held_out": None}
     assert old.keys() == grown.keys()
@@ -121,8 +121,8 @@ def test_a_branch_with_more_tokens(folder, trunk, tmp_path, capsys):
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     assert small.records(new, "train")[:12] == small.records(trunk, "train")[:12]
-    assert checkpoint.read(new / "checkpoints")[0] == 16
-    assert checkpoint.read(new / "checkpoints")[2]["stream"]  # from here on the rows are checked again
+    assert saved.read(new / "checkpoints")[0] == 16
+    assert saved.read(new / "checkpoints")[2]["stream"]  # from here on the rows are checked again
     assert small.tree_of(trunk) == before
 
 
@@ -139,7 +139,7 @@ def test_a_branch_that_was_cut_short_is_not_trained_and_is_made_anew(folder, tru
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(branch.checkpoint, "copy", cut)
+        patch.setattr(branch.saved, "copy", cut)
         with pytest.raises(KeyboardInterrupt):
             branch.make(trunk, new)
     with pytest.raises(UserError, match=r"a branch that was cut short; make it again with python -m jaxcl\.branch"):

@@ -15,8 +15,9 @@ import pytest
 
 from jaxcl import checkpoint, manifests, optim, tree
 from jaxcl import mesh as meshes
-from jaxcl.checkpoint import MANIFEST, Checkpoints, copy
+from jaxcl.checkpoint import MANIFEST, Checkpoints
 from jaxcl.checksum import checksums
+from jaxcl.saved import copy
 from jaxcl.schema import UserError
 from jaxcl.types import TrainState
 

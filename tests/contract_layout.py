@@ -17,13 +17,13 @@ LAYERS = (
     {"methods"},
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console"},
-    {"folder", "report", "checkpoint", "manifests", "checksum", "distributed", "allocator", "hf"},
+    {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
     {"network"},
     {"program", "train", "weights"},
     {"sweep", "main", "branch", "bpe", "evaluate", "commands"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
-IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "weights", "evaluate", "commands"}
+IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 

@@ -294,6 +294,13 @@ def test_a_sweep_writes_figures_and_a_page_once(run, tmp_path, capsys):
     command.main([str(run), f"--tasks={facts}", f"--out={tmp_path / 'one.json'}"])
     assert json.loads((tmp_path / "one.json").read_text())["steps"] == [small.TOTAL]
     assert not (tmp_path / "one.html").exists()
+    typo = write(tmp_path / "typo.jsonl", {"prompt": "wind", "answer": "river", "stage": "stage d00"})
+    with pytest.raises(
+        UserError, match=r"typo.jsonl:1: stage 'stage d00': not a stage.*did you mean 'stage d0'\?.*'none'"
+    ):
+        command.main([str(run), f"--tasks={typo}"])
+    control = write(tmp_path / "control.jsonl", {"prompt": "wind", "answer": "sea", "stage": "none"})
+    command.main([str(run), f"--tasks={control}"])
 
 
 GOOD = {"prompt": "a", "choices": ["b", "c"], "answer": 0}

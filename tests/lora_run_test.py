@@ -1,12 +1,14 @@
 """Runs with an adapter: the base keeps its bytes, the adapter goes on, and both become Hugging Face folders."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 
-from jaxcl import branch, checkpoint, frozen, program, train, tree
+from jaxcl import branch, frozen, program, saved, train, tree, weights
 from jaxcl.hf import files
 from jaxcl.hf.__main__ import export, export_adapter
 from jaxcl.models import lora
@@ -46,7 +48,7 @@ def first_losses(workdir):
 
 
 def test_a_run_leaves_the_base_alone(folder, trained):
-    _, leaves = checkpoint.params(trained / "checkpoints")
+    _, leaves = saved.params(trained / "checkpoints")
     _, pieces = train.split(settings(folder))
     made = program.build(**pieces)
     start = frozen.whole(made.create())
@@ -101,7 +103,7 @@ def test_the_adapter_goes_on_with_and_without_its_optimiser_state(folder, traine
 
 
 def test_a_run_is_exported_with_what_its_adapter_learned(folder, trained, tmp_path):
-    _, leaves = checkpoint.params(trained / "checkpoints")
+    _, leaves = saved.params(trained / "checkpoints")
     export(trained, tmp_path / "out")
     merged = jax.tree.map(np.asarray, lora.merge(leaves, 16.0))
     found = files.open_folder(tmp_path / "out").read("model.layers.0.mlp.up_proj.weight")
@@ -118,7 +120,7 @@ def test_a_base_of_bfloat16_keeps_its_bytes_and_is_exported_in_float32(folder, t
     export(trained, tmp_path / "base", dtype="bfloat16")
     own = {"model": {"checkpoint": str(tmp_path / "base")}, "stream__steps": 2}
     assert train.run(settings(folder, **own), str(tmp_path / "run"), final=False) == 0
-    _, leaves = checkpoint.params(tmp_path / "run" / "checkpoints")
+    leaves = weights.load(tmp_path / "run").params
     source = files.open_folder(tmp_path / "base")
     up = np.asarray(leaves["base"]["layers"]["mlp"]["up"][0])
     assert up.dtype == source.read("model.layers.0.mlp.up_proj.weight").dtype == jnp.bfloat16
@@ -136,6 +138,47 @@ def test_a_base_of_bfloat16_keeps_its_bytes_and_is_exported_in_float32(folder, t
     assert train.run(settings(folder, **grown), str(tmp_path / "grown"), final=False) == 0
     with pytest.raises(UserError, match="its vocabulary has grown, which no adapter holds"):
         export_adapter(tmp_path / "grown", tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
+def test_checkpoints_hold_the_adapter_alone_and_resume_bit_for_bit(folder, trained, tmp_path):
+    """Where the base came from a folder; that folder is read again, and must be what it was."""
+    base = tmp_path / "base"
+    export(trained, base, dtype="bfloat16")
+    own = {"model": {"checkpoint": str(base)}, "stream__stages": STAGES[:1], "stream__steps": 8}
+    settings_ = settings(folder, **own)
+    assert train.run(settings_, str(tmp_path / "whole"), final=False) == 0
+
+    loop, pieces = train.split(settings_)
+    made = program.build(**pieces)
+    cut = train.Session(made, loop, tmp_path / "cut", settings_)
+    with pytest.raises(train.Stopped), contextlib.closing(cut):
+        cut.train(lambda step: "a signal" if step == 5 else None)
+    path = tmp_path / "cut" / "checkpoints" / "5"
+    kept, size = small.manifest(path), sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert kept["base"] is False
+    assert "memory/frozen/base/layers/mlp/up" in kept["leaves"]  # its checksum
+    assert size < sum(f.stat().st_size for f in small.newest(trained).rglob("*") if f.is_file())
+    assert train.run(settings_, str(tmp_path / "cut"), final=False) == 0
+    assert small.checkpoint(tmp_path / "cut") == small.checkpoint(tmp_path / "whole")
+
+    found = weights.load(tmp_path / "cut")
+    up = files.open_folder(base).read("model.layers.0.mlp.up_proj.weight")
+    assert np.asarray(found.params["base"]["layers"]["mlp"]["up"][0]).T.tobytes() == up.tobytes()
+    branch.make(tmp_path / "cut", tmp_path / "branch")
+    more = settings(folder, **own | {"stream__steps": 10})
+    assert train.run(more, str(tmp_path / "branch"), final=False) == 0
+
+    (shard,) = base.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1  # the last number is still finite
+    shard.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"of config\.model\.checkpoint is not what this adapter was trained on; restore"
+    ):
+        export(tmp_path / "cut", tmp_path / "lost")
+    with pytest.raises(UserError, match="is not what this adapter was trained on"):
+        train.run(more, str(tmp_path / "cut"), final=False)
     assert not (tmp_path / "lost").exists()
 
 

@@ -115,6 +115,9 @@ def test_messages_become_conversations(tmp_path, kind):
 def test_messages_stored_as_columns(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines([{"m": {"role": ["user", "assistant"], "content": ["Why?", "So."]}}]))
     assert drain({"name": "jsonl", "path": str(tmp_path / "a.jsonl"), "messages": "m"}) == [CHAT]
+    (tmp_path / "b.jsonl").write_bytes(lines([{"m": {"role": "user", "content": "Why?"}}]))
+    with pytest.raises(UserError, match="column 'm' holds a single message; put it in a list"):
+        drain({"name": "jsonl", "path": str(tmp_path / "b.jsonl"), "messages": "m"})
 
 
 def test_a_conversation_is_taken_whole_or_not_at_all():

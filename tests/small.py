@@ -138,10 +138,19 @@ def results(workdir):
 
 def checkpoint(workdir):
     """Returns step, leaf -> [shape, dtype, checksum of the bits] and the host part of the newest checkpoint."""
-    folder = pathlib.Path(workdir) / "checkpoints"
-    newest = max(int(p.parent.name) for p in folder.glob("*/MANIFEST") if p.parent.name.isdecimal())
-    manifest = json.loads((folder / str(newest) / "MANIFEST").read_text().splitlines()[0])
-    return newest, manifest["leaves"], json.loads((folder / str(newest) / "host.json").read_text())
+    folder = newest(workdir)
+    return int(folder.name), manifest(folder)["leaves"], json.loads((folder / "host.json").read_text())
+
+
+def newest(workdir):
+    """Returns the folder of the newest checkpoint of a run."""
+    whole = [p.parent for p in pathlib.Path(workdir).glob("checkpoints/*/MANIFEST") if p.parent.name.isdecimal()]
+    return max(whole, key=lambda p: int(p.name))
+
+
+def manifest(folder):
+    """Returns the manifest of a checkpoint."""
+    return json.loads((folder / "MANIFEST").read_text().splitlines()[0])
 
 
 def outcome(workdir):

@@ -45,6 +45,10 @@ def target_of(options: argparse.Namespace, asked: Sequence[tasks.Task]) -> Path 
 def evaluate(asked: Sequence[tasks.Task], made: subject.Subject, options: measure.Options) -> dict[str, Any]:
     """Returns the figures of every task at every step, as JSON. Everything is checked before the first is measured."""
     engine = subject.engine_of(made)
+    if made.run:
+        stages = [stage["name"] for stage in made.found.about["config"]["stream"]["stages"]]
+        for task in asked:
+            tasks.check_stages(task, stages)
     ready = [
         subject.held_out(made) if task.kind == tasks.HELD_OUT else measure.prepare(task, engine, options)
         for task in asked

@@ -24,6 +24,7 @@ from jaxcl.evaluate.tasks import Record, Task, between
 from jaxcl.schema import UserError
 from jaxcl.types import Params
 
+QUOTED = 40  # characters of a text in a message
 Figures = dict[str, dict[str, float]]  # group -> metric -> value
 Measure = Callable[[Params, Tell | None], Figures]
 
@@ -73,14 +74,19 @@ def language(nats: float, tokens: float, size: float) -> dict[str, float]:
     }
 
 
+def short(text: str) -> str:
+    """Returns a text as a message quotes it."""
+    return repr(text if len(text) <= QUOTED else text[: QUOTED - 3] + "...")
+
+
 def request(record: Record, continuation: str, engine: Engine) -> Request:
     """Returns the request that scores a continuation of a record."""
     made = engines.pair(engine.words, record.prompt + between(record, continuation), continuation)
     if made.scored < 1:
-        raise UserError(f"{record.place}: answer {continuation!r}: adds no token of its own to the prompt; reword it")
+        raise UserError(f"{record.place}: answer {short(continuation)}: adds no token to the prompt; reword it")
     if len(made.tokens) - 1 > engine.max_length:
         raise UserError(
-            f"{record.place}: {len(made.tokens) - 1} tokens with the answer {continuation!r}, but the model's "
+            f"{record.place}: {len(made.tokens) - 1} tokens with the answer {short(continuation)}, but the model's "
             f"max_length is {engine.max_length}; shorten the record or use fewer --shots"
         )
     return made

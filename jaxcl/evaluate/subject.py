@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from jaxcl import checkpoint, network, program, schema, scores, weights
+from jaxcl import manifests, network, program, schema, scores, weights
 from jaxcl.data import rows as tables
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.evaluate import engine as engines
@@ -69,7 +69,7 @@ def steps_of(path: Path, text: str | None) -> list[int]:
     Raises:
       UserError: one that the run has no checkpoint of; the message lists those it has.
     """
-    kept = checkpoint.completed(epath.Path(path / "checkpoints"))
+    kept = manifests.completed(epath.Path(path / "checkpoints"))
     if not kept:
         raise UserError(f"{path}: no checkpoint to evaluate; give the folder of a run, or of a Hugging Face checkpoint")
     if text is None:

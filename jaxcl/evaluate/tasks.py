@@ -6,8 +6,9 @@
   {"text"}                                                              perplexity
 
 Any record may say `delimiter`, what stands between prompt and answer: by default one space, or nothing where there is
-white space or no prompt already. One of generation may say `extract`, a regular expression that finds the answer in
-a text, and `stop`, a list of strings at which the generated text ends. Other keys are ignored.
+white space or no prompt already. The stage of a fact is one of the run's, or "none" for a control. One of generation
+may say `extract`, a regular expression that finds the answer in a text, and `stop`, a list of strings at which the
+generated text ends. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxcl.schema import UserError
+from jaxcl.schema import UserError, nearest
 
+NO_STAGE = "none"  # of facts that entered in no stage
 HELD_OUT = "held_out"  # the name of the task that no file describes: the held-out rows of the run's own domains
 
 
@@ -104,6 +106,16 @@ def kind_of(value: dict[str, Any], place: str) -> str:
         f"{place}: keys {', '.join(value) or 'none'}: expected prompt (or question) and answer, "
         "with choices or stage besides; or text"
     )
+
+
+def check_stages(task: Task, stages: Sequence[str]) -> None:
+    """Raises UserError for a fact of a stage that the run does not have."""
+    for record in task.records:
+        if record.stage and record.stage not in (*stages, NO_STAGE):
+            raise UserError(
+                f"{record.place}: stage {record.stage!r}: not a stage of the run{nearest(record.stage, stages)}; "
+                f"a fact that entered in none, a control, has the stage {NO_STAGE!r}"
+            )
 
 
 def with_shots(task: Task, shots: int) -> Task:

@@ -163,6 +163,8 @@ def _text(record: Record, column: str, place: str) -> str | None:
 def _chat(record: Record, column: str, place: str) -> Chat | None:
     """Returns the conversation of a column, None if it is null."""
     found = _plain(value_of(record, column, place), column, place)
+    if isinstance(found, Mapping) and any(isinstance(value, str | bytes) for value in found.values()):
+        raise UserError(f"{place}: column {column!r} holds a single message; put it in a list")
     if isinstance(found, Mapping):  # a table of columns: the same, stored the other way round
         rows = zip(*(_plain(value, column, place) for value in found.values()), strict=True)
         found = [dict(zip(found, row, strict=True)) for row in rows]
