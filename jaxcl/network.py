@@ -99,6 +99,31 @@ def make(
     return found if adapter is None else _adapted(found, {"name": adapter} if isinstance(adapter, str) else adapter)
 
 
+def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Network:
+    """Returns the model of `config.model` for rows that are not text.
+
+    Args:
+      options: `name` of a module of jaxcl.models and the options of its `make`.
+      example: a batch of the rows.
+      classes: one more than the largest label.
+
+    Raises:
+      UserError: the model does not take these rows, or has fewer logits than there are classes.
+    """
+    if "checkpoint" in options:
+        raise UserError("config.model.checkpoint: a language model, but config.sources are tables; give a model's name")
+    model = schema.make("jaxcl.models", options, field="model")
+    shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    try:
+        found = jax.eval_shape(lambda params: model.apply(params, example).logits, shapes).shape
+    except Exception as error:  # layers raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"config.model: takes no rows of shape {example.inputs.shape[1:]} ({reason})") from error
+    if len(found) != 2 or found[1] < classes:
+        raise UserError(f"config.model: gives logits {found[1:]}, but there are {classes} classes; set its option")
+    return Network(model, None, None)
+
+
 def _adapted(base: Network, options: Mapping[str, Any]) -> Network:
     """Returns `base` with an adapter. The base keeps the type of its files, bit for bit."""
     if options.get("name") != "lora":

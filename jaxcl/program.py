@@ -12,16 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import alignment, compose, flops, frozen, losses, schedules, schema, scores, tree
+from jaxcl import alignment, compose, domains, flops, frozen, losses, schedules, schema, scores, tree
 from jaxcl import guard as guards
 from jaxcl import mesh as meshes
 from jaxcl import network as networks
 from jaxcl import optim as optimisers
-from jaxcl.data import clean, prepare, provenance
+from jaxcl.data import prepare, provenance
 from jaxcl.data import rows as tables
 from jaxcl.data import stream as streams
-from jaxcl.data import tokenizer as tokenizers
-from jaxcl.data.sources import Source
 from jaxcl.random import key_for
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Metrics, Model, Params, TrainState
@@ -39,7 +37,7 @@ class Program(NamedTuple):
     base: Callable[[Any], Params] | None  # reads the base below an adapter again, see `jaxcl.saved.arrays`
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     end_task: Callable[[TrainState, Batch], TrainState]
-    evaluate: Callable[[Params], dict[str, dict[str, float]]]  # loss (nats per token) and bits_per_byte by domain
+    evaluate: Callable[[Params], dict[str, dict[str, float]]]  # domain's loss (nats per token), bits_per_byte
     evaluate_every: int  # steps
     align: Callable[[Params], dict[str, dict[str, float]]] | None  # domain -> domain -> cosine of their gradients
     utilisation: Callable[[float], float | None]  # tokens per second -> share of the devices' peak, None if unknown
@@ -47,14 +45,6 @@ class Program(NamedTuple):
     place_task: Callable[[int], Batch]  # stage -> its last batches without replayed rows, stacked [K, B, ...]
     facts: dict[str, Any]  # for the report: parameters, devices, sources
     held_out: dict[str, str]  # domain -> fingerprint of its held-out rows
-
-
-class Packing(NamedTuple):
-    """How text becomes rows."""
-
-    length: int  # L, tokens per row
-    held_out: float = 0.05  # share of the documents that is only evaluated on
-    directory: str = "~/.cache/jaxcl"  # folder of packed rows
 
 
 class Evaluation(NamedTuple):
@@ -70,12 +60,12 @@ def build(
     model: dict[str, Any],
     adapter: str | dict[str, Any] | None = None,
     sources: dict[str, Any],
-    packing: dict[str, Any],
     stream: dict[str, Any],
     optim: dict[str, Any],
     schedule: dict[str, Any],
     method: Any = "cpt",
     tokenizer: dict[str, Any] | None = None,
+    packing: dict[str, Any] | None = None,
     loss: dict[str, Any] | None = None,
     guard: dict[str, Any] | None = None,
     mesh: dict[str, Any] | None = None,
@@ -89,12 +79,12 @@ def build(
       model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
       adapter: 'lora', or a dict with that `name` and options, see `jaxcl.network.make`: all else is frozen.
       sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`.
-      packing: see `Packing`.
       stream: see `stream_of`.
       optim: see `jaxcl.optim.make`; the learning rate is the schedule's. `frozen` parameters cost no gradient.
       schedule: see `jaxcl.schedules.make`.
       method: an expression such as "er(capacity=256) + reptile(every=10, keep=0.5)", or a dict, or a list of dicts.
-      tokenizer: see `jaxcl.data.tokenizer.make`.
+      tokenizer: see `jaxcl.data.tokenizer.make`; of text alone.
+      packing: see `jaxcl.domains.Packing`; of text alone, which needs it.
       loss: options of `jaxcl.losses.cross_entropy`.
       guard: options of `jaxcl.guard.guard`; None = no step is ever skipped.
       mesh: sizes of the mesh axes, see `jaxcl.mesh.make`.
@@ -110,11 +100,8 @@ def build(
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
-    packed = schema.call(Packing, packing, field="packing")
-    words = networks.tokenizer_of(tokenizer, model)
-    network = networks.make(model, words, packed.length, adapter)
+    network, corpora = domains.make(sources, packing or {}, tokenizer, model, adapter)
     optim, patterns = frozen_of(optim, network)
-    corpora = corpora_of(sources, words, packed)
     multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
     rows = {name: corpus.train for name, corpus in corpora.items()}
     flow = schema.call(stream_of, stream, rows, seed, multiple, field="stream")
@@ -149,31 +136,6 @@ def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluat
     for key in ("lr", "field"):
         if key in optim:
             raise UserError(f"config.optim.{key}: unknown key; the learning rate is config.schedule.peak")
-
-
-def corpora_of(
-    sources: Mapping[str, Mapping[str, Any]], words: tokenizers.Tokenizer, packing: Packing
-) -> dict[str, prepare.Corpus]:
-    """Returns the packed rows of every domain."""
-    if not sources:
-        raise UserError(
-            "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
-        )
-    made = {name: source_of(name, options) for name, options in sources.items()}
-    return {name: prepare.make(source, words, name=name, **packing._asdict()) for name, source in made.items()}
-
-
-def source_of(name: str, options: Mapping[str, Any]) -> Source:
-    """Returns the documents of a domain, cleaned if its options say how."""
-    field, rest = f"sources.{name}", options
-    if isinstance(options, Mapping):
-        rest = {key: value for key, value in options.items() if key != "clean"}
-    source = schema.make("jaxcl.data.sources", rest, field=field)
-    if (how := options.get("clean")) is None:
-        return source
-    if not isinstance(how, Mapping):
-        raise UserError(f"config.{field}.clean={how!r}: expected a dict of options, as in dict(near=0.8)")
-    return schema.call(clean.make, how, source, field=f"{field}.clean")
 
 
 def stream_of(
@@ -272,7 +234,7 @@ def compiled(
         end = flow.boundaries[stage]
         first = max(end - TASK_BATCHES, end - flow.stages[stage].steps)
         batches = [flow.at(number, recall=lambda _: {}) for number in range(first, end)]
-        new = [dataclasses.replace(b, weights=b.weights * (1 - b.extra["replayed"])[:, None]) for b in batches]
+        new = [dataclasses.replace(b, weights=np.where(b.extra["replayed"], 0, b.weights.T).T) for b in batches]
         return meshes.place(mesh, jax.tree.map(lambda *x: np.stack(x), *new), axis=1)
 
     return {
@@ -315,6 +277,8 @@ def evaluator(
     network: Model, corpora: Mapping[str, prepare.Corpus], rows: scores.Rows
 ) -> Callable[[Params], dict[str, dict[str, float]]]:
     """Returns the evaluation of every domain on its held-out rows."""
+    if not any(c.manifest["tokenizer"] for c in corpora.values()):
+        return classified(network, rows)
     ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()}
     score = scores.make(network, losses.cross_entropy)
 
@@ -323,6 +287,12 @@ def evaluator(
         return {"loss": nats, "bits_per_byte": scores.bits_per_byte(nats, ratio)}
 
     return run
+
+
+def classified(network: Model, rows: scores.Rows) -> Callable[[Params], dict[str, dict[str, float]]]:
+    """Returns the evaluation of a classifier."""
+    loss, accuracy = (scores.make(network, score) for score in (losses.cross_entropy, scores.accuracy))
+    return lambda params: {"loss": loss(params, rows), "bits_per_byte": {}, "accuracy": accuracy(params, rows)}
 
 
 def aligner(
@@ -356,7 +326,7 @@ def facts(
     patterns: Sequence[str],
 ) -> dict[str, Any]:
     """Returns what the report says of the run besides its metrics."""
-    device, length = mesh.devices.flat[0], setting.example.targets.shape[1]
+    device, length = mesh.devices.flat[0], math.prod(setting.example.targets.shape[1:])
     params, trained = frozen.whole(abstract), dict(tree.named_leaves(abstract.params))
     learning = tree.map_named(lambda name, _: name in trained, params)
     less = {"trained_parameters": tree.size(abstract.params)} if patterns else {}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl import folder, program, report, schedules, schema, train
+from jaxcl import domains, folder, program, report, schedules, schema, train
 from jaxcl import optim as optimisers
 from jaxcl.report import terminal
 from jaxcl.schema import UserError, assign
@@ -60,7 +60,8 @@ def check(config: Mapping[str, Any], place: Path) -> None:
     schedule, optim, stream = pieces["schedule"], pieces["optim"], pieces["stream"]
     evaluation = schema.call(program.Evaluation, pieces.get("evaluation") or {}, field="evaluation")
     program.check_options(schedule, optim, evaluation, len(pieces["sources"]))
-    schema.check(program.Packing, pieces["packing"], field="packing")
+    if pieces.get("packing"):
+        schema.check(domains.Packing, pieces["packing"], field="packing")
     schema.check(program.stream_of, stream, field="stream", positional=3)
     stages = [stage if isinstance(stage, Mapping) else {} for stage in stream["stages"]]
     steps = [stage.get("steps", stream.get("steps")) for stage in stages]

@@ -40,6 +40,8 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
     """
     about = folder.about(run)
     config = about["config"]
+    if "packing" not in config:
+        raise UserError(f"{run}: a classifier; evaluation, export and merging are for language models")
     words = network.tokenizer_of(config.get("tokenizer"), config["model"])
     made = network.make(config["model"], words, config["packing"]["length"], config.get("adapter"))
     key = key_for(config.get("seed", 0), "init")

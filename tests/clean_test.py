@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxcl import program
+from jaxcl import domains
 from jaxcl.data import clean, prepare, provenance, shingles, tokenizer
 from jaxcl.data.sources import Source
 from jaxcl.report import origin
@@ -141,12 +141,12 @@ def test_from_the_config_to_the_manifest_and_the_report(tmp_path):
     paragraphs = [" ".join(words) for words in sentences(30, 40)]
     (tmp_path / "d.txt").write_text("\n\n".join([*paragraphs, *paragraphs[:4]]))
     evaluation.write_text(paragraphs[7] + "\n")
-    packing = program.Packing(32, 0.0001, str(tmp_path / "rows"))  # so small that the documents are read twice
+    packing = domains.Packing(32, 0.0001, str(tmp_path / "rows"))  # so small that the documents are read twice
 
     def build(**options):
         text = {"name": "text", "path": str(tmp_path / "d.txt"), "split": "paragraph", "clean": options}
         text["licence"] = "CC0-1.0"
-        return program.corpora_of({"d": text}, words, packing)
+        return domains.of_text({"d": text}, words, packing)
 
     first = build(against=str(evaluation))
     assert first["d"].manifest["removed"] == {"duplicate": 4, "contaminated": 1}
@@ -185,7 +185,7 @@ def test_from_the_config_to_the_manifest_and_the_report(tmp_path):
 def test_bad_options_are_user_errors(options, words, tmp_path):
     (tmp_path / "d.txt").write_text("text")
     with pytest.raises(UserError, match=words) as error:
-        program.source_of("d", {"name": "text", "path": str(tmp_path / "d.txt"), "clean": options})
+        domains.source_of("d", {"name": "text", "path": str(tmp_path / "d.txt"), "clean": options})
     assert "\n" not in str(error.value)
 
 

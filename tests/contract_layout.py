@@ -18,7 +18,7 @@ LAYERS = (
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console"},
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
-    {"network"},
+    {"network", "domains"},
     {"program", "train", "weights"},
     {"sweep", "main", "branch", "bpe", "evaluate", "commands"},
 )

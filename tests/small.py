@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 
-from jaxcl import metrics, program, train
+from jaxcl import domains, metrics, program, train
 from jaxcl.data import tokenizer
 
 STAGES = 3
@@ -68,7 +68,7 @@ def config(folder, **overrides):
 def stream(settings):
     """Returns the stream of a config."""
     _, pieces = train.split(settings)
-    corpora = program.corpora_of(pieces["sources"], tokenizer.make(), program.Packing(**pieces["packing"]))
+    corpora = domains.of_text(pieces["sources"], tokenizer.make(), domains.Packing(**pieces["packing"]))
     rows = {name: corpus.train for name, corpus in corpora.items()}
     return program.stream_of(rows, pieces["seed"], 1, **pieces["stream"])
 

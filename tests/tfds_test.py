@@ -15,9 +15,9 @@ import pytest
 import small
 from absl import logging
 
-from jaxcl import program, schema, train
-from jaxcl.data import images, prepare, rows, stream, tokenizer
-from jaxcl.data.sources import Chat, tfds
+from jaxcl import program, saved, schema, train, weights
+from jaxcl.data import prepare, rows, stream, tokenizer
+from jaxcl.data.sources import Chat, images, tfds
 from jaxcl.schema import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -179,6 +179,57 @@ def test_images_are_rows_of_a_classifier(folder):
     assert model.apply(params, batch).logits.shape == (8, 3)
 
 
+def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
+    """Tasks of classes through replay, a boundary, evaluation, resume and report."""
+    data = {"name": "images", "dataset": "tiny_images", "data_dir": folder}
+    settings = {
+        "label": "images",
+        "model": {"name": "mlp", "inputs": 12, "hidden": [8], "classes": 3},
+        "sources": {"low": {**data, "labels": [0, 1]}, "high": {**data, "labels": [2]}},
+        "stream": {
+            "batch": 8,
+            "steps": 6,
+            "stages": [{"name": name, "mixture": {name: 1.0}} for name in ("low", "high")],
+            "replay": {"fraction": 0.25, "mode": "replace", "over": "earlier"},
+        },
+        "method": "er(capacity=8, fraction=0.25) + ewc",
+        "optim": {"name": "sgd"},
+        "schedule": {"name": "constant", "peak": 0.1},
+        "evaluation": {"every": 3, "rows": 8, "alignment": True},
+        "checkpoint": {"every_steps": 4},
+        "mesh": {"data": 8},
+        "tensorboard": False,
+    }
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert train.run(settings, str(tmp_path / "run")) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    last = small.records(tmp_path / "run", "eval")[-1]
+    columns = images.load("tiny_images", "test", data_dir=folder)
+    made = jax.device_get(saved.params(tmp_path / "run" / "checkpoints")[1])
+    x = np.maximum(columns["inputs"].reshape(6, -1) @ made["layer_0"]["kernel"] + made["layer_0"]["bias"], 0)
+    right = (x @ made["layer_1"]["kernel"] + made["layer_1"]["bias"]).argmax(1) == columns["targets"]
+    own = columns["targets"] == 2
+    assert last["accuracy"] == pytest.approx({"low": right[~own].mean(), "high": right[own].mean()})
+    assert last["bits_per_byte"] == {}
+    assert "accuracy" in (tmp_path / "run" / "report.html").read_text()
+    replayed = small.records(tmp_path / "run", "ledger")[-1]["sources"]["low"]["replayed_rows"]
+    assert replayed == 12
+    with pytest.raises(UserError, match="a classifier; evaluation, export and merging are for language models"):
+        weights.load(tmp_path / "run")
+    for change, text in (
+        ({"model": {**settings["model"], "classes": 2}}, r"gives logits \(2,\), but there are 3 classes"),
+        ({"model": {**settings["model"], "inputs": 11}}, r"config\.model: takes no rows of shape \(4, 3, 1\)"),
+        ({"sources": {"low": {**data, "labels": [7]}}}, r"labels=\[7\]: tiny_images train has none of \[7\]"),
+        ({"sources": settings["sources"] | {"t": {"name": "embedded"}}}, "low is a table and t is text"),
+        ({"packing": {"length": 8}}, r"config\.packing: config\.sources are tables"),
+        ({"sources": {"low": {**data, "clean": {}}}}, r"config\.sources\.low\.clean: of documents"),
+    ):
+        with pytest.raises(UserError, match=text):
+            program.build(**train.split({**settings, **change})[1])
+
+
 def test_images_that_no_package_decodes_name_it(folder, monkeypatch):
     monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="images need a decoder; pip install pillow"):
@@ -188,13 +239,14 @@ def test_images_that_no_package_decodes_name_it(folder, monkeypatch):
 
 
 def test_configs_fail_offline_in_one_line(tmp_path):
-    place, names = tmp_path / "none", ("wiki40b", "c4", "gsm8k", "imagenet")
+    place, names = tmp_path / "none", ("wiki40b", "c4", "gsm8k", "mnist", "cifar100", "imagenet")
+    first = {"mnist": "classes_0_1", "cifar100": "classes_0_19"}
     cases = {
         name: [
             f"--config={ROOT / 'configs' / 'tfds.py'}:{name}",
             f"--workdir={tmp_path / 'run'}",
-            f"--config.sources.{name}.data_dir={place}",
-            f"--config.packing.directory={tmp_path / 'cache'}",
+            f"--config.sources.{first.get(name, name)}.data_dir={place}",
+            *([] if name in first else [f"--config.packing.directory={tmp_path / 'cache'}"]),
         ]
         for name in names
     }
@@ -205,7 +257,9 @@ def test_configs_fail_offline_in_one_line(tmp_path):
         (line,) = err.splitlines()
         assert status == 2
         assert (
-            "choose from wiki40b, c4, gsm8k" if name == "imagenet" else f"not prepared in data_dir={str(place)!r}"
+            "choose from wiki40b, c4, gsm8k, mnist, cifar100"
+            if name == "imagenet"
+            else f"not prepared in data_dir={str(place)!r}"
         ) in line
         assert name in line
     assert sorted(found) == sorted(names)

@@ -13,7 +13,7 @@ import pytest
 import small
 import toys
 
-from jaxcl import distributed, flops, losses, metrics, network, program, train
+from jaxcl import distributed, domains, flops, losses, metrics, network, program, train
 from jaxcl.data import rows as tables
 from jaxcl.data import tokenizer
 from jaxcl.random import key_for
@@ -77,7 +77,7 @@ def test_what_is_compared_is_the_gradient_of_the_training_loss(straight, folder)
     """Against gradients of the first held-out batch of each domain, flattened and multiplied in float64."""
     settings, _, made = small.shared(folder)
     words = tokenizer.make()
-    corpora = program.corpora_of(settings["sources"], words, program.Packing(**settings["packing"]))
+    corpora = domains.of_text(settings["sources"], words, domains.Packing(**settings["packing"]))
     model = network.make(settings["model"], words, settings["packing"]["length"]).model
     params = made.create().params
 
@@ -151,7 +151,7 @@ def test_a_config_reaches_every_piece(folder, monkeypatch):
     made = program.build(**{**train.split(settings)[1], "mesh": {"devices": jax.devices()[:1]}})
     (setting,) = seen
     assert (setting.microbatches, setting.tasks, made.stream.seed) == (2, small.STAGES, 5)
-    corpora = program.corpora_of(settings["sources"], tokenizer.make(), program.Packing(**settings["packing"]))
+    corpora = domains.of_text(settings["sources"], tokenizer.make(), domains.Packing(**settings["packing"]))
     trained = {name: rows.fingerprint for name, rows in zip(made.stream.sources, made.stream.rows, strict=True)}
     assert trained == {name: corpus.train.fingerprint for name, corpus in corpora.items()}
     assert made.held_out == {name: corpus.held_out.fingerprint for name, corpus in corpora.items()}
@@ -190,7 +190,7 @@ def test_keys_are_derived_from_the_seed_and_the_step(folder, monkeypatch):
 
 def test_bits_per_byte_count_the_bytes_of_the_held_out_text(straight, folder):
     settings, _, _ = small.shared(folder)
-    corpora = program.corpora_of(settings["sources"], tokenizer.make(), program.Packing(**settings["packing"]))
+    corpora = domains.of_text(settings["sources"], tokenizer.make(), domains.Packing(**settings["packing"]))
     size = {name: c.manifest["splits"]["held_out"] for name, c in corpora.items()}
     for record in small.records(straight, "eval"):
         for name, loss in record["loss"].items():

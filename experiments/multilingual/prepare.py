@@ -25,7 +25,7 @@ from jaxcl.schema import UserError
 DATA = flags.DEFINE_string("data", os.environ.get("JAXCL_DATA"), "Folder of the parallel files (or JAXCL_DATA).")
 OUT = flags.DEFINE_string("out", "runs/multilingual/data", "Folder to make.")
 VOCAB = 4096
-HELD_OUT = 0.05  # as in jaxcl.program.Packing
+HELD_OUT = 0.05  # as in jaxcl.domains.Packing
 LANGUAGES = ("english", "french", "japanese")
 FILES = {"en-fr.jsonl.gz": "fr", "en-ja.jsonl.gz": "ja"}
 

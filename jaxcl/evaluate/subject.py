@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from jaxcl import manifests, network, program, schema, scores, weights
+from jaxcl import domains, manifests, network, program, schema, scores, weights
 from jaxcl.data import rows as tables
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.evaluate import engine as engines
@@ -110,8 +110,8 @@ def held_out(subject: Subject) -> Measure:
         raise UserError(f"--tasks=held_out: {subject.path} is no run and has no domains of its own; name task files")
     config: Mapping[str, Any] = subject.found.about["config"]
     words: tokenizers.Tokenizer = subject.found.tokenizer
-    packed = schema.call(program.Packing, config["packing"], field="packing")
-    corpora = program.corpora_of(config["sources"], words, packed)
+    packed = schema.call(domains.Packing, config["packing"], field="packing")
+    corpora = domains.of_text(config["sources"], words, packed)
     limit = schema.call(program.Evaluation, config.get("evaluation") or {}, field="evaluation").rows
     batches = {n: list(tables.batches(c.held_out, size=BATCH, limit=limit)) for n, c in corpora.items()}
     rows = scores.put(batches)

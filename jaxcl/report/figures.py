@@ -38,6 +38,7 @@ def of(run: Run) -> dict[str, Any]:
         "alignment": alignment(run),
         "others": _others(run),
         "bits_per_byte": {domain: _last(values) for domain, values in run.bits_per_byte.items()},
+        "accuracy": {domain: _last(values) for domain, values in run.accuracy.items()},
         "tokens": tokens(run),
         "sources": run.ledger,
         "peak_lr": peak_lr(run),

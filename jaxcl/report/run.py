@@ -28,6 +28,7 @@ class Run:
     eval_steps: np.ndarray  # int [N], increasing
     losses: dict[str, np.ndarray]  # domain -> float [N], NaN where not measured
     bits_per_byte: dict[str, np.ndarray]  # the same in bits per byte; empty if not recorded
+    accuracy: dict[str, np.ndarray]  # of classifiers; else empty
     boundaries: dict[int, int]  # k -> step of the evaluation after task k; -1 = before training
     alignment: dict[int, np.ndarray]  # k -> cosines [D, D] of the gradients of `domains`; empty if not recorded
     train: dict[str, np.ndarray]  # column -> float [M], with "step" and "task"
@@ -110,7 +111,7 @@ def _assemble(
     domains = [*dict.fromkeys(d for d in own if d in domains), *(d for d in domains if d not in own)]
     by_step: dict[int, dict[str, Any]] = {}
     for record in evals:  # several records of one step are one evaluation
-        merged = by_step.setdefault(record["step"], {"loss": {}, "bits_per_byte": {}})
+        merged = by_step.setdefault(record["step"], {"loss": {}, "bits_per_byte": {}, "accuracy": {}})
         for name in merged:
             merged[name].update(record.get(name) or {})
     ordered = [by_step[step] for step in sorted(by_step)]
@@ -127,6 +128,7 @@ def _assemble(
         bits_per_byte={
             d: _column([r["bits_per_byte"] for r in ordered], d) for d in domains if ordered[0]["bits_per_byte"]
         },
+        accuracy={d: _column([r["accuracy"] for r in ordered], d) for d in domains if ordered[0]["accuracy"]},
         boundaries={record["boundary"]: record["step"] for record in evals if _is_boundary(record)},
         alignment={
             r["boundary"]: _square(r["alignment"], domains) for r in evals if _is_boundary(r) and r.get("alignment")

@@ -105,6 +105,8 @@ def matrix(run: Run, figures: dict[str, Any]) -> str:
         )
     if (bits := figures["bits_per_byte"]) and k:
         rows.append(["now, bits per byte", *(nats(bits.get(domain)) for domain in run.own)])
+    if (right := figures["accuracy"]) and k:
+        rows.append(["now, accuracy", *(nats(right.get(domain)) for domain in run.own)])
     heads = [f"{escape(d)}{'' if d == t else f'<br>({escape(t)})'}" for d, t in zip(run.own, run.tasks, strict=True)]
     hint = (
         "Loss in nats per token on each domain (columns) at each boundary (rows). Framed: just learned. "

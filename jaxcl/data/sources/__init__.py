@@ -1,4 +1,4 @@
-"""Document sources: one module each, whose `make(**options)` returns a `Source`."""
+"""Sources: one module each, whose `make(**options)` returns a `Source` of documents or a `Table` of rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxcl.data.rows import Columns
 from jaxcl.schema import UserError
 
 
@@ -32,6 +33,15 @@ class Source(NamedTuple):
     documents: Callable[[], Iterator[Document]]
     licence: str | None = None
     removed: Callable[[], dict[str, int]] = dict  # documents left out in the latest pass, by reason
+
+
+class Table(NamedTuple):
+    """Rows that no tokenizer makes, such as images with their labels."""
+
+    description: dict[str, Any]  # JSON: module name and options
+    train: Columns
+    held_out: Columns
+    licence: str | None = None
 
 
 def describe(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

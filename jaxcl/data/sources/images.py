@@ -1,6 +1,4 @@
-"""Images of TensorFlow Datasets as rows in memory, for classifiers.
-
-    rows.from_columns(images.load("mnist", "train"))       # Rows for a stream, see `stream.make`
+"""Images of TensorFlow Datasets as rows in memory, for classifiers; a task may be some of the classes.
 
 Decoding needs Pillow or OpenCV, unless the dataset stores its images as tensors.
 """
@@ -8,12 +6,51 @@ Decoding needs Pillow or OpenCV, unless the dataset stores its images as tensors
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxcl.data.rows import Columns
-from jaxcl.data.sources import tfds
+from jaxcl.data.sources import Table, describe, tfds
 from jaxcl.schema import UserError
+
+
+def make(
+    *,
+    dataset: str,
+    split: str = "train",
+    held_out: str = "test",
+    labels: Sequence[int] | None = None,
+    image: str = "image",
+    label: str = "label",
+    data_dir: str | None = None,
+    download: bool = False,
+    licence: str | None = None,
+) -> Table:
+    """Returns the images of a dataset.
+
+    Args:
+      dataset: name, such as "mnist" or "cifar100".
+      split: that is trained on; or a part of it, as in "train[:10%]".
+      held_out: split that is only evaluated on.
+      labels: of the examples that are kept; None = all. The targets stay what they are in the dataset.
+      image, label, data_dir, download: see `load`.
+      licence: recorded in the run.
+
+    Raises:
+      UserError: see `load`; or a label that no example has.
+    """
+    parts = []
+    for name in (split, held_out):
+        columns = load(dataset, name, data_dir, image=image, label=label, download=download)
+        if labels is not None:
+            if missing := sorted({*labels} - {*columns["targets"].tolist()}):
+                raise UserError(f"config.sources: labels={list(labels)}: {dataset} {name} has none of {missing}")
+            kept = np.isin(columns["targets"], list(labels))
+            columns = {key: value[kept] for key, value in columns.items()}
+        parts.append(columns)
+    told = {"dataset": dataset, "split": split, "held_out": held_out, "labels": None if labels is None else [*labels]}
+    return Table(describe("images", told), parts[0], parts[1], licence)
 
 
 def load(
