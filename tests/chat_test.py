@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import small
 import tokenizers
 
+from jaxcl import train
 from jaxcl.data import prepare, rows, tokenizer
 from jaxcl.data.sources import Chat, Source
 from jaxcl.schema import UserError
@@ -15,6 +18,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "chat"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())["templates"]
 CASES = [(name, i) for name, entry in EXPECTED.items() for i in range(len(entry["cases"]))]
 LENGTH = 12
+WORDS = list(enumerate(small.WORDS * 25))
 
 
 def chat(*turns):
@@ -157,6 +161,38 @@ def test_rows_carry_the_mask(tmp_path):
     entry = corpus.manifest["splits"]["train"]
     said = sum(len(d) for d in docs if isinstance(d, str)) + len("this and that\n")
     assert (entry["bytes"], entry["stored"]) == (said, said + len(docs))
+
+
+def test_a_run_trains_on_what_the_assistant_says_and_counts_it(tmp_path):
+    """The logged weight of every step, the ledger and the gradient know no other targets."""
+    talks = [[{"role": "user", "content": f"{i} {w}?"}, {"role": "assistant", "content": w}] for i, w in WORDS]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"m": talk}) + "\n" for talk in talks))
+    source = {"name": "jsonl", "path": str(tmp_path / "chats.jsonl"), "messages": "m"}
+    settings = small.config(
+        tmp_path,
+        sources={"chats": source},
+        stream={"batch": 8, "steps": 4, "stages": [{"name": "a", "mixture": {"chats": 1.0}}]},
+        method="cpt",
+        schedule={"name": "constant", "peak": 1e-2},
+        evaluation={"every": 4, "rows": 8},
+    )
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert train.run(settings, str(tmp_path / "run"), final=False) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    flow = small.stream(settings)
+    logged = [record["weight"] for record in small.records(tmp_path / "run", "train")]
+    batches = [flow.at(step) for step in range(4)]
+    assert logged == [float(batch.weights.sum()) for batch in batches]
+    said = {f"{word}\n" for _, word in WORDS}  # of the byte tokenizer: what is trained, decoded
+    for batch in batches:
+        for targets, weights in zip(batch.targets, batch.weights, strict=True):
+            runs = "".join(chr(t) if w and t < 256 else "|" for t, w in zip(targets, weights, strict=True)).split("|")
+            assert all(any(text in whole for whole in said) for text in runs)
+    assert 0 < sum(logged) < 0.5 * sum(batch.weights.size for batch in batches)
+    entry = small.records(tmp_path / "run", "ledger")[-1]["sources"]["chats"]
+    assert entry["new_tokens"] == sum(logged)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 63, 70])

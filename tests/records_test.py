@@ -9,7 +9,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from pyarrow import parquet
 
 from jaxcl import schema
-from jaxcl.data import files, prepare, sources, tokenizer
+from jaxcl.data import files, prepare, provenance, sources, tokenizer
 from jaxcl.data.sources import Chat, hf_dataset, jsonl
 from jaxcl.schema import UserError
 
@@ -96,6 +96,21 @@ def test_every_format_gives_the_same_documents(tmp_path, kind):
     ):
         with pytest.raises(UserError, match=words):
             drain({**options, **wrong})
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "text", "embedded"])
+def test_every_source_says_its_licence(tmp_path, kind):
+    """And the manifest of its rows, which the run, the report and the export repeat."""
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    plain = {"text": {"name": "text", "path": str(tmp_path / "a.txt"), "split": "paragraph"}}
+    plain |= {"embedded": {"name": "embedded", "domain": "prose", "max_bytes": 20_000}}
+    options = plain[kind] if kind in plain else {**store(tmp_path / "s", ROWS)[kind], "column": "text"}
+    if kind != "embedded":  # it knows its own
+        options["licence"] = "CC0-1.0"
+    made = schema.make("jaxcl.data.sources", options, field="sources.x")
+    assert made.licence == "CC0-1.0" if kind != "embedded" else "PSF-2.0" in made.licence
+    corpus = prepare.make(made, tokenizer.make(), directory=str(tmp_path / "c"), name="x", length=8, held_out=0.0)
+    assert provenance.table({"x": corpus})["x"]["licence"] == made.licence
 
 
 @pytest.mark.parametrize("kind", FORMATS)

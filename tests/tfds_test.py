@@ -222,12 +222,15 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
         ({"model": {**settings["model"], "classes": 2}}, r"gives logits \(2,\), but there are 3 classes"),
         ({"model": {**settings["model"], "inputs": 11}}, r"config\.model: takes no rows of shape \(4, 3, 1\)"),
         ({"sources": {"low": {**data, "labels": [7]}}}, r"labels=\[7\]: tiny_images train has none of \[7\]"),
-        ({"sources": settings["sources"] | {"t": {"name": "embedded"}}}, "low is a table and t is text"),
+        (
+            {"sources": settings["sources"] | {"t": {"name": "embedded", "domain": "prose"}}},
+            "low is a table and t is text",
+        ),
         ({"packing": {"length": 8}}, r"config\.packing: config\.sources are tables"),
         ({"sources": {"low": {**data, "clean": {}}}}, r"config\.sources\.low\.clean: of documents"),
     ):
         with pytest.raises(UserError, match=text):
-            program.build(**train.split({**settings, **change})[1])
+            program.build(**train.split({**settings, "evaluation": {}, **change})[1])
 
 
 def test_images_that_no_package_decodes_name_it(folder, monkeypatch):
