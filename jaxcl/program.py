@@ -110,7 +110,7 @@ def build(
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
     packed = schema.call(Packing, packing, field="packing")
-    words = networks.tokenizer_of(tokenizer, model)
+    words = networks.tokenizer_of(tokenizer, model := networks.based(model, adapter))
     network = networks.make(model, words, packed.length, adapter)
     optim, patterns = frozen_of(optim, network)
     corpora = corpora_of(sources, words, packed)

@@ -39,8 +39,9 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
     """
     about = folder.about(run)
     config = about["config"]
-    words = network.tokenizer_of(config.get("tokenizer"), config["model"])
-    made = network.make(config["model"], words, config["packing"]["length"], config.get("adapter"))
+    model = network.based(config["model"], config.get("adapter"))
+    words = network.tokenizer_of(config.get("tokenizer"), model)
+    made = network.make(model, words, config["packing"]["length"], config.get("adapter"))
     step, leaves = checkpoint.params(run / "checkpoints", step=step, sharding=sharding)
     names = {name for name, _ in named_leaves(jax.eval_shape(made.model.init, jax.random.key(0)))}
     if names != {name for name, _ in named_leaves(leaves)}:

@@ -364,12 +364,11 @@ def test_models_that_compute_otherwise_are_refused_although_their_shapes_agree(t
     shutil.rmtree(tmp_path / "base")
     save(tmp_path / "base", made["base"], **{"num_attention_heads": 4} | fields)
     before = sorted(tmp_path.rglob("*"))
+    argv = [verb, tmp_path / "instruct", tmp_path / "base", tmp_path / "out", "--weight=0.5"]
+    if verb == "residual":
+        argv = [verb, tmp_path / "continued", argv[3], f"--base={argv[2]}", f"--instruct={argv[1]}"]
     with pytest.raises(UserError, match=rf"base/config\.json: {words}") as found:
-        if verb == "residual":
-            residual(tmp_path)
-        else:
-            more = ["--weight=0.5"] if verb == "lerp" else []
-            run(verb, tmp_path / "instruct", tmp_path / "base", tmp_path / "out", *more)
+        run(*argv[: None if verb in ("residual", "lerp") else 4])
     assert "\n" not in str(found.value)
     assert sorted(tmp_path.rglob("*")) == before
 
