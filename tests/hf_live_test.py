@@ -10,19 +10,18 @@ import itertools
 import warnings
 from pathlib import Path
 
+import hf_folder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
 
-from jaxcl import generate, weights
-from jaxcl.data import tokenizer as tokenizers
+from jaxcl import generate
 from jaxcl.hf import __main__ as command
-from jaxcl.hf import families, files, peft, read
-from jaxcl.models import lora, transformer
-from jaxcl.models.config import resolve
-from jaxcl.network import Adapter, Network
+from jaxcl.hf import families, files, peft
+from jaxcl.models import lora
+from jaxcl.network import Adapter
 from jaxcl.types import Batch
 
 WHY = "needs pip install -e '.[hf]' torch peft"
@@ -74,14 +73,6 @@ def loaded(folder):
     ).eval()
 
 
-def ours(folder):
-    """Returns shape, model and float32 parameters of a folder."""
-    config = resolve(read.fields(folder) | {"vocab_multiple": 16})
-    model = transformer.from_config(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return config, model, read.load(folder, config, shapes)
-
-
 def rows(tokens):
     zeros = np.zeros(tokens.shape, np.int32)
     place = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
@@ -113,12 +104,9 @@ def our_greedy(model, params, prompt):
     return np.asarray(run(params, jnp.asarray(prompt, jnp.int32)))
 
 
-def as_run(monkeypatch, folder, config, model, params, adapter=None):
-    """Lets the export command find these weights where it looks for those of a run that began at `folder`."""
-    words = tokenizers.make()
-    about = {"id": "live", "facts": {"sources": {}}, "versions": {}, "config": {"tokenizer": {"name": "byte"}}}
-    network = Network(model, None, config, folder and str(folder), adapter)
-    found = weights.Weights(network, params, words, 7, about, {})
+def as_run(monkeypatch, *pieces):
+    """Lets the export command find these weights where it looks for those of a run."""
+    found = hf_folder.weights_of(*pieces)
     monkeypatch.setattr(command.weights, "load", lambda run, step=None: found)
 
 
@@ -126,7 +114,7 @@ def as_run(monkeypatch, folder, config, model, params, adapter=None):
 def test_a_model_of_transformers_comes_and_goes_unchanged(name, tmp_path, monkeypatch):
     """Logits to 1e-4 and greedy continuations, of what they wrote here, and of what is exported there."""
     theirs, wanted = saved(name, tmp_path / "theirs")
-    config, model, params = ours(tmp_path / "theirs")
+    config, model, params = hf_folder.load(tmp_path / "theirs")
     tokens, prompt = wanted["tokens"], wanted["prompt"]
     assert np.std(wanted["logits"]) > 0.5
     np.testing.assert_allclose(our_logits(model, params, tokens), wanted["logits"], atol=1e-4)
@@ -151,7 +139,7 @@ def test_all_families_are_among_the_cases():
 def test_trained_weights_are_those_that_transformers_loads(name, tmp_path, monkeypatch):
     """Not what was imported but other values of every parameter."""
     _, drawn = saved(name, tmp_path / "theirs")
-    config, model, params = ours(tmp_path / "theirs")
+    config, model, params = hf_folder.load(tmp_path / "theirs")
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype(np.float32), params)
     as_run(monkeypatch, tmp_path / "theirs", config, model, moved)
@@ -173,7 +161,7 @@ def test_adapters_of_peft_come_and_go(name, tmp_path, monkeypatch):
         if "lora_" in path:
             torch.nn.init.normal_(value, std=0.3)
     wrapped.save_pretrained(tmp_path / "adapter")
-    config, plain, params = ours(tmp_path / "theirs")
+    config, plain, params = hf_folder.load(tmp_path / "theirs")
     tokens = drawn["tokens"]
     wanted = logits_of(wrapped, tokens)
 
