@@ -45,6 +45,7 @@ def make(
         example = next(tables.batches(next(iter(corpora.values())).train, size=1))
         return networks.classifier(model, example, tabular.classes(made.values())), corpora
     packed = schema.call(Packing, packing, field="packing")
+    model = networks.based(model, adapter)
     words = networks.tokenizer_of(tokenizer, model)
     network = networks.make(model, words, packed.length, adapter)
     return network, _packed(made, words, packed)

@@ -62,6 +62,18 @@ class Network(NamedTuple):
         return functools.partial(self.load_base, key) if self.load_base else None
 
 
+def based(model: Mapping[str, Any], adapter: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns `config.model`; if its checkpoint is left empty, with that of the base that `config.adapter` names.
+
+    Raises:
+      UserError: the adapter names no folder that is on this machine.
+    """
+    source = adapter.get("checkpoint") if isinstance(adapter, Mapping) else None
+    if source and model.get("checkpoint", True) in ("", None):
+        return {**model, "checkpoint": peft.base(source)}
+    return dict(model)
+
+
 def tokenizer_of(options: Mapping[str, Any] | None, model: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a config: by default that of the model's checkpoint, and without one plain bytes."""
     if "checkpoint" in model:

@@ -40,10 +40,11 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
     """
     about = folder.about(run)
     config = about["config"]
-    if "packing" not in config:
+    if not config.get("packing"):
         raise UserError(f"{run}: a classifier; evaluation, export and merging are for language models")
-    words = network.tokenizer_of(config.get("tokenizer"), config["model"])
-    made = network.make(config["model"], words, config["packing"]["length"], config.get("adapter"))
+    model = network.based(config["model"], config.get("adapter"))
+    words = network.tokenizer_of(config.get("tokenizer"), model)
+    made = network.make(model, words, config["packing"]["length"], config.get("adapter"))
     key = key_for(config.get("seed", 0), "init")
     step, leaves = saved.params(run / "checkpoints", step=step, sharding=sharding, base=made.base_of(key))
     names = {name for name, _ in named_leaves(jax.eval_shape(made.model.init, jax.random.key(0)))}

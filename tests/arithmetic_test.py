@@ -339,6 +339,54 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, case):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_attention_heads": 2}, r"num_attention_heads=2, but 4 in .*instruct"),
+        ({"num_key_value_heads": 1}, r"num_key_value_heads=1, but 4 in "),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu', but 'silu' in "),
+        ({"rope_theta": 1e6}, r"rope_theta=1000000\.0, but 10000\.0 in "),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, r"rope_theta=500000\.0, but 10000\.0"),
+        ({"rope_scaling": LLAMA3}, r"rope_scaling=\{'kind': 'llama3'.*'factor': 8\.0.*\}, but None in "),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            r"rope_scaling=\{'kind': 'dynamic', 'factor': 2\.0\}, but",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["residual", "add", "subtract", "lerp"])
+def test_models_that_compute_otherwise_are_refused_although_their_shapes_agree(tmp_path, verb, fields, words):
+    made = three(tmp_path, num_attention_heads=4)
+    shutil.rmtree(tmp_path / "base")
+    save(tmp_path / "base", made["base"], **{"num_attention_heads": 4} | fields)
+    before = sorted(tmp_path.rglob("*"))
+    argv = [verb, tmp_path / "instruct", tmp_path / "base", tmp_path / "out", "--weight=0.5"]
+    if verb == "residual":
+        argv = [verb, tmp_path / "continued", argv[3], f"--base={argv[2]}", f"--instruct={argv[1]}"]
+    with pytest.raises(UserError, match=rf"base/config\.json: {words}") as found:
+        run(*argv[: None if verb in ("residual", "lerp") else 4])
+    assert "\n" not in str(found.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_two_notations_of_the_same_model_are_combined(tmp_path, kind):
+    """transformers 4 beside 5, and fields that one of them leaves at their default."""
+    old = {"num_attention_heads": 4, "rope_theta": 1e4, "rope_scaling": {**LLAMA3, "type": "llama3"}}
+    del old["rope_scaling"]["rope_type"]
+    new = {"num_attention_heads": 4, "num_key_value_heads": 4, "rope_parameters": LLAMA3 | {"rope_theta": 10_000}}
+    if kind == "llama":
+        new["hidden_act"] = "silu"
+    for name, fields in (("a", old), ("b", new)):
+        save(tmp_path / name, model(0), model_type=kind, **fields)
+    run("add", tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    assert files.config(tmp_path / "out")["rope_theta"] == 1e4
+
+
 def test_too_small_a_disk_is_found_first(tmp_path, monkeypatch):
     three(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 600))

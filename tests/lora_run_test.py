@@ -1,6 +1,9 @@
 """Runs with an adapter: the base keeps its bytes, the adapter goes on, and both become Hugging Face folders."""
 
 import contextlib
+import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import pytest
 import small
 
 from jaxcl import branch, frozen, program, saved, train, tree, weights
-from jaxcl.hf import files
+from jaxcl.hf import files, peft
 from jaxcl.hf.__main__ import export, export_adapter
 from jaxcl.models import lora
 from jaxcl.schema import UserError
@@ -115,26 +118,36 @@ def test_a_run_is_exported_with_what_its_adapter_learned(folder, trained, tmp_pa
         export_adapter(plain, tmp_path / "none")
 
 
-def test_a_base_of_bfloat16_keeps_its_bytes_and_is_exported_in_float32(folder, trained, tmp_path):
+@pytest.fixture(scope="module")
+def imported(folder, trained, tmp_path_factory):
+    """A folder of a `base` in bfloat16, and a `run` that is told of it by a relative path."""
+    place = tmp_path_factory.mktemp("imported")
+    export(trained, place / "base", dtype="bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        own = {"model": {"checkpoint": "base"}, "stream__steps": 2}
+        assert train.run(settings(folder, **own), "run", final=False) == 0
+    return place
+
+
+def test_a_base_of_bfloat16_keeps_its_bytes_and_is_exported_in_float32(folder, imported, tmp_path, monkeypatch):
     """Untouched by training; and the sum with the adapter is rounded once, to the type that is asked for."""
-    export(trained, tmp_path / "base", dtype="bfloat16")
-    own = {"model": {"checkpoint": str(tmp_path / "base")}, "stream__steps": 2}
-    assert train.run(settings(folder, **own), str(tmp_path / "run"), final=False) == 0
-    leaves = weights.load(tmp_path / "run").params
-    source = files.open_folder(tmp_path / "base")
+    monkeypatch.chdir(imported)
+    leaves = weights.load(imported / "run").params
+    source = files.open_folder(imported / "base")
     up = np.asarray(leaves["base"]["layers"]["mlp"]["up"][0])
     assert up.dtype == source.read("model.layers.0.mlp.up_proj.weight").dtype == jnp.bfloat16
     assert up.T.tobytes() == source.read("model.layers.0.mlp.up_proj.weight").tobytes()
-    export(tmp_path / "run", tmp_path / "wide", dtype="float32")
+    export(imported / "run", tmp_path / "wide", dtype="float32")
     pair = leaves["lora"]["layers"]["mlp"]["up"]
     exact = up.astype(np.float64) + 16.0 / 2 * np.asarray(pair["a"][0], np.float64) @ np.asarray(
         pair["b"][0], np.float64
     )
     wide = files.open_folder(tmp_path / "wide").read("model.layers.0.mlp.up_proj.weight").T
     np.testing.assert_allclose(wide, exact, atol=1e-6)
-    export(tmp_path / "run", tmp_path / "same")
+    export(imported / "run", tmp_path / "same")
     assert files.open_folder(tmp_path / "same").dtype("model.norm.weight") == "BF16"
-    grown = own | {"model": own["model"] | {"vocab": 270}, "stream__steps": 1}
+    grown = {"model": {"checkpoint": "base", "vocab": 270}, "stream__steps": 1}
     assert train.run(settings(folder, **grown), str(tmp_path / "grown"), final=False) == 0
     with pytest.raises(UserError, match="its vocabulary has grown, which no adapter holds"):
         export_adapter(tmp_path / "grown", tmp_path / "lost")
@@ -180,6 +193,26 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_bit_for_bit(folder, train
     with pytest.raises(UserError, match="is not what this adapter was trained on"):
         train.run(more, str(tmp_path / "cut"), final=False)
     assert not (tmp_path / "lost").exists()
+
+
+def test_an_adapter_travels_with_its_tokenizer_and_finds_its_base(folder, imported, tmp_path, monkeypatch):
+    """From a run whose base was named from where it was started to one that is told the adapter alone."""
+    monkeypatch.chdir(imported)
+    export_adapter(Path("run"), tmp_path / "adapter")
+    learned = weights.load(Path("run")).params
+    monkeypatch.chdir("/")
+    assert peft.base(tmp_path / "adapter") == str(imported / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (imported / "base" / name).read_bytes()
+    source = {"name": "lora", "checkpoint": str(tmp_path / "adapter")}
+    _, pieces = train.split(settings(folder, model={"checkpoint": ""}, adapter=source))
+    start = frozen.whole(program.build(**{**pieces, "mesh": {"devices": jax.devices()[:1]}}).create())
+    jax.tree.map(np.testing.assert_array_equal, start, learned)
+    shutil.copytree(imported / "run", tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    about["config"] |= {"model": {"checkpoint": ""}, "adapter": source}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    assert weights.load(tmp_path / "run").network.checkpoint == str(imported / "base")
 
 
 def test_the_dropout_of_a_config_reaches_the_step(folder):

@@ -161,3 +161,26 @@ def test_a_network_takes_base_and_adapter_from_their_folders():
         network.make(options, words, 8, "dora")
     with pytest.raises(UserError, match=r"adapter.rnk: unknown key; did you mean 'rank'"):
         network.make(options, words, 8, {"name": "lora", "rnk": 8})
+
+
+def test_the_base_is_found_from_the_folder_of_the_adapter(tmp_path, monkeypatch):
+    """A relative path means the same wherever the command is started; what is not there is one line."""
+    folder = edited(tmp_path, base_model_name_or_path="../base")
+    shutil.copytree(FIXTURE / "base", tmp_path / "base")
+    monkeypatch.chdir("/")
+    assert peft.base(folder) == str(tmp_path / "base")
+    (tmp_path / "link").symlink_to(folder)
+    assert peft.base(tmp_path / "link" / ".") == str(tmp_path / "base")
+    source = {"name": "lora", "checkpoint": str(folder)}
+    assert network.based({"checkpoint": ""}, source) == {"checkpoint": str(tmp_path / "base")}
+    for model in ({"checkpoint": "other"}, {"name": "transformer", "preset": "tiny"}):
+        assert network.based(model, source) == model
+    assert network.based({"checkpoint": ""}, "lora") == {"checkpoint": ""}
+    for name in ("base", "meta-llama/Llama-3.1-8B", None):
+        shutil.rmtree(folder)
+        edited(tmp_path, base_model_name_or_path=name)
+        with pytest.raises(
+            UserError, match=rf"adapter_config\.json: base_model_name_or_path={name!r}: .*set config"
+        ) as e:
+            peft.base(folder)
+        assert "\n" not in str(e.value)

@@ -59,7 +59,7 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
 
 
 def export_adapter(run: Path, out: Path, *, step: int | None = None) -> int:
-    """Writes the adapter of a run at a checkpoint as a PEFT folder, without the base; returns the step.
+    """Writes the adapter of a run at a checkpoint, and the tokenizer, as a PEFT folder; returns the step.
 
     Raises:
       UserError: no such run or checkpoint, a run without an adapter, or `out` exists.
@@ -79,8 +79,10 @@ def export_adapter(run: Path, out: Path, *, step: int | None = None) -> int:
         rank=adapter.rank,
         alpha=adapter.alpha,
         dropout=adapter.dropout,
-        base=found.network.checkpoint,
+        # PEFT looks from wherever it is started.
+        base=None if base is None else str(Path(base).expanduser().absolute()),
         provenance=provenance(found),
+        beside=lambda writer: _tokenizer(writer, found),
     )
     return found.step
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.hf import files, read, write
+from jaxcl.hf import families, files, read, write
 from jaxcl.schema import UserError
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -174,6 +174,13 @@ def _check_pair(first: Side, side: Side) -> None:
             raise UserError(
                 f"{side.folder / side.tensors.file_of[name]}: {name!r} is {list(other)}, but {list(mine)} in "
                 f"{first.folder}; only models of one size can be combined"
+            )
+    mine, other = (families.unseen(s.config, str(s.folder / "config.json")) for s in (first, side))
+    for key, value in other.items():
+        if value != mine[key]:
+            raise UserError(
+                f"{side.folder / 'config.json'}: {key}={value!r}, but {mine[key]!r} in {first.folder}; "
+                "only models that compute alike can be combined"
             )
 
 

@@ -190,12 +190,46 @@ def fields(config: Mapping[str, Any], place: str) -> dict[str, Any]:
             raise UserError(f"{place}: has no {_FIELDS[name]!r}; take the config.json that came with the weights")
     out["qkv_bias"] = config["model_type"] == "qwen2" or bool(known.get("attention_bias", False))
     out["qk_norm"] = config["model_type"] == "qwen3"
+    out |= _numbers(rope, known, place)
+    return {key: value for key, value in (out | _window(known, place)).items() if value is not None}
+
+
+def unseen(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Returns the fields of a config.json that change what a model computes and no shape of its tensors.
+
+    In one notation for transformers 4 and 5, of any `model_type`; defaults and scalings are known for ours alone.
+
+    Args:
+      config: of config.json.
+      place: the file, for messages.
+
+    Raises:
+      UserError: RoPE fields that cannot be read.
+    """
+    kind = FAMILIES.get(str(config.get("model_type")))
+    known = dict(kind.defaults if kind else {}) | {key: value for key, value in config.items() if value is not None}
+    heads, rope = known.get("num_attention_heads"), _rope(known, place)
+    form = rope.get("rope_type", rope.get("type", "default"))
+    if kind and form in ("default", *SCALINGS):
+        turned = _numbers(rope, known, place)
+    else:
+        rest = {key: rope[key] for key in sorted(rope) if key not in ("rope_theta", "rope_type", "type")}
+        turned = {"rope_theta": rope.get("rope_theta", known.get("rope_theta")), "rope_scaling": {"kind": form} | rest}
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": known.get("num_key_value_heads", heads),
+        "hidden_act": known.get("hidden_act", known.get("hidden_activation")),
+        **turned,
+    }
+
+
+def _numbers(rope: Mapping[str, Any], known: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Returns our `rope_theta` and `rope_scaling`."""
     try:
-        out["rope_theta"] = float(rope.get("rope_theta", out["rope_theta"]))
-        out["rope_scaling"] = _scaling(rope, known, place)
+        theta = float(rope.get("rope_theta", known["rope_theta"]))
+        return {"rope_theta": theta, "rope_scaling": _scaling(rope, known, place)}
     except (TypeError, ValueError, ZeroDivisionError):
         raise UserError(f"{place}: its RoPE has values that are no numbers: {rope}; take the original one") from None
-    return {key: value for key, value in (out | _window(known, place)).items() if value is not None}
 
 
 def _rope(known: Mapping[str, Any], place: str) -> dict[str, Any]:

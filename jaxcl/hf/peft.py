@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,6 +79,22 @@ def options(folder: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
+def base(folder: str | os.PathLike[str]) -> str:
+    """Returns the folder of the model that an adapter changes; a relative path starts at the folder of the adapter.
+
+    Raises:
+      UserError: the adapter names no folder that is on this machine.
+    """
+    place, name = Path(folder).expanduser() / CONFIG, files.config(folder, CONFIG).get("base_model_name_or_path")
+    found = place.parent / str(name or "")  # an absolute path stays itself
+    if not name or not (found / "config.json").is_file():
+        raise UserError(
+            f"{place}: base_model_name_or_path={name!r}: no checkpoint at {found}; "
+            "set config.model.checkpoint to the folder of the base"
+        )
+    return str(found.resolve())
+
+
 def load(folder: str | os.PathLike[str], abstract: PyTree) -> Params:
     """Returns the adapter of a folder.
 
@@ -131,6 +147,7 @@ def export(
     dropout: float = 0.0,
     base: str | None = None,
     provenance: Mapping[str, Any] | None = None,
+    beside: Callable[[write.Writer], None] | None = None,
 ) -> None:
     """Writes an adapter as a new folder that `peft.PeftModel.from_pretrained` loads; whole or absent.
 
@@ -140,8 +157,9 @@ def export(
       rank: r.
       alpha: as in `jaxcl.models.lora.make`.
       dropout: for those who train it further.
-      base: name or path of the model that it changes.
+      base: path of the model that it changes.
       provenance: what it was trained on, for jaxcl.json.
+      beside: writes further files, such as the tokenizer.
 
     Raises:
       UserError: `folder` exists.
@@ -168,6 +186,8 @@ def export(
         out.json(CONFIG, config)
         if provenance is not None:
             out.json("jaxcl.json", provenance)
+        if beside is not None:
+            beside(out)
 
 
 def _open(folder: str | os.PathLike[str]) -> files.Tensors:

@@ -85,8 +85,11 @@ def _saved(root: Path, split: str) -> tuple[Path, list[str]]:
         raise UserError(
             f"{root / 'state.json'}: is of an old version, rows by an index; save it again with datasets 2+"
         )
-    found = [root / entry["filename"] for entry in state.get("_data_files", [])]
+    found = [root / str(entry.get("filename")) for entry in state.get("_data_files", [])]
     for file in found:
+        if file.parent != root or file.name == "..":
+            name = os.path.relpath(file, root)
+            raise UserError(f"{root / 'state.json'}: names {name!r}, no file of its folder; do not use this dataset")
         if not file.is_file():
             raise UserError(f"{file}: missing, but {root / 'state.json'} names it; copy the folder again")
     if not found:
