@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from jaxcl import branch, metrics, train
+from jaxcl.folder import about
 from jaxcl.hf.__main__ import export, export_adapter
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/handoff", "Folder of the runs.")
@@ -56,9 +57,9 @@ def config(seed, stages, **sections):
 
 
 def trained(settings, folder):
-    """Trains unless it is trained already."""
+    """Trains unless it is trained already; ends the program where a signal stopped it."""
     status = train.run(settings, str(folder), final=False)
-    if status:
+    if status or not about(folder)["finished"]:
         raise SystemExit(status)
 
 
