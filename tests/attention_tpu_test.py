@@ -221,9 +221,10 @@ def test_lowers_for_tpus(width, dtype):
 def test_blocks():
     for length in (1, 128, 129, 1000, 1025, 8192):
         for width in (64, 128, 256):
-            q, kv, compute = tpu.default_blocks(length, width)
+            q, kv, compute = tpu.default_blocks(length, width, jnp.bfloat16)
             assert q % 128 == kv % compute == compute % 128 == 0
             assert -(-length // q) * q - length < q
+            assert max(tpu.default_blocks(length, width, jnp.float32)) <= 512
             assert q <= 1024
     for blocks in (tpu.Blocks(100, 128, 128), tpu.Blocks(128, 128, 256), tpu.Blocks(128, 384, 256)):
         q = jnp.zeros((1, 128, 1, 64))
