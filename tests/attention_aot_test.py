@@ -1,0 +1,47 @@
+"""The TPU kernels of attention by the real compiler, which needs libtpu and no TPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jaxcl.kernels.attention import tpu
+
+chip = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0])
+shape = lambda s, t: jax.ShapeDtypeStruct(s, t, sharding=chip)
+q, segments = shape((1, 512, 2, 128), jnp.bfloat16), shape((1, 512), jnp.int32)
+static = {"causal": True, "scale": 0.1, "blocks": tpu.Blocks(256, 256, 256)}
+
+def run(q, k, v, segments, d_mixed):
+    mixed, lse = tpu.forward(q, k, v, segments, None, **static)
+    return mixed, tpu.backward(q, k, v, segments, None, None, mixed, lse, d_mixed, None, **static)
+
+done = jax.jit(run).trace(q, q, q, segments, q).lower().compile()
+calls = done.as_text().count('custom_call_target="tpu_custom_call"')
+print(json.dumps([calls, done.memory_analysis().temp_size_in_bytes]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxcl[tpu]'")
+def test_compiles_for_a_tpu():
+    """In a process of its own, as the compiler reads its settings from the environment when it is loaded."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, **settings, "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kernels, temporaries = json.loads(run.stdout.splitlines()[-1])
+    assert kernels == 3
+    assert temporaries < 12 * 512 * 2 * 128 * 4  # a few arrays of the size of q in float32, no scores
