@@ -39,9 +39,9 @@ def attention(
     """Returns what `reference.attention` returns, with the same arguments and errors.
 
     Rows that attend to themselves (no `kv_segments`, no `kv_positions`) use the implementation of the platform that
-    the program is lowered for and keep no scores for the backward pass: a kernel for heads of 64, 128 or 256 in float32
-    or bfloat16 without a bias, else tiles in plain XLA. All else is the reference. Self-attention has a first derivative
-    in reverse mode only.
+    the program is lowered for and keep no scores for the backward pass: a kernel of `KERNELS` for heads of 64, 128 or
+    256 in float32 or bfloat16 without a bias, else tiles in plain XLA. All else is the reference. Self-attention has
+    a first derivative in reverse mode only.
     """
     own = kv_segments is None and kv_positions is None and q.shape[1] == k.shape[1]
     if not own:
@@ -61,7 +61,7 @@ def attention(
             frozen=frozen,
             return_lse=return_lse,
         )
-    reference.check(q, k, v, segments=segments, kv_segments=None, soft_cap=soft_cap, bias=bias, frozen=frozen)
+    reference.check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, segments=segments, positions=positions)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     how = _How(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), soft_cap)
     mixed, lse = _packed(how, q, k, v, segments, window, frozen, bias)

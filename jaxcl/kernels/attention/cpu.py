@@ -55,7 +55,9 @@ def forward(
     (rows, length, heads, _), groups, dtype = q.shape, k.shape[2], q.dtype
     block, padded = _sides(length)
     own = _documents(segments, rows, length, padded, causal)
-    how = _Scores(block, padded // block, own, own, window, causal, soft_cap, _grouped(bias, groups, heads, length, padded))
+    how = _Scores(
+        block, padded // block, own, own, window, causal, soft_cap, _grouped(bias, groups, heads, length, padded)
+    )
     q, k, v = _split(q, groups, padded) * scale, _split(k, groups, padded), _split(v, groups, padded)
 
     def visit(i: jax.Array, j: jax.Array, carry: Any) -> Any:
@@ -107,7 +109,9 @@ def backward(
     own = _documents(segments, rows, length, padded, causal)
     # A frozen query is to the backward pass what padding is: it sees nothing.
     awake = own if frozen is None or own is None else jnp.where(_pad(frozen, 1, padded), 0, own)
-    how = _Scores(block, padded // block, awake, own, window, causal, soft_cap, _grouped(bias, groups, heads, length, padded))
+    how = _Scores(
+        block, padded // block, awake, own, window, causal, soft_cap, _grouped(bias, groups, heads, length, padded)
+    )
     wide = _split(d_mixed, groups, padded)
     # sum_s P_ls dP_ls = <dO_l, O_l>: one pass over K numbers per query instead of S. And d lse / d score = P.
     delta = jnp.sum(_split(mixed, groups, padded) * wide, axis=-1)  # [B, G, R, L]
@@ -123,14 +127,16 @@ def backward(
     grads = [x.astype(old.dtype) for x, old in zip(grads, (q, k, v), strict=True)]
     if bias is None:
         return tuple(grads)
-    crop = jax.lax.slice(d_bias, (0,) * 5, (*d_bias.shape[:3], min(d_bias.shape[3], length), min(d_bias.shape[4], length)))
+    crop = jax.lax.slice(
+        d_bias, (0,) * 5, (*d_bias.shape[:3], min(d_bias.shape[3], length), min(d_bias.shape[4], length))
+    )
     return *grads, crop.reshape(bias.shape).astype(bias.dtype)
 
 
 def _cotangents(
     how: _Scores, q: jax.Array, k: jax.Array, v: jax.Array, lse: jax.Array, delta: jax.Array, d_mixed: jax.Array
 ) -> Any:
-    """Returns the cotangents of q (scaled), k, v, each [B, G, R, L, K], and of the bias, in the shape it has in `how`."""
+    """Returns the cotangents of q (scaled), k, v, each [B, G, R, L, K], and of the bias as in `how`."""
     block = how.block
 
     def visit(i: jax.Array, j: jax.Array, carry: Any) -> Any:
@@ -157,7 +163,7 @@ def _cotangents(
 
 
 def _over_tiles(how: _Scores, visit: Any, start: Any) -> Any:
-    """Folds `visit` over the tiles (of queries i, of keys j) that may hold a visible pair, in ascending order of j, i."""
+    """Folds `visit` over the tiles (of queries i, of keys j) that may hold a visible pair, ordered by j, then i."""
     pairs = [(i, j) for j in range(how.tiles) for i in range(j if how.causal else 0, how.tiles)]
     table, count = jnp.asarray(np.array(pairs, np.int32)), len(pairs)
     if how.queries is not None or how.window is not None:
@@ -224,7 +230,9 @@ def _add_to_bias(d_bias: jax.Array, d_scores: jax.Array, i: jax.Array, j: jax.Ar
     """Returns d_bias [B | 1, G | 1, R | 1, L | 1, S | 1] with the cotangent [B, G, s, R, l] of a tile added."""
     more = jnp.transpose(d_scores, (0, 1, 3, 4, 2))
     more = jnp.sum(more, axis=tuple(a for a in range(5) if d_bias.shape[a] == 1), keepdims=True)
-    at = [jnp.zeros_like(i)] * 3 + [n * block if d_bias.shape[a] > 1 else jnp.zeros_like(n) for a, n in ((3, i), (4, j))]
+    at = [jnp.zeros_like(i)] * 3 + [
+        n * block if d_bias.shape[a] > 1 else jnp.zeros_like(n) for a, n in ((3, i), (4, j))
+    ]
     return jax.lax.dynamic_update_slice(d_bias, more + jax.lax.dynamic_slice(d_bias, at, more.shape), at)
 
 

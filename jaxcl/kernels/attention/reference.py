@@ -56,7 +56,8 @@ def attention(
     Raises:
       ValueError: shapes or arguments that do not fit together.
     """
-    check(q, k, v, segments=segments, kv_segments=kv_segments, soft_cap=soft_cap, bias=bias, frozen=frozen)
+    places = {"segments": segments, "kv_segments": kv_segments, "positions": positions, "kv_positions": kv_positions}
+    check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, **places)
     (rows, length, heads, width), (slots, groups) = q.shape, k.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mask = visible(
@@ -89,13 +90,15 @@ def check(
     k: jax.Array,
     v: jax.Array,
     *,
-    segments: jax.Array | None,
-    kv_segments: jax.Array | None,
     soft_cap: float | None,
     bias: jax.Array | None,
     frozen: jax.Array | None,
+    **places: jax.Array | None,
 ) -> None:
-    """Raises ValueError if the arguments of `attention` do not fit together."""
+    """Raises ValueError if the arguments of `attention` do not fit together.
+
+    `places` are segments and positions, each [B, L] or, with kv_ before the name, [B, S].
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} of shape {x.shape}: give [batch, length, heads, width], one axis each")
@@ -103,13 +106,13 @@ def check(
     if v.shape != k.shape:
         raise ValueError(f"v of shape {v.shape} but k of shape {k.shape}: give both the same")
     if k.shape[0] != rows or k.shape[3] != width:
-        raise ValueError(f"k of shape {k.shape} but q of shape {q.shape}: give the same batch and the same width (last)")
+        raise ValueError(
+            f"k of shape {k.shape} but q of shape {q.shape}: give the same batch and the same width (last)"
+        )
     if heads % groups:
         raise ValueError(f"{heads} query heads are not a multiple of {groups} key heads: repeat k and v or change q")
-    if segments is None and kv_segments is not None:
-        raise ValueError("kv_segments without segments: give segments of the queries too")
-    sizes = (("segments", segments, length), ("kv_segments", kv_segments, slots), ("frozen", frozen, length))
-    for name, x, size in sizes:
+    for name, x in {**places, "frozen": frozen}.items():
+        size = slots if name.startswith("kv_") else length
         if x is not None and x.shape != (rows, size):
             raise ValueError(f"{name} of shape {x.shape}: give [{rows}, {size}], one entry per token")
         kind = jnp.bool_ if name == "frozen" else jnp.integer
