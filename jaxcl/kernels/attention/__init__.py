@@ -64,8 +64,8 @@ def attention(
     reference.check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, segments=segments, positions=positions)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     how = _How(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), soft_cap)
-    mixed, lse = _packed(how, q, k, v, segments, window, frozen, bias)
-    return (mixed, lse) if return_lse else mixed
+    found: Any = _packed(how, q, k, v, segments, window, frozen, bias)
+    return found if return_lse else found[0]
 
 
 Whole = jax.Array | None
@@ -117,7 +117,8 @@ def _packed_fwd(
 
 def _packed_bwd(how: _How, saved: Any, d: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     *saved, bias = saved
-    own = {name: partial(m.backward, **how._asdict()) for name, m in _modules(*saved[:3], bias).items()}
+    q, k, v = saved[:3]
+    own = {name: partial(m.backward, **how._asdict()) for name, m in _modules(q, k, v, bias).items()}
     tiled = partial(cpu.backward, bias=bias, **how._asdict())
     grads = jax.lax.platform_dependent(*saved, *d, **own, default=tiled)
     return *grads[:3], None, None, None, None if bias is None else grads[3]
