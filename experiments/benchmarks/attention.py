@@ -16,6 +16,7 @@ import pathlib
 import sys
 import time
 from functools import partial
+from typing import Any
 
 from absl import app, flags
 
@@ -82,18 +83,21 @@ def alone(name: str) -> dict:
         jax.random.normal(key, (rows, length, n, width))
         for key, n in zip(keys, (heads, groups, groups, heads), strict=True)
     )
-    sides, temporaries = {}, {}
+    inputs, sides, temporaries = ((q, k, v), (q, k, v, w)), {}, {}
     for side, function in (("jaxcl", attention), ("xla", xla)):
-        loss = jax.grad(lambda q, k, v, function=function: jnp.sum(function(q, k, v) * w), (0, 1, 2))
-        programs = [jax.jit(f).lower(q, k, v).compile() for f in (function, loss)]
+        loss = jax.grad(lambda q, k, v, w, function=function: jnp.sum(function(q, k, v) * w), (0, 1, 2))
+        programs = [jax.jit(function).lower(q, k, v).compile(), jax.jit(loss).lower(q, k, v, w).compile()]
         temporaries[side] = [p.memory_analysis().temp_size_in_bytes for p in programs]
         sides[side] = programs
     torch = train_step.Side(
         [train_step.PEER_PYTHON.value, "-c", TORCH, json.dumps(CASES[name])], os.environ | train_step.ENVIRONMENT
     )
-    repeats = {side: [] for side in (*sides, "torch")}
+    repeats: dict[str, list] = {side: [] for side in (*sides, "torch")}
     for i in range(1 + train_step.REPEATS.value):
-        taken = {side: [seconds(lambda p=p: p(q, k, v)) for p in programs] for side, programs in sides.items()}
+        taken: dict[str, Any] = {
+            side: [seconds(lambda p=p, x=x: p(*x)) for p, x in zip(programs, inputs, strict=True)]
+            for side, programs in sides.items()
+        }
         taken["torch"] = torch.step()
         for side in repeats if i else ():
             repeats[side].append(taken[side])
@@ -131,7 +135,8 @@ def training(preset: str, length: int) -> dict:
     method = compose.gradient_method({}, compose.Setting(model, optim.make(lr=1e-4), example, 1, losses.cross_entropy))
     key = jax.random.key(0)
     state = jax.jit(lambda: method.init(model.init(key)))()
-    steps, repeats = {}, {"jaxcl": [], "xla": []}
+    steps: dict[str, Any] = {}
+    repeats: dict[str, list] = {"jaxcl": [], "xla": []}
     for side, function in (("jaxcl", transformer.attention), ("xla", xla)):
         with mock.patch.object(transformer, "attention", function):
             step = jax.jit(partial(method.step), donate_argnums=0)  # a function of its own: no trace is found again
