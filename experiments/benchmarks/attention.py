@@ -90,7 +90,7 @@ def alone(name: str) -> dict:
         temporaries[side] = [p.memory_analysis().temp_size_in_bytes for p in programs]
         sides[side] = programs
     torch = train_step.Side(
-        [train_step.PEER_PYTHON.value, "-c", TORCH, json.dumps(CASES[name])], os.environ | train_step.ENVIRONMENT
+        [str(train_step.PEER_PYTHON.value), "-c", TORCH, json.dumps(CASES[name])], os.environ | train_step.ENVIRONMENT
     )
     repeats: dict[str, list] = {side: [] for side in (*sides, "torch")}
     for i in range(1 + train_step.REPEATS.value):
