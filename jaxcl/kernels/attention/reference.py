@@ -60,25 +60,9 @@ def attention(
     check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, **places)
     (rows, length, heads, width), (slots, groups) = q.shape, k.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    mask = visible(
-        length,
-        slots,
-        segments=segments,
-        kv_segments=kv_segments,
-        positions=positions,
-        kv_positions=kv_positions,
-        causal=causal,
-        window=window,
-    )
+    mask = visible(length, slots, causal=causal, window=window, **places)
     q, k, v = (_stop(x, frozen, 1) for x in (q, k, v))
-    grouped = q.reshape(rows, length, groups, heads // groups, width)
-    scores = jnp.einsum("blgrk,bsgk->bgrls", grouped, k, preferred_element_type=wide)
-    scores = scores * (1 / math.sqrt(width) if scale is None else scale)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    if bias is not None:
-        share = (1, 1) if bias.shape[1] == 1 else (groups, heads // groups)
-        scores = scores + bias.astype(wide).reshape(bias.shape[0], *share, *bias.shape[2:])
+    scores = _scores(q, k, 1 / math.sqrt(width) if scale is None else scale, soft_cap, bias, wide)
     weights, lse = masked_softmax(scores, None if mask is None else mask[:, None, None])  # [B, G, H/G, L, S]
     mixed = jnp.einsum("bgrls,bsgk->blgrk", weights.astype(v.dtype), v, preferred_element_type=wide)
     mixed = _stop(mixed.reshape(rows, length, heads, width).astype(q.dtype), frozen, 1)
@@ -127,6 +111,21 @@ def check(
         raise ValueError(f"bias of shape {bias.shape}: give four axes, each 1 or that of {list(full)}")
     if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(f"bias of dtype {bias.dtype}: give a float; masks are made of segments, window and causal")
+
+
+def _scores(
+    q: jax.Array, k: jax.Array, scale: float, soft_cap: float | None, bias: jax.Array | None, wide: Any
+) -> jax.Array:
+    """Returns the scores [B, G, H / G, L, S] in dtype `wide`, before the mask."""
+    (rows, length, heads, width), groups = q.shape, k.shape[2]
+    grouped = q.reshape(rows, length, groups, heads // groups, width)
+    scores = scale * jnp.einsum("blgrk,bsgk->bgrls", grouped, k, preferred_element_type=wide)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if bias is None:
+        return scores
+    share = (1, 1) if bias.shape[1] == 1 else (groups, heads // groups)
+    return scores + bias.astype(wide).reshape(bias.shape[0], *share, *bias.shape[2:])
 
 
 def _stop(x: jax.Array, frozen: jax.Array | None, axis: int) -> jax.Array:
