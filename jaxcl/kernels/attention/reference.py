@@ -58,7 +58,7 @@ def attention(
     """
     places = {"segments": segments, "kv_segments": kv_segments, "positions": positions, "kv_positions": kv_positions}
     check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, **places)
-    (rows, length, heads, width), (slots, groups) = q.shape, k.shape[1:3]
+    (rows, length, heads, width), slots = q.shape, k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mask = visible(length, slots, causal=causal, window=window, **places)
     q, k, v = (_stop(x, frozen, 1) for x in (q, k, v))
