@@ -1,6 +1,7 @@
 """Attention against a float64 NumPy transcription, and its limiting cases."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,8 @@ def test_arguments_that_do_not_fit_are_refused():
         reference.attention(q, k, v, kv_segments=SEGMENTS, causal=False)
     with pytest.raises(ValueError, match="give kv_segments"):
         reference.attention(q, k, v, segments=SEGMENTS[:, :2], causal=False)
+    with pytest.raises(ValueError, match="2 queries and 7 keys"):
+        reference.attention(q, k, v, frozen=SEGMENTS[:, :2] > 1, causal=False)
 
 
 def packed(length, rows=2):
@@ -139,40 +142,231 @@ def packed(length, rows=2):
     return np.where(segments == 6, 0, segments).astype(np.int32)[:rows]
 
 
-@pytest.mark.parametrize(
-    ("groups", "segments", "causal", "window"),
-    [
-        (2, packed(300), True, None),
-        (2, None, True, None),
-        (4, packed(300), False, None),
-        (2, packed(300), True, 40),
-        (2, None, True, 150),
-    ],
-    ids=["packed", "whole", "both ways", "packed window", "window"],
-)
-def test_blocks_and_their_gradients_follow_the_definition(groups, segments, causal, window):
-    """300 tokens are three blocks forward and five backward, the last of them shorter."""
-    length = 300
-    assert length > 2 * cpu.FORWARD > 2 * cpu.BACKWARD
-    q, k, v = draw(length=length, slots=length, heads=4, groups=groups)
-    weights = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+def dense(q, k, v, d_mixed, d_lse, *, seen, scale, soft_cap=None, bias=None, frozen=None):
+    """float64: one head at a time with the whole matrix of scores; seen is bool [B, L, S].
 
-    def both(function, window):
-        mixed, pull = jax.vjp(lambda *x: function(*x, segments=segments, causal=causal, window=window), q, k, v)
-        return mixed, *pull(weights)
+    Returns mixed, lse and the cotangents of q, k, v and the bias, of which the last is [B, H, L, S].
+    """
+    q, k, v, d_mixed, d_lse = (np.asarray(x, np.float64) for x in (q, k, v, d_mixed, d_lse))
+    frozen = np.zeros(q.shape[:2], bool) if frozen is None else frozen
+    (rows, length, heads, _), share = q.shape, q.shape[2] // k.shape[2]
+    full = (rows, heads, length, length)
+    bias = np.zeros(full) if bias is None else np.broadcast_to(np.asarray(bias, np.float64), full)
+    mixed, lse = np.zeros(q.shape), np.full(full[:3], -1e30)
+    d_q, d_k, d_v, d_bias = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape), np.zeros(full)
+    for b, h in np.ndindex(rows, heads):
+        g = h // share
+        s = scale * q[b, :, h] @ k[b, :, g].T
+        slope = np.ones_like(s)
+        if soft_cap is not None:
+            slope = 1 - np.tanh(s / soft_cap) ** 2
+            s = soft_cap * np.tanh(s / soft_cap)
+        e = np.where(seen[b], np.exp(s + bias[b, h]), 0.0)
+        total = e.sum(1)
+        some = total > 0
+        p = e / np.where(some, total, 1)[:, None]
+        lse[b, h, some] = np.log(total[some])
+        mixed[b, :, h] = p @ v[b, :, g]
+        d_o = np.where(frozen[b, :, None], 0.0, d_mixed[b, :, h])
+        d_l = np.where(frozen[b] | ~some, 0.0, d_lse[b, h])
+        d_p = d_o @ v[b, :, g].T
+        d_s = p * (d_p - (p * d_p).sum(1, keepdims=True) + d_l[:, None])
+        d_bias[b, h] = d_s
+        d_q[b, :, h] = scale * (d_s * slope) @ k[b, :, g]
+        d_k[b, :, g] += scale * (d_s * slope).T @ q[b, :, h]
+        d_v[b, :, g] += p.T @ d_o
+    for d in (d_q, d_k, d_v):
+        d[frozen] = 0.0
+    return mixed, lse, d_q, d_k, d_v, d_bias
 
+
+def sight(length, segments=None, causal=True, window=None):
+    """Which key every query may see, bool [B or 1, L, L], by the definition."""
+    i, j = np.arange(length)[:, None], np.arange(length)[None]
+    seen = ((j <= i) | (not causal)) & (window is None or window <= 0 or i - j < window)
+    own = np.ones((2, length), int) if segments is None else segments
+    return seen[None] & (own[:, :, None] == own[:, None, :]) & (own[:, :, None] > 0)
+
+
+MIXED = np.tile(np.array([2, 1, 3, 1, 0], np.int32).repeat([40, 60, 70, 80, 50]), (2, 1))  # a document that comes back
+FROZEN = np.stack([np.arange(300) < 170, np.arange(300) % 7 == 0])  # whole tiles of queries, and none
+BIASES = [(2, 4, 300, 300), (1, 4, 1, 300), (2, 1, 300, 1), (1, 1, 300, 300)]
+CASES = {
+    "packed": {"segments": packed(300)},
+    "whole": {},
+    "ragged": {"length": 129},
+    "short": {"length": 17, "groups": 1},
+    "long": {"length": 530, "rows": 1, "heads": 2, "groups": 1},
+    "both ways": {"segments": packed(300), "causal": False, "groups": 4},
+    "both ways whole": {"length": 100, "causal": False},
+    "packed window": {"segments": packed(300), "window": 40},
+    "window": {"window": 150},
+    "no window": {"window": 0},
+    "segments in any order": {"segments": MIXED},
+    "capped": {"segments": packed(300), "soft_cap": 0.7},
+    "frozen": {"segments": packed(300), "frozen": FROZEN},
+    "frozen whole, wide": {"frozen": FROZEN, "soft_cap": 2.0, "window": 90, "width": 64},
+    **{f"bias {shape}": {"segments": packed(300), "bias": shape, "soft_cap": 3.0} for shape in BIASES},
+    "frozen with a bias": {"frozen": FROZEN, "bias": BIASES[1], "causal": False},
+    "bfloat16": {"segments": packed(300), "dtype": jnp.bfloat16, "width": 64, "soft_cap": 5.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_follow_the_definition(case):
+    options = {"length": 300, "rows": 2, "heads": 4, "groups": 2, "width": 4} | CASES[case]
+    length, dtype = options.pop("length"), options.pop("dtype", jnp.float32)
+    q, k, v = draw(length=length, slots=length, **{n: options.pop(n) for n in ("rows", "heads", "groups", "width")})
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    rng = np.random.default_rng(1)
+    d_mixed = jnp.asarray(rng.normal(size=q.shape), dtype)
+    d_lse = jnp.asarray(rng.normal(size=(q.shape[0], q.shape[2], length)), jnp.float32)
+    bias = None if "bias" not in options else jnp.asarray(rng.normal(size=options.pop("bias")), jnp.float32)
     # The window of a layer is traced, as the layers are one loop.
-    window = None if window is None else np.int32(window)
-    got, want = (toys.quick(functools.partial(both, f))(window) for f in (attention, reference.attention))
-    for name, a, b in zip(("mixed", "d_q", "d_k", "d_v"), got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4, err_msg=name)
+    window = options.pop("window", None)
+
+    def both(function, window, q, k, v, bias):
+        run = functools.partial(function, **options, window=window, return_lse=True, scale=0.3)
+        (mixed, lse), pull = jax.vjp(lambda q, k, v, bias: run(q, k, v, bias=bias), q, k, v, bias)
+        return mixed, lse, *pull((mixed * 0 + d_mixed, d_lse))
+
+    given = None if window is None else np.int32(window)
+    got, plain = (
+        toys.quick(functools.partial(both, f))(given, q, k, v, bias) for f in (attention, reference.attention)
+    )
+    causal, segments = options.get("causal", True), options.get("segments")
+    rest = {"soft_cap": options.get("soft_cap"), "frozen": options.get("frozen"), "bias": bias, "scale": 0.3}
+    *want, d_bias = dense(q, k, v, d_mixed, d_lse, seen=sight(length, segments, causal, window), **rest)
+    if bias is not None:
+        axes = tuple(a for a in range(4) if bias.shape[a] == 1)
+        want.append(d_bias.sum(axes, keepdims=True))
+    limit = 1e-5 if dtype == jnp.float32 else 2e-2
+    for found in (got, plain):
+        names = ("mixed", "lse", "d_q", "d_k", "d_v", "d_bias")
+        for name, x, y in zip(names, found, want, strict=False):
+            assert x.dtype == (jnp.float32 if name in ("lse", "d_bias") else dtype)
+            blind = y < -1e29
+            np.testing.assert_array_equal(np.asarray(x, np.float64) < -1e29, blind)
+            error = np.where(blind, 0, np.asarray(x, np.float64) - y)
+            assert np.abs(error).max() <= limit * np.abs(np.where(blind, 0, y)).max(), name
+    if segments is not None:
+        for x in (got[0], *got[2:5]):
+            assert not np.any(np.asarray(x, np.float32)[segments == 0])
 
 
-def test_long_rows_take_longer_blocks_instead_of_more():
-    for length in (64, 1000, 5000):
-        blocks = cpu._blocks(length, True, cpu.BACKWARD)
-        assert len(blocks) <= cpu.MOST_BLOCKS
-        assert [start for start, _, _ in blocks] == [0, *(stop for _, stop, _ in blocks[:-1])]
-        assert blocks[-1][1] == length
-        assert all(seen == stop for _, stop, seen in blocks)
-        assert {seen for _, _, seen in cpu._blocks(length, False, cpu.BACKWARD)} == {length}
+def test_the_logsumexp_can_go_unused_and_stays_finite():
+    q, k, v = draw()
+    segments = np.zeros((2, 7), np.int32)
+    mixed, lse = attention(q, k, v, segments=segments, return_lse=True)
+    assert not np.any(mixed)
+    np.testing.assert_array_equal(lse, np.float32(-1e30))
+    assert lse.dtype == np.float32
+    grads = jax.grad(lambda *x: jnp.sum(attention(*x, segments=segments)), argnums=(0, 1, 2))(q, k, v)
+    assert not any(np.any(g) for g in grads)
+
+
+def tiles(how):
+    """The tiles that a loop visits, in its order."""
+    slots = jnp.zeros((how.tiles * how.tiles, 2), jnp.int32)
+
+    def note(i, j, carry):
+        n, slots = carry
+        return n + 1, slots.at[n].set(jnp.stack([i, j]))
+
+    count, slots = cpu._over_tiles(how, note, (0, slots))
+    return [tuple(x) for x in np.asarray(slots)[:count].tolist()]
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 9, 30])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_exactly_the_tiles_of_packed_rows_that_hold_a_pair_are_visited(seed, causal, window):
+    rng = np.random.default_rng(seed)
+    length, block = 96, 8
+    segments = np.sort(rng.integers(1, 9, (2, length))).astype(np.int32)
+    segments[:, -rng.integers(1, 40) :] = 0
+    frozen = rng.integers(0, 2, (2, length // block)).repeat(block, 1).astype(bool)
+    for awake in (segments, np.where(frozen, 0, segments).astype(np.int32)):
+        at = None if window is None else jnp.int32(window)
+        how = cpu._Scores(block, length // block, jnp.asarray(awake), jnp.asarray(segments), at, causal, None, None)
+        seen = sight(length, segments, causal, window) & (awake > 0)[:, :, None]
+        held = seen.any(0).reshape(length // block, block, length // block, block).any((1, 3))
+        want = {(i, j) for i, j in np.ndindex(held.shape) if held[i, j]}
+        got = tiles(how)
+        assert got == sorted(got, key=lambda t: t[::-1])
+        assert want <= set(got)
+        if not window or window >= block:  # a narrow window may end between two documents of a tile
+            assert len(got) <= len(want) + (0 if not window else len(want) // 2)
+
+
+def test_temporaries_grow_with_the_length_not_its_square():
+    def needs(length, function, **options):
+        x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        run = jax.grad(lambda q, k, v: jnp.sum(function(q, k, v, **options) ** 2), argnums=(0, 1, 2))
+        return jax.jit(run).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = (needs(n, attention) for n in (1024, 4096))
+    assert long < 5 * short
+    assert long < needs(1024, reference.attention)
+    bias = jnp.zeros((1, 1, 1, 4096))
+    assert needs(4096, attention, bias=bias) < 5 * short  # nobody asks for its cotangent
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": np.zeros((1, 1, 64, 64), np.float32)}, {"width": 32}])
+def test_a_kernel_is_chosen_by_the_platform_that_is_lowered_for(monkeypatch, options):
+    traces = []
+
+    class Kernel:
+        """Has the interface of a kernel; its results are sines and cosines, to be found in the program."""
+
+        @staticmethod
+        def forward(q, k, v, segments, window, *, causal, scale, soft_cap=None):
+            traces.append("forward")
+            return jnp.sin(q), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+
+        @staticmethod
+        def backward(q, k, v, segments, window, frozen, mixed, lse, d_mixed, d_lse, *, causal, scale, soft_cap=None):
+            traces.append("backward")
+            return d_mixed * jnp.cos(q), k, v
+
+    monkeypatch.setattr(sys.modules[attention.__module__], "KERNELS", {"tpu": Kernel})
+    options = dict(options)
+    x = jax.ShapeDtypeStruct((2, 64, 2, options.pop("width", 64)), jnp.float32)
+    fits = x.shape[-1] == 64 and not options
+    step = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, segments=SEGMENTS64, **options))))
+    traced = step.trace(x, x, x)
+    assert traces == ["forward", "backward"] * fits  # once for all platforms
+    for platform in ("cpu", "tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        kernel = fits and platform == "tpu"
+        assert ("stablehlo.cosine" in text) == kernel
+        assert ("stablehlo.while" in text) != kernel
+        assert ("dot_general" in text) != kernel
+
+
+SEGMENTS64 = np.ones((2, 64), np.int32)
+BAD = {
+    "q of shape .*give .batch": {"q": np.zeros((7, 6, 4), np.float32)},
+    "v of shape .*but k of shape .*the same": {"v": np.zeros((2, 7, 2, 5), np.float32)},
+    "k of shape .*but q of shape .*the same width": {"q": np.zeros((2, 7, 6, 5), np.float32)},
+    "6 query heads are not a multiple of 4": {x: np.zeros((2, 7, 4, 4), np.float32) for x in "kv"},
+    r"segments of shape \(2, 6\).*give \[2, 7\]": {"segments": SEGMENTS[:, :6]},
+    "segments of dtype float32: give int32": {"segments": SEGMENTS.astype(np.float32)},
+    "frozen of dtype int32: give bool": {"frozen": SEGMENTS},
+    r"frozen of shape \(2,\)": {"frozen": np.zeros(2, bool)},
+    r"soft_cap=0\.0: give a number above 0, or None": {"soft_cap": 0.0},
+    r"bias of shape \(7, 7\): give four axes": {"bias": np.zeros((7, 7), np.float32)},
+    r"bias of shape \(2, 3, 7, 7\): .*\[2, 6, 7, 7\]": {"bias": np.zeros((2, 3, 7, 7), np.float32)},
+    "bias of dtype bool: give a float": {"bias": np.zeros((1, 1, 7, 7), bool)},
+    "kv_segments of shape .*give": {"segments": SEGMENTS, "kv_segments": SEGMENTS[:, :6]},
+    r"positions of shape \(7,\)": {"positions": np.arange(7), "kv_positions": np.zeros((2, 7), np.int32)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_does_not_fit_is_refused_before_lowering(message):
+    q, k, v = draw()
+    given = {"q": q, "k": k, "v": v} | BAD[message]
+    for function in (attention, reference.attention):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(functools.partial(function, **given))

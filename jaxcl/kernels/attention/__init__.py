@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcl.kernels.attention import cpu, reference
+
+# Platform that a program is lowered for -> module whose `forward` and `backward` have the arguments of those in
+# `cpu`, without a bias. They take WIDTHS and DTYPES; `cpu` takes everything, on every platform.
+KERNELS: Mapping[str, Any] = MappingProxyType({})
+WIDTHS, DTYPES = (64, 128, 256), ("float32", "bfloat16")
 
 
 def attention(
@@ -23,17 +30,21 @@ def attention(
     kv_positions: jax.Array | None = None,
     causal: bool = True,
     window: jax.Array | int | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
     scale: float | None = None,
-) -> jax.Array:
+    frozen: jax.Array | None = None,
+    return_lse: bool = False,
+) -> Any:
     """Returns what `reference.attention` returns, with the same arguments and errors.
 
     Rows that attend to themselves (no `kv_segments`, no `kv_positions`) use the implementation of the platform that
-    the program is lowered for and keep no scores for the backward pass; all else is the reference. Self-attention
-    has a reverse-mode derivative only.
+    the program is lowered for and keep no scores for the backward pass: a kernel of `KERNELS` for heads of 64, 128 or
+    256 in float32 or bfloat16 without a bias, else tiles in plain XLA. All else is the reference. Self-attention has
+    a first derivative in reverse mode only.
     """
     own = kv_segments is None and kv_positions is None and q.shape[1] == k.shape[1]
-    fits = q.shape[2] % k.shape[2] == 0 and (segments is None or segments.shape[1] == q.shape[1])
-    if not own or not fits:
+    if not own:
         return reference.attention(
             q,
             k,
@@ -44,42 +55,73 @@ def attention(
             kv_positions=kv_positions,
             causal=causal,
             window=window,
+            soft_cap=soft_cap,
+            bias=bias,
             scale=scale,
+            frozen=frozen,
+            return_lse=return_lse,
         )
+    reference.check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, segments=segments, positions=positions)
     window = None if window is None else jnp.asarray(window, jnp.int32)
-    return _packed(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, q, k, v, segments, window)
+    how = _How(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), soft_cap)
+    found: Any = _packed(how, q, k, v, segments, window, frozen, bias)
+    return found if return_lse else found[0]
 
 
 Whole = jax.Array | None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+class _How(NamedTuple):
+    """What is known when the program is traced."""
+
+    causal: bool
+    scale: float
+    soft_cap: float | None
+
+
+def _modules(q: jax.Array, k: jax.Array, v: jax.Array, bias: Whole) -> Mapping[str, Any]:
+    """Returns the modules of `KERNELS` that take these arguments."""
+    fits = bias is None and q.shape[-1] in WIDTHS and all(x.dtype.name in DTYPES for x in (q, k, v))
+    return KERNELS if fits else {}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _packed(
-    causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, segments: Whole, window: Whole
-) -> jax.Array:
-    return _packed_fwd(causal, scale, q, k, v, segments, window)[0]
+    how: _How,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Whole,
+    window: Whole,
+    frozen: Whole,
+    bias: Whole,
+) -> tuple[jax.Array, jax.Array]:
+    return _packed_fwd(how, q, k, v, segments, window, frozen, bias)[0]
 
 
 def _packed_fwd(
-    causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, segments: Whole, window: Whole
+    how: _How,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Whole,
+    window: Whole,
+    frozen: Whole,
+    bias: Whole,
 ) -> tuple[Any, Any]:
-    def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: Whole, window: Whole) -> Any:
-        mixed = reference.attention(q, k, v, segments=segments, causal=causal, window=window, scale=scale)
-        wide = jnp.promote_types(q.dtype, jnp.float32)
-        return mixed, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), wide)  # its backward pass needs no logsumexp
-
-    blockwise = partial(cpu.forward, causal=causal, scale=scale)
-    mixed, lse = jax.lax.platform_dependent(q, k, v, segments, window, cpu=blockwise, default=plain)
-    return mixed, (q, k, v, segments, window, mixed, lse)
+    own = {name: partial(m.forward, **how._asdict()) for name, m in _modules(q, k, v, bias).items()}
+    tiled = partial(cpu.forward, bias=bias, **how._asdict())
+    mixed, lse = jax.lax.platform_dependent(q, k, v, segments, window, **own, default=tiled)
+    return (mixed, lse), (q, k, v, segments, window, frozen, mixed, lse, bias)
 
 
-def _packed_bwd(causal: bool, scale: float, saved: Any, d_mixed: jax.Array) -> tuple[Any, ...]:
-    def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: Whole, window: Whole, *rest: jax.Array) -> Any:
-        run = partial(reference.attention, segments=segments, causal=causal, window=window, scale=scale)
-        return jax.vjp(run, q, k, v)[1](rest[-1])
-
-    blockwise = partial(cpu.backward, causal=causal, scale=scale)
-    return *jax.lax.platform_dependent(*saved, d_mixed, cpu=blockwise, default=plain), None, None
+def _packed_bwd(how: _How, saved: Any, d: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    *saved, bias = saved
+    q, k, v = saved[:3]
+    own = {name: partial(m.backward, **how._asdict()) for name, m in _modules(q, k, v, bias).items()}
+    tiled = partial(cpu.backward, bias=bias, **how._asdict())
+    grads = jax.lax.platform_dependent(*saved, *d, **own, default=tiled)
+    return *grads[:3], None, None, None, None if bias is None else grads[3]
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,13 @@ def attention(
     kv_positions: jax.Array | None = None,
     causal: bool = True,
     window: jax.Array | int | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
     scale: float | None = None,
-) -> jax.Array:
-    """Returns softmax(scale * q k^T + mask) v with grouped heads: query head h reads key head h // (H / G).
+    frozen: jax.Array | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Returns softmax(cap(scale * q k^T) + bias + mask) v with grouped heads: query head h reads key head h // (H / G).
 
     A query that may see no key gets zeros, and zero gradient.
 
@@ -37,34 +42,98 @@ def attention(
       causal: whether a query is kept from later keys.
       window: int or int32 []: a query sees keys that lie less than this many places before it (Mistral: the last
         `window` tokens, its own included); None, 0 or below = all.
+      soft_cap: scaled scores s become soft_cap * tanh(s / soft_cap) (Gemma 2, 2408.00118); None = as they are.
+      bias: float [B or 1, H or 1, L or 1, S or 1], added to the scaled and capped scores (as jax.nn does) before the
+        mask.
       scale: factor on the scores; None = 1 / sqrt(K).
+      frozen: bool [B, L], for S = L: no gradient passes through the query, key, value and result of these tokens.
+      return_lse: whether to return the logsumexp of the scores too; both have a derivative.
 
     Returns:
-      [B, L, H, K] in the dtype of `q`. Scores and softmax are float32 (float64 for float64 inputs).
+      [B, L, H, K] in the dtype of `q`. Scores and softmax are float32 (float64 for float64 inputs). With return_lse
+      also the logsumexp [B, H, L] in that dtype, -1e30 for a query that sees no key.
 
     Raises:
       ValueError: shapes or arguments that do not fit together.
     """
-    (rows, length, heads, width), (slots, groups) = q.shape, k.shape[1:3]
-    if heads % groups:
-        raise ValueError(f"{heads} query heads are not a multiple of {groups} key heads")
+    places = {"segments": segments, "kv_segments": kv_segments, "positions": positions, "kv_positions": kv_positions}
+    check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, **places)
+    (rows, length, heads, width), slots = q.shape, k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    mask = visible(
-        length,
-        slots,
-        segments=segments,
-        kv_segments=kv_segments,
-        positions=positions,
-        kv_positions=kv_positions,
-        causal=causal,
-        window=window,
-    )
-    grouped = q.reshape(rows, length, groups, heads // groups, width)
-    scores = jnp.einsum("blgrk,bsgk->bgrls", grouped, k, preferred_element_type=wide)
-    scores = scores * (1 / math.sqrt(width) if scale is None else scale)
-    weights = masked_softmax(scores, None if mask is None else mask[:, None, None])  # [B, G, H/G, L, S]
+    mask = visible(length, slots, causal=causal, window=window, **places)
+    q, k, v = (_stop(x, frozen, 1) for x in (q, k, v))
+    scores = _scores(q, k, 1 / math.sqrt(width) if scale is None else scale, soft_cap, bias, wide)
+    weights, lse = masked_softmax(scores, None if mask is None else mask[:, None, None])  # [B, G, H/G, L, S]
     mixed = jnp.einsum("bgrls,bsgk->blgrk", weights.astype(v.dtype), v, preferred_element_type=wide)
-    return mixed.reshape(rows, length, heads, width).astype(q.dtype)
+    mixed = _stop(mixed.reshape(rows, length, heads, width).astype(q.dtype), frozen, 1)
+    return (mixed, _stop(lse.reshape(rows, heads, length), frozen, 2)) if return_lse else mixed
+
+
+def check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    soft_cap: float | None,
+    bias: jax.Array | None,
+    frozen: jax.Array | None,
+    **places: jax.Array | None,
+) -> None:
+    """Raises ValueError if the arguments of `attention` do not fit together.
+
+    `places` are segments and positions, each [B, L] or, with kv_ before the name, [B, S].
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} of shape {x.shape}: give [batch, length, heads, width], one axis each")
+    (rows, length, heads, width), (slots, groups) = q.shape, k.shape[1:3]
+    if v.shape != k.shape:
+        raise ValueError(f"v of shape {v.shape} but k of shape {k.shape}: give both the same")
+    if k.shape[0] != rows or k.shape[3] != width:
+        raise ValueError(
+            f"k of shape {k.shape} but q of shape {q.shape}: give the same batch and the same width (last)"
+        )
+    if heads % groups:
+        raise ValueError(f"{heads} query heads are not a multiple of {groups} key heads: repeat k and v or change q")
+    for name, x in {**places, "frozen": frozen}.items():
+        size = slots if name.startswith("kv_") else length
+        if x is not None and x.shape != (rows, size):
+            raise ValueError(f"{name} of shape {x.shape}: give [{rows}, {size}], one entry per token")
+        kind = jnp.bool_ if name == "frozen" else jnp.integer
+        if x is not None and not jnp.issubdtype(x.dtype, kind):
+            raise ValueError(f"{name} of dtype {x.dtype}: give {'bool' if name == 'frozen' else 'int32'}")
+    if frozen is not None and slots != length:
+        raise ValueError(f"frozen with {length} queries and {slots} keys: it is for rows that attend to themselves")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap}: give a number above 0, or None for no cap")
+    full = (rows, heads, length, slots)
+    if bias is not None and (bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, full, strict=True))):
+        raise ValueError(f"bias of shape {bias.shape}: give four axes, each 1 or that of {list(full)}")
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(f"bias of dtype {bias.dtype}: give a float; masks are made of segments, window and causal")
+
+
+def _scores(
+    q: jax.Array, k: jax.Array, scale: float, soft_cap: float | None, bias: jax.Array | None, wide: Any
+) -> jax.Array:
+    """Returns the scores [B, G, H / G, L, S] in dtype `wide`, before the mask."""
+    (rows, length, heads, width), groups = q.shape, k.shape[2]
+    grouped = q.reshape(rows, length, groups, heads // groups, width)
+    scores = scale * jnp.einsum("blgrk,bsgk->bgrls", grouped, k, preferred_element_type=wide)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if bias is None:
+        return scores
+    share = (1, 1) if bias.shape[1] == 1 else (groups, heads // groups)
+    return scores + bias.astype(wide).reshape(bias.shape[0], *share, *bias.shape[2:])
+
+
+def _stop(x: jax.Array, frozen: jax.Array | None, axis: int) -> jax.Array:
+    """Returns x [B, ...] with no gradient at the frozen tokens, which lie along `axis`."""
+    if frozen is None:
+        return x
+    shape = [x.shape[a] if a in (0, axis) else 1 for a in range(x.ndim)]
+    return jnp.where(frozen.reshape(shape), jax.lax.stop_gradient(x), x)
 
 
 def visible(
@@ -108,13 +177,17 @@ def visible(
     return mask
 
 
-def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Returns the softmax over the last axis of `scores` where `mask` holds, and zeros where it holds nowhere."""
+def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the softmax over the last axis of `scores` where `mask` holds, zeros where it holds nowhere, and the
+    logsumexp of the scores without that axis, -1e30 where the mask holds nowhere.
+    """
     if mask is None:
-        return jax.nn.softmax(scores, axis=-1)
+        return jax.nn.softmax(scores, axis=-1), jax.nn.logsumexp(scores, axis=-1)
     low = jnp.finfo(scores.dtype).min  # finite: a row of -inf would make NaN of the difference to its maximum
     scores = jnp.where(mask, scores, low)
     top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
     total = weights.sum(axis=-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1.0)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    return weights / total, jnp.where(some, top + jnp.log(total), -1e30)[..., 0]
