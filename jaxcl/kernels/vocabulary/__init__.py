@@ -16,6 +16,7 @@ __all__ = ["WIDEST", "cross_entropy", "kl", "log_density", "mixture", "select", 
 
 # Widest logits that are formed whole: below it one matrix product is faster, above it memory decides.
 WIDEST = 8192
+_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # their 16 MiB of VMEM are too few for the tiles; v5e is "TPU v5 lite"
 
 
 def cross_entropy(
@@ -32,8 +33,8 @@ def cross_entropy(
       chunk: columns of the vocabulary held at a time; None = all of them up to 8192, else 8192. Where all are held,
         logits are kept for the backward pass.
       kernel: whether a program lowered for a TPU uses the Pallas kernel, in its own tiles, instead of a chunk. XLA
-        cannot cut a kernel over devices, so that None = where the mesh in context (`jax.set_mesh`, `jax.shard_map`)
-        leaves nothing to cut.
+        cannot cut a kernel over devices, so that None = where the mesh in context leaves nothing to cut: one device
+        (`jax.set_mesh`), or all of its axes manual (`jax.shard_map` with check_vma=False).
 
     Raises:
       ValueError: shapes that do not fit together, targets that are not integers, a chunk without columns.
@@ -107,6 +108,8 @@ def _fits(kernel: bool | None, *operands: jax.Array) -> bool:
         mesh = jax.sharding.get_abstract_mesh()
         sides = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
         kernel = not mesh.empty and all(size == 1 or kind == AxisType.Manual for size, kind in sides)
+        device = getattr(mesh, "abstract_device", None)  # the kind of a real mesh, e.g. 'TPU v4'
+        kernel = kernel and not any(old in str(getattr(device, "device_kind", "")) for old in _SMALL)
     return kernel and operands[0].size > 0 and all(x.dtype in (jnp.float32, jnp.bfloat16) for x in operands)
 
 

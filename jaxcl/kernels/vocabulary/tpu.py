@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 NEVER = -1e30  # less than any logit, and finite, so that a difference of two is not NaN
 _VMEM = 48 * 2**20  # bytes a kernel may use: below those of every TPU since v5e; v5p has the least, 64 MiB
+_SLICE = 512  # lanes of an accumulator that are updated at a time
 
 
 class Tiles(NamedTuple):
@@ -145,7 +146,11 @@ def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     kind = jnp.result_type(a, b)
     precision = jax.lax.Precision.HIGHEST if kind == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
-        a.astype(kind), b.astype(kind), (((i,), (j,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        a.astype(kind),
+        b.astype(kind),
+        (((i,), (j,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -191,26 +196,36 @@ def _pull_logits(place: _Place, hidden: Any, head: Any, targets: Any, lse: Any, 
 def _d_hidden(place: _Place, *refs: Any) -> None:
     *inputs, d_hidden, total = refs
     d_logits = place.inside(_pull_logits(place, *inputs), 1, "column")
-    _gather(place, d_hidden, total, _dot(d_logits, place.inside(inputs[1][...], 1, "column"), 1, 1))
+    _gather(place, total, 1, lambda at: _dot(d_logits, place.inside(inputs[1][at, :], 1, "column"), 1, 1))
+    _write(place, d_hidden, total)
 
 
 def _d_head(place: _Place, *refs: Any) -> None:
     *inputs, d_head, total = refs
     d_logits = place.inside(_pull_logits(place, *inputs), 0, "token")
-    _gather(place, d_head, total, _dot(place.inside(inputs[0][...], 0, "token"), d_logits, 0, 0))
+    _gather(place, total, 0, lambda at: _dot(place.inside(inputs[0][:, at], 0, "token"), d_logits, 0, 0))
+    _write(place, d_head, total)
 
 
-def _gather(place: _Place, out: Any, total: Any, part: jax.Array) -> None:
-    """Adds `part` to an accumulator that starts at zero in the first step and is written out in the last."""
+def _gather(place: _Place, total: Any, axis: int, part: Callable[[Any], jax.Array], shrink: jax.Array | None = None):
+    """Multiplies an accumulator by `shrink` and adds `part(slice)` to every slice along `axis`; it starts at zero.
+
+    A product as large as the accumulator would be held a second time, in spilled registers.
+    """
 
     @pl.when(place.first)
     def _() -> None:
-        total[...] = part
+        total[...] = jnp.zeros_like(total)
 
-    @pl.when(jnp.logical_not(place.first))
-    def _() -> None:
-        total[...] += part
+    size = total.shape[axis]
+    for start in range(0, size, _SLICE):
+        at = pl.ds(start, min(_SLICE, size - start))
+        where = (at, slice(None)) if axis == 0 else (slice(None), at)
+        old = total[where] if shrink is None else total[where] * shrink
+        total[where] = old + part(at)
 
+
+def _write(place: _Place, out: Any, total: Any) -> None:
     @pl.when(place.last)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
@@ -285,16 +300,8 @@ def _mixture(
 ) -> None:
     scores = inverse[0, 0] * place.inside(_dot(hidden[...], head[...], 1, 0), 1, "column")
     shrink, e = _absorb(place, top, total, place.inside(scores, 1, "column", NEVER))
-    rows = place.inside(embedding[...], 0, "column")
-    part = _dot(e.astype(rows.dtype), rows, 1, 0)
-
-    @pl.when(place.first)
-    def _() -> None:
-        mixed[...] = part
-
-    @pl.when(jnp.logical_not(place.first))
-    def _() -> None:
-        mixed[...] = mixed[...] * shrink + part
+    e = e.astype(embedding.dtype)
+    _gather(place, mixed, 1, lambda at: _dot(e, place.inside(embedding[:, at], 0, "column"), 1, 0), shrink)
 
     @pl.when(place.last)
     def _() -> None:
