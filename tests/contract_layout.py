@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxcl").rglob("*.py"))
 LAYERS = (
-    {"types", "tree", "random", "schema"},
+    {"types", "tree", "random", "schema", "kernels"},
     {"grad", "losses", "memory", "optim", "vocabulary", "schedules", "mesh", "compose", "frozen", "guard", "alignment"},
-    {"models", "kernels"},
+    {"models"},
     {"methods"},
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console"},

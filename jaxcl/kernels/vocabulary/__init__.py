@@ -1,0 +1,182 @@
+"""Softmax over a vocabulary without its logits: cross-entropy, distillation and the mixture of embeddings."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from jaxcl.kernels.vocabulary import chunked, reference, tpu
+from jaxcl.kernels.vocabulary.reference import log_density, select
+
+__all__ = ["WIDEST", "cross_entropy", "kl", "log_density", "mixture", "select", "width_of"]
+
+# Widest logits that are formed whole: below it one matrix product is faster, above it memory decides.
+WIDEST = 8192
+_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # their 16 MiB of VMEM are too few for the tiles; v5e is "TPU v5 lite"
+
+
+def cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int | None = None, kernel: bool | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-probability of each target and the logsumexp of its logits, float32 [...].
+
+    Blocks of logits are formed in the forward pass and again in the backward pass; see `chunked` and `tpu`.
+
+    Args:
+      hidden: float [..., D].
+      head: float [D, V].
+      targets: int [...]; numbers outside [0, V) give the log-probability of no class, 0 - logsumexp.
+      chunk: columns of the vocabulary held at a time; None = all of them up to 8192, else 8192. Where all are held,
+        logits are kept for the backward pass.
+      kernel: whether a program lowered for a TPU uses the Pallas kernel, in its own tiles, instead of a chunk. XLA
+        cannot cut a kernel over devices, so that None = where the mesh in context leaves nothing to cut: one device
+        (`jax.set_mesh`), or all of its axes manual (`jax.shard_map` with check_vma=False).
+
+    Raises:
+      ValueError: shapes that do not fit together, targets that are not integers, a chunk without columns.
+    """
+    _check(hidden, head)
+    if targets.shape != hidden.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        found = f"{targets.dtype}{list(targets.shape)}"
+        raise ValueError(f"targets {found}: expected integers of the shape {list(hidden.shape[:-1])} of the tokens")
+    width = width_of(head, chunk)
+    if width is None:
+        return reference.cross_entropy(hidden, head, targets)
+    return _cross_entropy(width, _fits(kernel, hidden, head), hidden, head, targets)
+
+
+def mixture(
+    hidden: jax.Array,
+    head: jax.Array,
+    embedding: jax.Array,
+    *,
+    temperature: jax.Array | float,
+    chunk: int | None = None,
+    kernel: bool | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean embedding softmax(hidden head / temperature) embedding, and the logsumexp of the scores.
+
+    The input that a soft token is fed with (Butt et al. 2025, "Soft Tokens, Hard Truths", equation 6, without noise):
+    attention with the vocabulary as keys and values. Its density under Gaussian noise is `log_density`. Scores and
+    sums are float32. All four operands have gradients. On a TPU the backward pass is the chunked form.
+
+    Args:
+      hidden: float [..., D].
+      head: float [D, V].
+      embedding: float [V, E]; tied: `head.T`.
+      temperature: > 0, a number or float [].
+      chunk: columns of the vocabulary held at a time; None = 8192.
+      kernel: see `cross_entropy`.
+
+    Returns:
+      float32 [..., E], float32 [...].
+
+    Raises:
+      ValueError: shapes that do not fit together, a temperature that is not positive, a chunk without columns.
+    """
+    _check(hidden, head)
+    if embedding.ndim != 2 or embedding.shape[0] != head.shape[1]:
+        raise ValueError(f"embedding {list(embedding.shape)}: expected one row for each of {head.shape[1]} columns")
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected a positive number; for the limit 0 use a small one")
+    width = min(width_of(head, chunk) or head.shape[1], head.shape[1])
+    inverse = 1 / jnp.asarray(temperature, jnp.float32)
+    return _mixture(width, _fits(kernel, hidden, head, embedding), hidden, head, embedding, inverse)
+
+
+def width_of(head: jax.Array, chunk: int | None) -> int | None:
+    """Returns the columns per block for a chunk as in `cross_entropy`, or None to form the logits whole."""
+    if chunk is None:
+        return WIDEST if head.shape[1] > WIDEST else None
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least one column of the vocabulary")
+    return chunk if chunk < head.shape[1] else None
+
+
+def _check(hidden: jax.Array, head: jax.Array) -> None:
+    if head.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != head.shape[0]:
+        raise ValueError(f"hidden {list(hidden.shape)} and head {list(head.shape)}: expected [..., D] and [D, V]")
+
+
+def _fits(kernel: bool | None, *operands: jax.Array) -> bool:
+    """Returns whether the TPU kernel may be used: see `cross_entropy`."""
+    if kernel is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        sides = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        kernel = not mesh.empty and all(size == 1 or kind == AxisType.Manual for size, kind in sides)
+        device = getattr(mesh, "abstract_device", None)  # the kind of a real mesh, e.g. 'TPU v4'
+        kernel = kernel and not any(old in str(getattr(device, "device_kind", "")) for old in _SMALL)
+    return kernel and operands[0].size > 0 and all(x.dtype in (jnp.float32, jnp.bfloat16) for x in operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(width: int, kernel: bool, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
+    return _cross_entropy_fwd(width, kernel, hidden, head, targets)[0]
+
+
+def _cross_entropy_fwd(width: int, kernel: bool, *operands: jax.Array) -> tuple[Any, Any]:
+    plain = functools.partial(chunked.cross_entropy, width)
+    out = _platform(kernel, tpu.cross_entropy, plain, *operands)
+    return out, (*operands, out[1])
+
+
+def _cross_entropy_bwd(width: int, kernel: bool, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    plain = functools.partial(chunked.cross_entropy_backward, width)
+    return *_platform(kernel, tpu.cross_entropy_backward, plain, *saved, *cotangents), None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mixture(
+    width: int, kernel: bool, hidden: jax.Array, head: jax.Array, embedding: jax.Array, inverse: jax.Array
+) -> Any:
+    return _mixture_fwd(width, kernel, hidden, head, embedding, inverse)[0]
+
+
+def _mixture_fwd(width: int, kernel: bool, *operands: jax.Array) -> tuple[Any, Any]:
+    out = _platform(kernel, tpu.mixture, functools.partial(chunked.mixture, width), *operands)
+    return out, (*operands, *out)
+
+
+def _mixture_bwd(width: int, kernel: bool, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    return chunked.mixture_backward(width, *saved, *cotangents)
+
+
+_mixture.defvjp(_mixture_fwd, _mixture_bwd)
+
+
+def _platform(kernel: bool, fast: Any, plain: Any, *operands: jax.Array) -> Any:
+    if not kernel:
+        return plain(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=lambda *x: tuple(fast(*x)), default=plain)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def kl(width: int, scale: float, student: chunked.Pair, teacher: chunked.Pair) -> jax.Array:
+    """Returns KL(teacher || student) of softmax(scale * logits) in nats, float32 [...]; no gradient for the teacher.
+
+    Args:
+      width: columns of the vocabulary held at a time.
+      scale: 1 / temperature.
+      student: (hidden [..., D], head [D, V]).
+      teacher: the same with a D of its own.
+    """
+    return _kl_fwd(width, scale, student, teacher)[0]
+
+
+def _kl_fwd(width: int, scale: float, student: chunked.Pair, teacher: chunked.Pair) -> tuple[Any, Any]:
+    cost, *sums = chunked.kl(width, scale, student, teacher)
+    return cost, (student, teacher, *sums)
+
+
+def _kl_bwd(width: int, scale: float, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    return chunked.kl_backward(width, scale, *saved, cotangent), None
+
+
+kl.defvjp(_kl_fwd, _kl_bwd)
