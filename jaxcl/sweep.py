@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl import folder, program, report, schedules, schema, train
+from jaxcl import folder, plan, program, report, schedules, schema, train
 from jaxcl import optim as optimisers
 from jaxcl.report import terminal
 from jaxcl.schema import UserError, assign
@@ -61,14 +61,14 @@ def check(config: Mapping[str, Any], place: Path) -> None:
     evaluation = schema.call(program.Evaluation, pieces.get("evaluation") or {}, field="evaluation")
     program.check_options(schedule, optim, evaluation, len(pieces["sources"]))
     schema.check(program.Packing, pieces["packing"], field="packing")
-    schema.check(program.stream_of, stream, field="stream", positional=3)
+    schema.check(plan.stream_of, stream, field="stream", positional=3)
     stages = [stage if isinstance(stage, Mapping) else {} for stage in stream["stages"]]
     steps = [stage.get("steps", stream.get("steps")) for stage in stages]
     rate: Any = 1.0
     if steps and all(isinstance(number, int) and number > 0 for number in steps):
         rate = schedules.make(ends=list(itertools.accumulate(steps)), **schedule)
     optimisers.make(lr=rate, **optim)
-    program.loss_of(pieces.get("loss") or {})
+    plan.loss_of(pieces.get("loss") or {})
     method = pieces.get("method", "cpt")
     if isinstance(method, str):
         schema.parse(method, field="method")
