@@ -19,7 +19,7 @@ from jaxcl.models import transformer
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, TrainState
 
-BATCHES = ("tokenizer.json", "tokenizer.model")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 class Step(NamedTuple):
@@ -83,13 +83,11 @@ def make(config: Mapping[str, Any], devices: Sequence[Any]) -> Step:
       UserError: what a run of the config would say, as far as that does not take its data.
     """
     pieces = train.split(config)[1]
-    for key in ("sources", "evaluation"):
-        pieces.setdefault(key, {})
     sources, packing = pieces.pop("sources"), pieces.pop("packing")
     if not sources:
         raise UserError("config.sources: empty; name at least one, although it is not read here")
     mesh = schema.call(meshes.make, {**(pieces.pop("mesh", None) or {}), "devices": list(devices)}, field="mesh")
-    chosen = schema.call(program.Evaluation, pieces.pop("evaluation") or {}, field="evaluation")
+    chosen = schema.call(program.Evaluation, pieces.pop("evaluation", None) or {}, field="evaluation")
     program.check_options(pieces["schedule"], pieces["optim"], chosen, len(sources))
     packed = schema.call(program.Packing, packing, field="packing")
     model, adapter = pieces.pop("model"), pieces.pop("adapter", None)
@@ -119,7 +117,7 @@ def blank(length: int, count: int) -> tables.Rows:
 def _words(options: Mapping[str, Any] | None, model: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, list[str]]:
     """Returns the tokenizer, or one of as many tokens as the model has if its file is not here; and a note then."""
     path = (options or {}).get("path") or ("" if options else model.get("checkpoint"))
-    places = [path, *(os.path.join(path, name) for name in BATCHES)] if isinstance(path, str) and path else []
+    places = [path, *(os.path.join(path, name) for name in TOKENIZERS)] if isinstance(path, str) and path else []
     if not places or any(os.path.isfile(place) for place in places):
         return networks.tokenizer_of(options, model), []
     if "checkpoint" in model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.resources
 import importlib.util
 import math
@@ -130,6 +131,15 @@ def _require(topology: Topology) -> None:
         found, what = _installed("jax_plugins.xla_cuda13"), "the CUDA compiler (jax-cuda13-plugin and three more)"
     if not found:
         raise UserError(f"--topology={topology.name}: needs {what}, which is not installed: {INSTALL}")
+
+
+def version(topology: Topology) -> dict[str, str]:
+    """Returns name and version of the compiler, if its package is known."""
+    package = "libtpu" if topology.platform == "tpu" else "jax-cuda13-pjrt"
+    try:
+        return {package: importlib.metadata.version(package)}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
 
 
 def _installed(module: str) -> bool:
