@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxcl import network as networks
@@ -28,8 +28,11 @@ def make(
     tokenizer: Mapping[str, Any] | None,
     model: Mapping[str, Any],
     adapter: str | Mapping[str, Any] | None,
-) -> tuple[networks.Network, dict[str, prepare.Corpus]]:
-    """Returns the model and the rows of every domain: text for a language model, or tables for a classifier."""
+) -> tuple[networks.Network, Callable[[], dict[str, prepare.Corpus]]]:
+    """Returns the model, and what gives the rows of every domain: text for a language model, tables for a classifier.
+
+    Text is tokenised and packed when the function is called, so that all else can be checked before.
+    """
     if not sources:
         raise UserError(
             "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
@@ -43,12 +46,12 @@ def make(
                 raise UserError(f"config.{key}: config.sources are tables, which have no use for it; leave it out")
         corpora = {name: tabular.corpus(table) for name, table in made.items()}
         example = next(tables.batches(next(iter(corpora.values())).train, size=1))
-        return networks.classifier(model, example, tabular.classes(made.values())), corpora
+        return networks.classifier(model, example, tabular.classes(made.values())), lambda: corpora
     packed = schema.call(Packing, packing, field="packing")
     model = networks.based(model, adapter)
     words = networks.tokenizer_of(tokenizer, model)
     network = networks.make(model, words, packed.length, adapter)
-    return network, _packed(made, words, packed)
+    return network, lambda: _packed(made, words, packed)
 
 
 def of_text(

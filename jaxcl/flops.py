@@ -19,6 +19,7 @@ PEAKS: tuple[tuple[str, float], ...] = (
     ("TPU v5e", 197e12),
     ("TPU v5", 459e12),
     ("TPU v6", 918e12),
+    ("TPU7x", 1153.5e12),
     ("NVIDIA A100", 312e12),
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100", 989e12),

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from jaxcl.types import PyTree
 AXES = ("replica", "data", "fsdp", "tensor", "context", "expert")
 BATCH = ("replica", "data", "fsdp")  # the mesh axes that rows are cut over
 
+Result = TypeVar("Result")
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # logical axis -> mesh axis, several, or None = not cut
@@ -198,6 +199,16 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
     """Returns the sharding of rows: dimension `axis` is cut over replica, data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+
+
+def on(mesh: Mesh, function: Callable[..., Result]) -> Callable[..., Result]:
+    """Returns `function` such that kernels inside it find the mesh (`jaxcl.kernels.sharded`) while it is traced."""
+
+    def run(*args: Any, **options: Any) -> Result:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **options)
+
+    return run
 
 
 def place(mesh: Mesh, source: PyTree | Callable[[slice], PyTree], *, rows: int | None = None, axis: int = 0) -> PyTree:

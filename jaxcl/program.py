@@ -12,17 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import alignment, compose, domains, flops, frozen, losses, schedules, schema, scores, tree
-from jaxcl import guard as guards
+from jaxcl import alignment, compose, domains, flops, frozen, losses, schema, scores, tree
 from jaxcl import mesh as meshes
-from jaxcl import network as networks
 from jaxcl import optim as optimisers
+from jaxcl import plan as plans
 from jaxcl.data import prepare, provenance
 from jaxcl.data import rows as tables
 from jaxcl.data import stream as streams
 from jaxcl.random import key_for
 from jaxcl.schema import UserError
-from jaxcl.types import Batch, Method, Metrics, Model, Params, TrainState
+from jaxcl.types import Batch, Metrics, Model, Params, TrainState
 
 TASK_BATCHES = 4  # batches of a task that `end_task` sees when the task is over
 
@@ -79,7 +78,7 @@ def build(
       model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
       adapter: 'lora', or a dict with that `name` and options, see `jaxcl.network.make`: all else is frozen.
       sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`.
-      stream: see `stream_of`.
+      stream: see `jaxcl.plan.stream_of`.
       optim: see `jaxcl.optim.make`; the learning rate is the schedule's. `frozen` parameters cost no gradient.
       schedule: see `jaxcl.schedules.make`.
       method: an expression such as "er(capacity=256) + reptile(every=10, keep=0.5)", or a dict, or a list of dicts.
@@ -95,30 +94,16 @@ def build(
     Raises:
       UserError: whatever is wrong, with the field and the remedy.
     """
-    if microbatches < 1:
-        raise UserError(f"config.microbatches={microbatches}: must be at least 1")
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
-    network, corpora = domains.make(sources, packing or {}, tokenizer, model, adapter)
-    optim, patterns = frozen_of(optim, network)
-    multiple = microbatches * math.prod(devices.shape[axis] for axis in meshes.BATCH)
-    rows = {name: corpus.train for name, corpus in corpora.items()}
-    flow = schema.call(stream_of, stream, rows, seed, multiple, field="stream")
-    rate = schedules.make(ends=flow.boundaries, **schedule)
-    example = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, flow.at(0)))
-    tx = optimisers.make(lr=rate, **optim)
-    setting = compose.Setting(network.model, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
-    learner = learner_of(method, setting, guard, patterns, network.keyed)
-    pieces = compiled(devices, network, learner, flow, rate, seed)
-    return Program(stream=flow, **pieces, **measures(devices, setting, pieces["abstract"], corpora, chosen, patterns))
-
-
-def frozen_of(optim: dict[str, Any], network: networks.Network) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the options of the optimiser of the trained parameters, and the patterns of the frozen ones."""
-    own = optim.get("frozen", ())
-    schema.check(optimisers.make, {"lr": 0.0, "frozen": own}, field="optim")
-    return {key: value for key, value in optim.items() if key != "frozen"}, (*network.frozen, *own)
+    network, pack = domains.make(sources, packing or {}, tokenizer, model, adapter)
+    learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
+    ready = plans.make(devices, network, stream=stream, microbatches=microbatches, seed=seed, **learning)
+    corpora = pack()
+    made = ready({name: corpus.train for name, corpus in corpora.items()})
+    pieces = compiled(made)
+    return Program(stream=made.flow, **pieces, **measures(made, pieces["abstract"], corpora, chosen))
 
 
 def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluation: Evaluation, domains: int) -> None:
@@ -138,69 +123,9 @@ def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluat
             raise UserError(f"config.optim.{key}: unknown key; the learning rate is config.schedule.peak")
 
 
-def stream_of(
-    rows: Mapping[str, tables.Rows],
-    seed: int,
-    multiple: int,
-    *,
-    batch: int,
-    stages: Sequence[dict[str, Any]],
-    steps: int | None = None,
-    replay: dict[str, Any] | None = None,
-) -> streams.Stream:
-    """Returns the stream of a stage table.
-
-    Args:
-      rows: domain -> packed rows.
-      seed: of every shuffle.
-      multiple: of which the number of rows must be one: shards x microbatches.
-      batch: B, rows per step.
-      stages: dicts with name, mixture (domain -> weight), and optionally steps and replay; one task each.
-      steps: of every stage that does not say.
-      replay: fraction, mode, over and capacity; see `jaxcl.data.stream`.
-    """
-    table = []
-    for i, stage in enumerate(stages):
-        filled = ({} if steps is None else {"steps": steps}) | dict(stage)
-        table.append(schema.call(streams.Stage, filled, field=f"stream.stages[{i}]"))
-    if batch % multiple:
-        raise UserError(f"config.stream.batch={batch}: must be a multiple of {multiple}, shards x microbatches")
-    return streams.make(rows, table, batch=batch, seed=seed, replay=replay, multiple=multiple)
-
-
-def loss_of(options: Mapping[str, Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns the training loss: (output, batch) -> (sum, weight)."""
-    schema.check(losses.cross_entropy, options, field="loss", positional=2)
-    if options.get("z_loss", 0.0) < 0:
-        raise UserError(f"config.loss.z_loss={options['z_loss']}: must not be negative")
-    return functools.partial(losses.cross_entropy, **options)
-
-
-def learner_of(
-    method: Any,
-    setting: compose.Setting,
-    guard: Mapping[str, Any] | None,
-    patterns: Sequence[str] = (),
-    keyed: bool = False,
-) -> Method:
-    """Returns the method, inside its guard if there is one, for the parameters that no pattern freezes."""
-
-    def build(model: Model) -> Method:
-        learner = compose.make(method, setting._replace(model=model))
-        return learner if guard is None else schema.call(guards.guard, guard, learner, field="guard")
-
-    return frozen.frozen(build, setting.model, patterns, keyed=keyed) if patterns else build(setting.model)
-
-
-def compiled(
-    mesh: jax.sharding.Mesh,
-    network: networks.Network,
-    learner: Method,
-    flow: streams.Stream,
-    rate: schedules.Schedule,
-    seed: int,
-) -> dict[str, Any]:
+def compiled(plan: plans.Plan) -> dict[str, Any]:
     """Returns the compiled functions of a Program, with the state sharded like its parameters."""
+    mesh, network, learner, flow, seed = plan.mesh, plan.network, plan.learner, plan.flow, plan.seed
 
     def initial() -> TrainState:
         return learner.init(network.model.init(key_for(seed, "init")))
@@ -220,7 +145,7 @@ def compiled(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         new, metrics = learner.step(state, batch, key_for(seed, "step", state.step))
-        moves = {"lr": optimisers.rate(rate, state.opt_state)} if jax.tree.leaves(state.opt_state) else {}
+        moves = {"lr": optimisers.rate(plan.rate, state.opt_state)} if jax.tree.leaves(state.opt_state) else {}
         return new, moves | metrics
 
     def end_task(state: TrainState, batch: Batch) -> TrainState:
@@ -242,22 +167,18 @@ def compiled(
         "imported": network.load is not None,
         "base": network.base_of(key_for(seed, "init")),
         "create": imported if network.load else jax.jit(initial, out_shardings=shardings),
-        "step": jax.jit(step, out_shardings=(shardings, copied), donate_argnums=0),
-        "end_task": jax.jit(end_task, out_shardings=shardings, donate_argnums=0),
+        "step": jax.jit(meshes.on(mesh, step), out_shardings=(shardings, copied), donate_argnums=0),
+        "end_task": jax.jit(meshes.on(mesh, end_task), out_shardings=shardings, donate_argnums=0),
         "place": place,
         "place_task": place_task,
     }
 
 
 def measures(
-    mesh: jax.sharding.Mesh,
-    setting: compose.Setting,
-    abstract: TrainState,
-    corpora: Mapping[str, prepare.Corpus],
-    chosen: Evaluation,
-    patterns: Sequence[str],
+    plan: plans.Plan, abstract: TrainState, corpora: Mapping[str, prepare.Corpus], chosen: Evaluation
 ) -> dict[str, Any]:
     """Returns what a Program measures with. The held-out rows are put on the devices here, in batches of B."""
+    mesh, setting, patterns = plan.mesh, plan.setting, plan.patterns
     size = setting.example.task.shape[0]
     batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
     rows = scores.put(batches, functools.partial(meshes.place, mesh))

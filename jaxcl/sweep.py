@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl import domains, folder, program, report, schedules, schema, train
+from jaxcl import domains, folder, plan, program, report, schedules, schema, train
 from jaxcl import optim as optimisers
 from jaxcl.report import terminal
 from jaxcl.schema import UserError, assign
@@ -62,14 +62,14 @@ def check(config: Mapping[str, Any], place: Path) -> None:
     program.check_options(schedule, optim, evaluation, len(pieces["sources"]))
     if pieces.get("packing"):
         schema.check(domains.Packing, pieces["packing"], field="packing")
-    schema.check(program.stream_of, stream, field="stream", positional=3)
+    schema.check(plan.stream_of, stream, field="stream", positional=3)
     stages = [stage if isinstance(stage, Mapping) else {} for stage in stream["stages"]]
     steps = [stage.get("steps", stream.get("steps")) for stage in stages]
     rate: Any = 1.0
     if steps and all(isinstance(number, int) and number > 0 for number in steps):
         rate = schedules.make(ends=list(itertools.accumulate(steps)), **schedule)
     optimisers.make(lr=rate, **optim)
-    program.loss_of(pieces.get("loss") or {})
+    plan.loss_of(pieces.get("loss") or {})
     method = pieces.get("method", "cpt")
     if isinstance(method, str):
         schema.parse(method, field="method")

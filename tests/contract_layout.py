@@ -19,8 +19,9 @@ LAYERS = (
     {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console"},
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
     {"network", "domains"},
+    {"plan"},
     {"program", "train", "weights"},
-    {"sweep", "main", "branch", "bpe", "evaluate", "commands"},
+    {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
 IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}

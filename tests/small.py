@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 
-from jaxcl import domains, metrics, program, train
+from jaxcl import domains, metrics, plan, program, train
 from jaxcl.data import tokenizer
 
 STAGES = 3
@@ -70,7 +70,7 @@ def stream(settings):
     _, pieces = train.split(settings)
     corpora = domains.of_text(pieces["sources"], tokenizer.make(), domains.Packing(**pieces["packing"]))
     rows = {name: corpus.train for name, corpus in corpora.items()}
-    return program.stream_of(rows, pieces["seed"], 1, **pieces["stream"])
+    return plan.stream_of(rows, pieces["seed"], 1, **pieces["stream"])
 
 
 @functools.lru_cache(maxsize=1)

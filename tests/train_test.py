@@ -13,7 +13,7 @@ import pytest
 import small
 import toys
 
-from jaxcl import distributed, domains, flops, losses, metrics, network, program, train
+from jaxcl import distributed, domains, flops, losses, metrics, network, plan, program, train
 from jaxcl.data import rows as tables
 from jaxcl.data import tokenizer
 from jaxcl.random import key_for
@@ -176,7 +176,7 @@ def test_keys_are_derived_from_the_seed_and_the_step(folder, monkeypatch):
     def end_task(state, batch, key):
         return TrainState(state.step, state.params, (), {"key": jax.random.key_data(key)})
 
-    monkeypatch.setattr(program, "learner_of", lambda *rest: Method(init, step, end_task))
+    monkeypatch.setattr(plan, "learner_of", lambda *rest: Method(init, step, end_task))
     settings = small.config(folder, seed=5, evaluation={"every": 4})
     made = program.build(**{**train.split(settings)[1], "mesh": {"devices": jax.devices()[:1]}})
     state, told = made.create(), []

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxcl.kernels import sharded
 from jaxcl.kernels.attention import attention
 from jaxcl.models import presets
 from jaxcl.models.bridge import from_linen
@@ -231,9 +232,9 @@ class Block(nn.Module):
         c = self.config
         scale = _weight(self, "attention_norm", (c.embed,), ("embed",), None)
         mixed, new = Attention(c, name="attention")(rms_norm(x, scale, c.norm_eps), rows, past, window)
-        x = x + mixed
+        x = sharded.rows(x + mixed)
         scale = _weight(self, "mlp_norm", (c.embed,), ("embed",), None)
-        x = x + Mlp(c, name="mlp")(rms_norm(x, scale, c.norm_eps))
+        x = sharded.rows(x + Mlp(c, name="mlp")(rms_norm(x, scale, c.norm_eps)))
         return x, new if self.keep else None
 
 
@@ -256,7 +257,8 @@ class Transformer(nn.Module):
         table = _weight(self, "embedding", (c.rows, c.embed), ("vocab", "embed"), c.init_std)
         tokens = jnp.issubdtype(batch.inputs.dtype, jnp.integer)
         # The padding is cut off before the lookup, where a token beyond the vocabulary must become NaN.
-        x = (lookup(table[: c.vocab], batch.inputs) if tokens else batch.inputs).astype(dtype)  # [B, L, D]
+        x = lookup(table[: c.vocab], batch.inputs) if tokens else batch.inputs
+        x = sharded.rows(x.astype(dtype))  # [B, L, D]
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rope_tables(batch.positions, frequencies, getattr(c.rope_scaling, "attention_factor", 1.0))
         if isinstance(cache, int):

@@ -1,0 +1,129 @@
+"""The train step of a config from shapes alone: no corpus, no weights and no device is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcl import flops, frozen, plan, program, schema, sweep, train, tree
+from jaxcl import mesh as meshes
+from jaxcl import network as networks
+from jaxcl.data import rows as tables
+from jaxcl.data import tokenizer as tokenizers
+from jaxcl.hf import read
+from jaxcl.models import transformer
+from jaxcl.schema import UserError
+from jaxcl.types import Batch, TrainState
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+class Step(NamedTuple):
+    """One train step on a mesh. Shapes are those of the run; the leaves are jax.ShapeDtypeStruct with shardings."""
+
+    plan: plan.Plan
+    state: TrainState
+    batch: Batch
+    run: Any  # the jitted step: (state, batch) -> (state, metrics)
+    length: int  # L
+    notes: tuple[str, ...]  # what was assumed
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the sizes that the program follows from."""
+        mesh, params = self.plan.mesh, frozen.whole(self.state)
+        trained = dict(tree.named_leaves(self.state.params))
+        learning = tree.map_named(lambda name, _: name in trained, params)
+        cost = flops.of_model(self.plan.setting.model.axes, params, self.length, learning)
+        tokens = self.plan.flow.width * self.length
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        return {
+            "parameters": tree.size(params),
+            "trained_parameters": tree.size(self.state.params),
+            "state_bytes_per_device": meshes.device_bytes(self.state, shardings),
+            "state_leaves": len(jax.tree.leaves(self.state)),
+            "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+            "devices": mesh.size,
+            "rows_per_step": self.plan.flow.width,
+            "length": self.length,
+            "microbatches": self.plan.setting.microbatches,
+            "tokens_per_step": tokens,
+            "flops_per_step": round(cost * tokens),
+        }
+
+
+def one_run(config: Mapping[str, Any], variant: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Returns the config of one run, and what there is to say of the choice: a sweep has a run for every variant.
+
+    Raises:
+      UserError: there is no such variant.
+    """
+    if "variants" not in config:
+        if variant is not None:
+            raise UserError(f"--variant={variant}: the config is no sweep; leave it out")
+        return dict(config), []
+    runs = {run["label"]: run for run in reversed(sweep.expand(config))}  # of several seeds the first
+    labels = [entry["label"] for entry in config["variants"]]
+    chosen = labels[0] if variant is None else variant
+    if chosen not in runs:
+        raise UserError(f"--variant={variant}: no such variant{schema.nearest(chosen, labels)}")
+    return runs[chosen], [f"variant {chosen!r} of {len(labels)}"]
+
+
+def make(config: Mapping[str, Any], devices: Sequence[Any]) -> Step:
+    """Returns the train step of a config on these devices, which may be those of `jaxcl.aot.topology`.
+
+    The sources are not opened. A tokenizer whose file is not here is taken to have the vocabulary of the model, and of
+    a checkpoint folder config.json is enough.
+
+    Raises:
+      UserError: what a run of the config would say, as far as that does not take its data.
+    """
+    pieces = train.split(config)[1]
+    sources, packing = pieces.pop("sources"), pieces.pop("packing")
+    if not sources:
+        raise UserError("config.sources: empty; name at least one, although it is not read here")
+    mesh = schema.call(meshes.make, {**(pieces.pop("mesh", None) or {}), "devices": list(devices)}, field="mesh")
+    chosen = schema.call(program.Evaluation, pieces.pop("evaluation", None) or {}, field="evaluation")
+    program.check_options(pieces["schedule"], pieces["optim"], chosen, len(sources))
+    packed = schema.call(domains.Packing, packing, field="packing")
+    model, adapter = pieces.pop("model"), pieces.pop("adapter", None)
+    words, notes = _words(pieces.pop("tokenizer", None), model)
+    network = networks.make(model, words, packed.length, adapter)
+    batch = pieces["stream"].get("batch")
+    table = blank(packed.length, batch if isinstance(batch, int) else 1)
+    made = plan.make(mesh, network, **pieces)(dict.fromkeys(sources, table))
+    ready = program.compiled(made)
+    cut = meshes.batch_sharding(mesh)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), made.setting.example)
+    params = jax.eval_shape(network.model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    notes += meshes.explain(mesh, network.model.axes, params)
+    return Step(made, ready["abstract"], rows, ready["step"], packed.length, tuple(notes))
+
+
+def blank(length: int, count: int) -> tables.Rows:
+    """Returns `count` packed rows of padding."""
+
+    def words(index: np.ndarray) -> np.ndarray:
+        return np.zeros((len(index), tables.width(length)), np.uint32)
+
+    numbers = np.ones(max(count, 1), np.int64)
+    return tables.Rows(numbers, lambda index: tables.unpack(words(index), length), "blank", words=words)
+
+
+def _words(options: Mapping[str, Any] | None, model: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, list[str]]:
+    """Returns the tokenizer, or one of as many tokens as the model has if its file is not here; and a note then."""
+    path = (options or {}).get("path") or ("" if options else model.get("checkpoint"))
+    places = [path, *(os.path.join(path, name) for name in TOKENIZERS)] if isinstance(path, str) and path else []
+    if not places or any(os.path.isfile(place) for place in places):
+        return networks.tokenizer_of(options, model), []
+    if "checkpoint" in model:
+        vocab = model.get("vocab") or read.fields(model["checkpoint"])["vocab"]
+    else:
+        fields = {key: value for key, value in model.items() if key != "name"}
+        schema.check(transformer.make, fields, field="model")
+        vocab = transformer.shape(**fields).vocab
+    return tokenizers.make()._replace(vocab=vocab), [f"no tokenizer at {path}: {vocab:,} tokens are assumed"]

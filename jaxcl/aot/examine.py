@@ -1,0 +1,108 @@
+"""Compiles a train step for a topology and says what it needs: memory, communication, kernels, arithmetic."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxcl import flops
+from jaxcl.aot import hlo
+from jaxcl.aot.abstract import Step
+from jaxcl.aot.topology import Topology
+
+GIB = 2**30
+_UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
+_NUMBER = r"([\d.]+)([KMGT])"
+# The two forms in which libtpu refuses a program.
+_REFUSALS = (
+    re.compile(rf"memory required for HLO temporaries \({_NUMBER}\) exceeds available HBM \({_NUMBER}\)"),
+    re.compile(rf"Used {_NUMBER} of {_NUMBER} hbm", re.IGNORECASE),
+)
+
+
+class Failed(Exception):
+    """The compiler refuses the program for a reason other than HBM; the argument is its message, on one line."""
+
+
+class Verdict(NamedTuple):
+    """Whether a program fits, and by how much."""
+
+    needed: float  # GiB per device
+    available: float  # GiB per device
+    details: dict[str, Any]  # of a program that was compiled: memory, collectives ...; empty if it was refused
+    seconds: float  # of wall time, to lower and to compile
+
+    @property
+    def fits(self) -> bool:
+        """Returns whether every device has enough memory."""
+        return bool(self.details) and self.needed <= self.available
+
+    @property
+    def short(self) -> float:
+        """Returns the GiB per device that are missing."""
+        return max(self.needed - self.available, 0.0)
+
+
+def examine(step: Step, topology: Topology) -> Verdict:
+    """Returns what the compiler makes of a step.
+
+    Raises:
+      Failed: it is refused, and not for its need of HBM.
+    """
+    began, available = time.perf_counter(), topology.chip.hbm
+    lowered = step.run.trace(step.state, step.batch).lower()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # every plugin has its own
+        refused = refusal(str(error))
+        if refused is None:
+            raise Failed(" ".join(str(error).split())[:400]) from error
+        return Verdict(*refused, {}, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    found = hlo.read(compiled.as_text())
+    known = memory(compiled.memory_analysis())
+    leaves, aliased = len(jax.tree.leaves(step.state)), found.pop("aliased")
+    details = {"memory_gib": known, **found, "donation": {"state_leaves": leaves, "aliased_inputs": aliased}}
+    return Verdict(known["needed"], available, details, seconds)
+
+
+def refusal(message: str) -> tuple[float, float] | None:
+    """Returns GiB needed and available per device of a message of the compiler, or None if it is about other things."""
+    for pattern in _REFUSALS:
+        if found := pattern.search(message):
+            needed, unit, available, other = found.groups()
+            return float(needed) * _UNITS[unit.upper()], float(available) * _UNITS[other.upper()]
+    return None
+
+
+def memory(stats: Any) -> dict[str, float]:
+    """Returns the GiB per device of a memory analysis; `needed` is what is reserved while the program runs."""
+    known = {
+        "arguments": stats.argument_size_in_bytes / GIB,
+        "outputs": stats.output_size_in_bytes / GIB,
+        "aliased": stats.alias_size_in_bytes / GIB,
+        "temporaries": stats.temp_size_in_bytes / GIB,
+        "code": stats.generated_code_size_in_bytes / GIB,
+    }
+    needed = known["arguments"] + known["outputs"] - known["aliased"] + known["temporaries"] + known["code"]
+    peak = getattr(stats, "peak_memory_in_bytes", 0) / GIB
+    return known | ({"peak": peak} if peak else {}) | {"needed": needed}
+
+
+def floors(step: Step, topology: Topology, verdict: Verdict) -> dict[str, float]:
+    """Returns lower bounds of the seconds of a step: what no schedule can beat.
+
+    `compute`: the FLOPs of forward and backward pass at the peak of all devices. Recomputation (remat), attention of a
+    method's further passes and communication come on top.
+    `hbm`: every input is read once and every output written once.
+    """
+    facts, device = step.facts(), step.plan.mesh.devices.flat[0]
+    out, peak = {}, flops.peak(device)
+    if peak:
+        out["compute_s"] = facts["flops_per_step"] / (peak * facts["devices"])
+    if known := verdict.details.get("memory_gib"):
+        out["hbm_s"] = (known["arguments"] + known["outputs"]) * GIB / topology.chip.bandwidth
+    return out

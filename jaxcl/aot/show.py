@@ -1,0 +1,92 @@
+"""What was found, as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+WIDTH = 16
+
+
+def gib(value: float) -> str:
+    """Returns GiB with a precision that fits their size."""
+    return f"{value:,.2f} GiB" if value >= 0.1 or value == 0 else f"{value * 1024:,.1f} MiB"
+
+
+def count(value: float) -> str:
+    """Returns a large number in short: 1.2 B."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:,.0f}"
+
+
+def line(name: str, text: str) -> str:
+    """Returns a line of the table."""
+    return f"  {name:<{WIDTH}}{text}"
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of one program: the JSON that is written, in words."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in result["mesh"].items()) or "one device"
+    out = [
+        f"{result['config']} on {result['topology']}: {result['devices']} x {result['device']}",
+        line("model", f"{count(result['parameters'])} parameters, {count(result['trained_parameters'])} trained"),
+        line("mesh", mesh),
+        line(
+            "step",
+            f"{result['rows_per_step']:,} rows of {result['length']:,} tokens in {result['microbatches']} passes: "
+            f"{count(result['tokens_per_step'])} tokens, {result['flops_per_step']:.3g} FLOPs",
+        ),
+    ]
+    out += _program(result) if "memory_gib" in result else []
+    for name, seconds in result["floors"].items():
+        out.append(line("floor", f"{seconds * 1e3:,.2f} ms a step from {WORDS[name]}"))
+    out += [line("note", note) for note in result["notes"]]
+    out.append(line("compiled", f"in {result['seconds']:.0f} s" if "memory_gib" in result else "refused"))
+    if result["fits"]:
+        left = result["available_gib"] - result["needed_gib"]
+        share = result["needed_gib"] / result["available_gib"]
+        out.append(
+            f"fits: {gib(result['needed_gib'])} of {gib(result['available_gib'])} ({share:.0%}), {gib(left)} free"
+        )
+    else:
+        missing = result["needed_gib"] - result["available_gib"]
+        out.append(
+            f"does not fit: needs {gib(result['needed_gib'])} on each device, has {gib(result['available_gib'])}, "
+            f"{gib(missing)} short"
+        )
+    return out
+
+
+WORDS = {"compute_s": "arithmetic at peak", "hbm_s": "reading inputs and writing outputs once"}
+
+
+def _program(result: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of what the compiler made."""
+    memory = result["memory_gib"]
+    parts = [f"{name} {gib(memory[name])}" for name in ("arguments", "outputs", "aliased", "temporaries", "code")]
+    out = [line("memory", ", ".join(parts[:3])), line("", ", ".join(parts[3:]))]
+    if "peak" in memory:
+        out.append(line("", f"peak of live buffers {gib(memory['peak'])}"))
+    for kind, found in result["collectives"].items():
+        out.append(line(kind, f"{found['times']:,} a step at {found['sites']} places, {gib(found['bytes'] / 2**30)}"))
+    kernels = ", ".join(f"{name} x {times}" for name, times in result["pallas"].items())
+    out.append(line("Pallas kernels", kernels or "none"))
+    donated = result["donation"]
+    whole = donated["aliased_inputs"] >= donated["state_leaves"]
+    text = "the whole state" if whole else "NOT the whole state"
+    out.append(line("donated", f"{text}: {donated['aliased_inputs']} of {donated['state_leaves']} arrays"))
+    return out
+
+
+def knob(found: Mapping[str, Any]) -> str:
+    """Returns the line of a change that was tried."""
+    if "failed" in found:
+        verdict = f"fails: {found['failed'][:60]}"
+    elif "needed_gib" not in found:
+        verdict = "not tried"
+    else:
+        left = found["available_gib"] - found["needed_gib"]
+        verdict = f"fits, {gib(left)} free" if found["fits"] else f"{gib(-left)} short"
+    return line(found["name"], f"{verdict}  {found['flags']}")

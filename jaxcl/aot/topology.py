@@ -1,0 +1,149 @@
+"""The machine that a program is compiled for: its name, its chips, and the devices that stand for them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import importlib.util
+import math
+import os
+import re
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from jaxcl import schema
+from jaxcl.schema import UserError
+
+EXAMPLES = "examples: v4:2x2x4, v5e:16x16, v5p:8x8x4, v6e:8x8, tpu7x:4x4x4, h200:32"
+INSTALL = "pip install 'jaxcl[aot]'"
+HOST = 8  # GPUs that share a host
+# Read by libtpu and JAX when they start: compile for chips that are elsewhere, and leave alone those that are here.
+ENVIRONMENT = MappingProxyType(
+    {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked which machine this is
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+)
+
+
+class Chip(NamedTuple):
+    """What one JAX device of a kind has."""
+
+    hbm: float  # GiB that a program may use
+    bandwidth: float  # bytes per second between HBM and the chip
+    dimensions: int  # of the torus; 0 = a number of GPUs
+    config: str | None = None  # "megacore": the two cores of a chip are one device
+
+
+# HBM is what the compiler of the chip allows (libtpu 0.0.42: its RESOURCE_EXHAUSTED names it), for the GPU 95 % of what
+# nvidia-smi shows. Bandwidth: https://cloud.google.com/tpu/docs/system-architecture and the H200 data sheet. The two
+# devices of a TPU v7x chip have half of it each.
+CHIPS = MappingProxyType(
+    {
+        "v4": Chip(30.75, 1.2e12, 3, "megacore"),
+        "v5e": Chip(15.75, 0.819e12, 2),
+        "v5p": Chip(95.74, 2.765e12, 3),
+        "v6e": Chip(31.25, 1.64e12, 2),
+        "tpu7x": Chip(94.75, 3.69e12, 3),
+        "h200": Chip(133.3, 4.8e12, 0),
+    }
+)
+
+
+class Topology(NamedTuple):
+    """Chips of one kind."""
+
+    name: str  # as it was given
+    kind: str
+    sizes: tuple[int, ...]  # of the torus, or the number of GPUs
+
+    @property
+    def chip(self) -> Chip:
+        """Returns what each device has."""
+        return CHIPS[self.kind]
+
+    @property
+    def platform(self) -> str:
+        """Returns the JAX platform to lower for."""
+        return "tpu" if self.chip.dimensions else "cuda"
+
+
+def parse(text: str) -> Topology:
+    """Returns the topology of `KIND:AxB`, `KIND:AxBxC` or `h200:N`.
+
+    Raises:
+      UserError: there is no such kind, or the sizes do not fit it.
+    """
+    kind, _, rest = text.strip().lower().partition(":")
+    if kind not in CHIPS:
+        raise UserError(f"--topology={text}: unknown kind of chip{schema.nearest(kind, list(CHIPS))}; {EXAMPLES}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest):
+        raise UserError(f"--topology={text}: sizes are missing or malformed; {EXAMPLES}")
+    sizes = tuple(int(size) for size in rest.split("x"))
+    wanted = CHIPS[kind].dimensions
+    if len(sizes) != (wanted or 1):
+        shape = {0: "a number", 2: "two sizes", 3: "three sizes"}[wanted]
+        raise UserError(f"--topology={text}: {kind} takes {shape}; {EXAMPLES}")
+    if not wanted and sizes[0] > HOST and sizes[0] % HOST:
+        raise UserError(f"--topology={text}: more than {HOST} GPUs must be a multiple of {HOST}; {EXAMPLES}")
+    return Topology(text, kind, sizes)
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Returns a JAX device for every chip; they can be compiled for, and no more.
+
+    Raises:
+      UserError: the compiler is not installed, or does not know such a topology.
+    """
+    _require(topology)
+    from jax.experimental import topologies  # noqa: PLC0415  (the environment must be set before)
+
+    options: dict[str, Any] = {"platform": topology.platform}
+    if topology.platform == "tpu":
+        options["topology_name"] = f"{topology.kind}:{'x'.join(map(str, topology.sizes))}"
+        if topology.chip.config:
+            options["chip_config_name"] = topology.chip.config
+        if math.prod(topology.sizes) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+    else:
+        gpus = topology.sizes[0]
+        hosts = max(gpus // HOST, 1)
+        options["topology"] = f"1x{hosts}x{gpus // hosts}"  # slices x hosts x GPUs
+        options["target_config"] = importlib.resources.files(__package__).joinpath("h200.txtpb").read_text()
+    try:
+        return list(topologies.get_topology_desc(**options).devices)
+    except Exception as error:  # the plugins raise what they like
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"--topology={topology.name}: the compiler refuses it ({text}); {EXAMPLES}") from error
+
+
+def _require(topology: Topology) -> None:
+    """Raises UserError unless the compiler of the platform is installed."""
+    if topology.platform == "tpu":
+        found = bool(os.environ.get("TPU_LIBRARY_PATH")) or _installed("libtpu")
+        what = "libtpu"
+    else:
+        found, what = _installed("jax_plugins.xla_cuda13"), "the CUDA compiler (jax-cuda13-plugin and three more)"
+    if not found:
+        raise UserError(f"--topology={topology.name}: needs {what}, which is not installed: {INSTALL}")
+
+
+def version(topology: Topology) -> dict[str, str]:
+    """Returns name and version of the compiler, if its package is known."""
+    package = "libtpu" if topology.platform == "tpu" else "jax-cuda13-pjrt"
+    try:
+        return {package: importlib.metadata.version(package)}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

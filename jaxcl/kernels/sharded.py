@@ -1,0 +1,91 @@
+"""Kernels and activations on a mesh: what the compiler cannot cut by itself is cut here, over whatever mesh is set.
+
+The idea. A program runs under `jax.sharding.use_abstract_mesh` (see `jaxcl.mesh.on`); models and methods stay as they
+are written, for global arrays. A custom kernel is opaque to the partitioner, which would gather its operands; but
+attention is independent between rows and between heads. So the call is put inside `jax.shard_map`: rows over the
+batch axes, heads over the tensor axis, and every device runs the kernel on its own part, without communication.
+Without a mesh, or on one device, nothing is wrapped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+# As in jaxcl.mesh, which kernels do not import; a test compares them.
+BATCH = ("replica", "data", "fsdp")
+HEADS = "tensor"
+
+
+def current() -> AbstractMesh | None:
+    """Returns the mesh that is set, if it has the axes of `jaxcl.mesh`, more than one device and is not cut already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes or not {*BATCH, HEADS} <= set(mesh.axis_names):
+        return None
+    return mesh
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """Returns `x` [B, ...], cut over the batch axes as far as they divide B and not at all otherwise.
+
+    Parameters are cut along dimensions that activations share with them. Left alone, the partitioner may cut the
+    activations like the parameters and copy the rows to every device, which costs more memory than the parameters do.
+    """
+    mesh = current()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_divisors(mesh, BATCH, x.shape[0])))
+
+
+def attention(f: Callable[..., Any], *, lse: bool = False) -> Callable[..., Any]:
+    """Returns `f` on the mesh that is set when it is called.
+
+    `f(q, k, v, *rest)` is attention that knows no mesh, differentiable if it is to be differentiated: q [B, L, H, K];
+    k, v [B, S, G, K]; `rest` are arrays with rows first (segments [B, L], frozen [B, L]), scalars (a window) or None.
+    If the heads are cut over more devices than there are key heads, these are repeated; heads that cannot be cut evenly
+    are copied to all devices of the axis, and rows likewise.
+
+    Args:
+      f: returns mixed [B, L, H, K].
+      lse: whether it returns (mixed, lse [B, H, L]).
+    """
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> Any:
+        mesh = current()
+        if mesh is None:
+            return f(q, k, v, *rest)
+        batch = _divisors(mesh, BATCH, q.shape[0])
+        heads, times = _heads(mesh.shape[HEADS], q.shape[2], k.shape[2])
+        if times > 1:
+            k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
+        wide = PartitionSpec(batch, None, heads, None)
+        narrow = [PartitionSpec(batch) if getattr(x, "ndim", 0) else PartitionSpec() for x in rest]
+        out = (wide, PartitionSpec(batch, heads)) if lse else wide
+        # The kernels do not say over which axes their results vary, so that cannot be checked.
+        cut = jax.shard_map(f, mesh=mesh, in_specs=(wide, wide, wide, *narrow), out_specs=out, check_vma=False)
+        return cut(q, k, v, *rest)
+
+    return run
+
+
+def _heads(parts: int, heads: int, groups: int) -> tuple[str | None, int]:
+    """Returns the mesh axis of the heads, if `parts` devices can share them, and how often to repeat the key heads."""
+    if parts == 1 or heads % parts:
+        return None, 1
+    if groups % parts == 0:
+        return HEADS, 1
+    return (HEADS, parts // groups) if parts % groups == 0 else (None, 1)
+
+
+def _divisors(mesh: AbstractMesh, names: Sequence[str], size: int) -> tuple[str, ...]:
+    """Returns as many of the mesh axes, in order, as together divide `size`."""
+    taken: tuple[str, ...] = ()
+    for name in names:
+        if size % (math.prod(mesh.shape[n] for n in taken) * mesh.shape[name]) == 0:
+            taken = (*taken, name)
+    return taken
