@@ -171,14 +171,15 @@ def _absorb(place: _Place, top: Any, total: Any, logits: jax.Array) -> tuple[jax
 def _cross_entropy(
     place: _Place, hidden: Any, head: Any, targets: Any, logp: Any, lse: Any, top: Any, total: Any, target: Any
 ) -> None:
-    logits = place.inside(_dot(hidden[...], head[...], 1, 0), 1, "column", NEVER)
-    _absorb(place, top, total, logits)
+    logits = _dot(hidden[...], head[...], 1, 0)
+    _absorb(place, top, total, place.inside(logits, 1, "column", NEVER))
 
     @pl.when(place.first)
     def _() -> None:
         target[...] = jnp.zeros_like(target)
 
-    target[...] += jnp.sum(jnp.where(place.columns() == targets[...], logits, 0.0), axis=1, keepdims=True)
+    found = place.inside(jnp.where(place.columns() == targets[...], logits, 0.0), 1, "column")
+    target[...] += jnp.sum(found, axis=1, keepdims=True)
 
     @pl.when(place.last)
     def _() -> None:
@@ -298,7 +299,7 @@ def _mixture(
     total: Any,
     mixed: Any,
 ) -> None:
-    scores = inverse[0, 0] * place.inside(_dot(hidden[...], head[...], 1, 0), 1, "column")
+    scores = inverse[0, 0] * _dot(hidden[...], head[...], 1, 0)
     shrink, e = _absorb(place, top, total, place.inside(scores, 1, "column", NEVER))
     e = e.astype(embedding.dtype)
     _gather(place, mixed, 1, lambda at: _dot(e, place.inside(embedding[:, at], 0, "column"), 1, 0), shrink)
