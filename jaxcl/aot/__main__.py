@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
       UserError: whatever is wrong with the command line or the config.
       SystemExit: with status 1 if the program does not fit.
     """
-    parser = console.Parser(prog="python -m jaxcl.aot", description=__doc__.split("\n\n")[1])
+    parser = console.Parser(prog="python -m jaxcl.aot", description=str(__doc__).split("\n\n")[1])
     parser.add_argument("--topology", required=True, help=f"KIND:SIZES; {topology.EXAMPLES}")
     parser.add_argument("--config", required=True, help="file with get_config(), as for jaxcl.main")
     parser.add_argument("--variant", help="of a sweep; default: the first")
@@ -85,7 +85,7 @@ class Session:
             **verdict.details,
             "notes": [*self.notes, *step.notes],
             "seconds": round(verdict.seconds, 1),
-            "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, **topology.version(self.target)},
+            "versions": {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__, **topology.version(self.target)},
         }
 
     def report(self, config: Mapping[str, Any], *, quick: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcl import domains, flops, frozen, plan, schema, sweep, train, tree
+from jaxcl import domains, flops, frozen, plan, program, schema, sweep, train, tree
 from jaxcl import mesh as meshes
 from jaxcl import network as networks
 from jaxcl.data import rows as tables

@@ -114,7 +114,7 @@ def devices(topology: Topology) -> list[Any]:
         gpus = topology.sizes[0]
         hosts = max(gpus // HOST, 1)
         options["topology"] = f"1x{hosts}x{gpus // hosts}"  # slices x hosts x GPUs
-        options["target_config"] = importlib.resources.files(__package__).joinpath("h200.txtpb").read_text()
+        options["target_config"] = importlib.resources.files("jaxcl.aot").joinpath("h200.txtpb").read_text()
     try:
         return list(topologies.get_topology_desc(**options).devices)
     except Exception as error:  # the plugins raise what they like

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.kernels.attention import cpu, reference
+from jaxcl.kernels import sharded
+from jaxcl.kernels.attention import cpu, reference, tpu
 
 # Platform that a program is lowered for -> module whose `forward` and `backward` have the arguments of those in
 # `cpu`, without a bias. They take WIDTHS and DTYPES; `cpu` takes everything, on every platform.
-KERNELS: Mapping[str, Any] = MappingProxyType({})
+KERNELS: Mapping[str, Any] = MappingProxyType({"tpu": tpu})
 WIDTHS, DTYPES = (64, 128, 256), ("float32", "bfloat16")
 
 
@@ -64,7 +65,11 @@ def attention(
     reference.check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, segments=segments, positions=positions)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     how = _How(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), soft_cap)
-    found: Any = _packed(how, q, k, v, segments, window, frozen, bias)
+    found: Any
+    if bias is None:  # every device runs the kernel on its own rows and heads
+        found = sharded.attention(lambda *x: _packed(how, *x, None), lse=True)(q, k, v, segments, window, frozen)
+    else:
+        found = _packed(how, q, k, v, segments, window, frozen, bias)
     return found if return_lse else found[0]
 
 

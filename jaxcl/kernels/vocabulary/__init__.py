@@ -171,12 +171,13 @@ def kl(width: int, scale: float, student: chunked.Pair, teacher: chunked.Pair) -
 
 
 def _kl_fwd(width: int, scale: float, student: chunked.Pair, teacher: chunked.Pair) -> tuple[Any, Any]:
-    cost, *sums = chunked.kl(width, scale, student, teacher)
-    return cost, (student, teacher, *sums)
+    cost, lse_q, lse_p = chunked.kl(width, scale, student, teacher)
+    return cost, (student, teacher, lse_q, lse_p)
 
 
 def _kl_bwd(width: int, scale: float, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    return chunked.kl_backward(width, scale, *saved, cotangent), None
+    student, teacher, lse_q, lse_p = saved
+    return chunked.kl_backward(width, scale, student, teacher, lse_q, lse_p, cotangent), None
 
 
 kl.defvjp(_kl_fwd, _kl_bwd)

@@ -73,7 +73,7 @@ class _Launch(NamedTuple):
         self,
         body: Callable[..., None],
         operands: Sequence[tuple[str, jax.Array]],
-        results: Sequence[tuple[str, tuple[int, int], Any]],
+        results: Sequence[tuple[str, tuple[int, ...], Any]],
         scratch: Sequence[tuple[int, int]],
         *,
         products: Sequence[int],
