@@ -349,7 +349,8 @@ def test_remat_stores_less():
         model, params, _ = build("plain", remat=name)
         _, pullback = jax.eval_shape(lambda p, m=model: jax.vjp(lambda q: objective(m, q, batch), p), params)
         sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(pullback))
-    assert sizes["full"] < sizes["attention"] < sizes["dots_no_batch"] < sizes["dots"] < sizes["none"]
+    assert sizes["full"] < sizes["attention"] < sizes["dots_no_batch"] < sizes["none"]
+    assert sizes["dots"] == sizes["dots_no_batch"]  # the only products with batches are those inside the attention
 
 
 def test_bfloat16_compute_keeps_float32_masters():
