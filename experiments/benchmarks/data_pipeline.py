@@ -30,7 +30,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 PEER = flags.DEFINE_string("peer_python", None, "interpreter that has datasets and transformers")
 REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each side, after one that is not counted")
 PROCESSES = flags.DEFINE_list("processes", ["1", "2"], "numbers of cores, and of processes of the peer")
-MEGABYTES = flags.DEFINE_integer("megabytes", 24, "of text in the corpus")
+MEGABYTES = flags.DEFINE_integer("megabytes", 21, "of text in the corpus")
 VOCAB = flags.DEFINE_integer("vocab", 32000, "tokens of the BPE that is trained on the corpus")
 FOLDER = flags.DEFINE_string("folder", None, "where corpus and rows are written, and removed afterwards")
 OUTPUT = flags.DEFINE_string("output", str(HERE / "results" / "data_pipeline_cpu.json"), "file of raw results")
@@ -151,25 +151,36 @@ def case(processes: int, root: pathlib.Path) -> dict[str, Any]:
         sides["lean_threads"] = (them, work | {"lean": True, "threads": True})
     raw: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for i in range(REPEATS.value + 1):
-        for name, (command, what) in sides.items():
+        for name in list(sides)[:: (-1) ** i]:  # in turn, and the other way round every second time
+            command, what = sides[name]
             told = measure(command, what, root)
             raw[name] += [told] if i else []
-            print(processes, i, name, told["prepare"], told["read"], flush=True)
+            print(processes, i, name, told["prepare"], told["read"], flush=True)  # progress
     if len({(run["tokens"], run["sha256"]) for runs in raw.values() for run in runs}) != 1:
         raise SystemExit(f"not the same tokens: {[(name, runs[0]['tokens']) for name, runs in raw.items()]}")
-    return {"processes": processes, "summary": {n: summary(runs) for n, runs in raw.items()}, "raw": raw}
+    rates = {name: [rated(run) for run in runs] for name, runs in raw.items()}
+    ratios = {
+        name: [{k: mine[k] / their[k.replace("read_tokens/", "read/")] for k in mine} for mine, their in pairs]
+        for name, pairs in ((n, list(zip(rates["jaxcl"], rates[n], strict=True))) for n in sides if n != "jaxcl")
+    }
+    spread = {"tokens_per_second": rates, "jaxcl_rate_over_theirs": ratios}
+    summary = {what: {name: spread_of(runs) for name, runs in of.items()} for what, of in spread.items()}
+    return {"processes": processes, **summary, "raw": raw}
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Returns tokens/s of each phase: the median, and the lowest and highest run."""
-    out: dict[str, dict[str, float]] = {}
-    for phase in ("prepare", "read", "read_tokens"):
-        for clock in ("wall_s", "cpu_s"):
-            rates = [r[phase].get("tokens", r["tokens"]) / r[phase][clock] for r in runs if phase in r]
-            if rates:
-                of = {"median": statistics.median(rates), "least": min(rates), "most": max(rates)}
-                out[f"{phase}_tokens_per_{clock}"] = {key: round(rate) for key, rate in of.items()}
-    return out
+def rated(run: dict[str, Any]) -> dict[str, float]:
+    """Returns tokens per second of each phase and clock."""
+    phases = [phase for phase in ("prepare", "read", "read_tokens") if phase in run]
+    return {f"{p}/{c}": run[p].get("tokens", run["tokens"]) / run[p][c] for p in phases for c in ("wall_s", "cpu_s")}
+
+
+def spread_of(runs: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Returns the median, the least and the most of every figure."""
+    figures = {key: [run[key] for run in runs] for key in runs[0]}
+    return {
+        key: [float(f"{x:.4g}") for x in (statistics.median(values), min(values), max(values))]
+        for key, values in figures.items()
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -197,7 +208,7 @@ def main(_) -> None:
         results |= {"corpus": write(root), "vocab": VOCAB.value, "length": LENGTH, "batch": BATCH, "cases": []}
         for processes in PROCESSES.value:
             results["cases"].append(case(int(processes), root))
-            print(json.dumps(results["cases"][-1]["summary"], indent=1), flush=True)
+            print(json.dumps(results["cases"][-1]["jaxcl_rate_over_theirs"], indent=1), flush=True)
             pathlib.Path(OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
     finally:
         shutil.rmtree(root, ignore_errors=True)
