@@ -35,7 +35,7 @@ from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.schema import UserError
 
 _FORMAT = 2
-_CHUNK = 256  # documents tokenised at a time
+_CHUNK = 1024, 2**22  # documents tokenised at a time, and characters in them: encodings take 100 bytes per token
 _SPLITS = ("train", "held_out")
 _BEGIN = 2  # flag of a token that begins a document; that of one that is trained is 1
 
@@ -194,11 +194,13 @@ def _publish(partial: str, path: str) -> None:
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Yields documents in lists, so that a tokenizer can work in parallel."""
     chunk: list[Document] = []
+    size = 0
     for document in documents:
         chunk.append(document)
-        if len(chunk) == _CHUNK:
+        size += len(text_of_document(document))
+        if len(chunk) == _CHUNK[0] or size >= _CHUNK[1]:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
