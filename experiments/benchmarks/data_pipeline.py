@@ -43,9 +43,9 @@ LENGTH, BATCH = 1024, 16
 
 def texts(most: int) -> Iterator[str]:
     """Yields `most` bytes of this installation's text: the embedded sources, then the modules of its packages."""
-    from jaxcl.data.sources import embedded, limited
+    from jaxcl.data.sources import Document, embedded, limited
 
-    def all_of_it() -> Iterator[str]:
+    def all_of_it() -> Iterator[Document]:
         for domain in ("prose", "code", "headers"):
             yield from embedded.make(domain=domain).documents()
         paths = pathlib.Path(sysconfig.get_paths()["purelib"]).rglob("*.py")
