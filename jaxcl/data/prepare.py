@@ -35,8 +35,9 @@ from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.schema import UserError
 
 _FORMAT = 2
-_CHUNK = 256  # documents tokenised at a time
+_CHUNK = 1024, 2**22  # documents tokenised at a time, and characters in them: encodings take 100 bytes per token
 _SPLITS = ("train", "held_out")
+_BEGIN = 2  # flag of a token that begins a document; that of one that is trained is 1
 
 
 class Corpus(NamedTuple):
@@ -170,9 +171,10 @@ def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tu
             tokens, trained = tokenizer.chat(document)
             size = len(tokenizer.decode(tokens[trained]).encode("utf-8", "surrogatepass"))
         else:
-            tokens = np.concatenate([next(texts), [tokenizer.eos]])
+            tokens = np.concatenate([next(texts), np.array([tokenizer.eos], np.uint32)])
             trained, size = np.ones(len(tokens), bool), len(document.encode("utf-8", "surrogatepass"))
-        yield np.concatenate([[tokenizer.bos], tokens]).astype(np.uint32), np.concatenate([[True], trained]), size
+        begin = np.array([tokenizer.bos], np.uint32)
+        yield np.concatenate([begin, tokens]), np.concatenate([[True], trained]), size
 
 
 def _publish(partial: str, path: str) -> None:
@@ -192,11 +194,13 @@ def _publish(partial: str, path: str) -> None:
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Yields documents in lists, so that a tokenizer can work in parallel."""
     chunk: list[Document] = []
+    size = 0
     for document in documents:
         chunk.append(document)
-        if len(chunk) == _CHUNK:
+        size += len(text_of_document(document))
+        if len(chunk) == _CHUNK[0] or size >= _CHUNK[1]:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
@@ -213,7 +217,7 @@ class _Writer:
         self.folder, self.split, self.length = folder, split, length
         self.documents = self.bytes = self.stored = 0
         self.pending: list[np.ndarray] = []  # documents and the rest of the last cut, uint32
-        self.flags: list[np.ndarray] = []  # where documents begin, and what is trained, bool [n, 2], like `pending`
+        self.flags: list[np.ndarray] = []  # what is trained, and where documents begin: uint8, like `pending`
         self.size = 0
         self.tokens: list[np.ndarray] = []
         self.out = shards.Writer(folder, split)
@@ -221,10 +225,10 @@ class _Writer:
 
     def add(self, document: np.ndarray, trained: np.ndarray, size: int) -> None:
         """Takes one document with its special tokens; `size` is its trained text in bytes."""
-        start = np.zeros(len(document), bool)
-        start[0] = True
+        flags = trained.astype(np.uint8)
+        flags[0] |= _BEGIN
         self.pending.append(document)
-        self.flags.append(np.stack([start, trained], axis=1))
+        self.flags.append(flags)
         self.documents, self.bytes, self.stored = self.documents + 1, self.bytes + size, self.stored + trained[1:].sum()
         self.size += len(document)
         if self.size >= 2**20:
@@ -236,12 +240,14 @@ class _Writer:
         self.pending, self.flags, self.size = [tokens[end:]], [flags[end:]], len(tokens) - end
         span = self.length + 1
         missing = -end % span
-        used = np.arange(end + missing) < end
-        tokens, begun, trained = (
-            np.concatenate([x[:end], np.zeros(missing, x.dtype)]).reshape(-1, span) for x in (tokens, *flags.T)
+        tokens, flags = (
+            np.concatenate([x[:end], np.zeros(missing, x.dtype)]).reshape(-1, span) for x in (tokens, flags)
         )
-        words = pack(tokens, begun, used.reshape(-1, span).sum(axis=1), trained)
-        self.tokens.append(unpack(words, self.length)["weights"].sum(axis=1).astype(np.int64))
+        begun, trained = flags >= _BEGIN, (flags & 1).astype(bool)
+        counts = np.full(len(tokens), span)
+        counts[-1] -= missing
+        words = pack(tokens, begun, counts, trained)
+        self.tokens.append((trained & ~begun)[:, 1:].sum(axis=1))  # those with a weight; padding is not trained
         self.digest.update(words.tobytes())
         self.out.write(words)
 

@@ -88,9 +88,8 @@ def unpack(words: np.ndarray, length: int) -> Columns:
     place = np.arange(length + 1, dtype=np.int32)
     used = place < words[:, :1].astype(np.int32)
     segments = np.cumsum(starts, axis=1, dtype=np.int32) * used
-    begun = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
-    positions = np.where(used, place - begun, 0).astype(np.int32)
-    counted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0) & (trained[:, 1:] > 0)
+    positions = (place - np.maximum.accumulate(place * starts, axis=1)) * used
+    counted = used[:, 1:] & (trained[:, 1:] > starts[:, 1:])  # both are 0 or 1
     return {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
