@@ -2,7 +2,10 @@
 
 python -m experiments.benchmarks.data_pipeline --peer_python=PYTHON_WITH_DATASETS_AND_TRANSFORMERS
 
-TODO claim
+The tokens on disk are equal, and checked by their hash. Measured in CPU time: preparation is 1.16 times as fast as the
+way of the examples of transformers on one core and 1.18 on two, and level with the fastest form of the peer that we
+wrote (0.96 and 1.00; 0.81 beside two threads of it). Reading a batch is slower, 0.21 of their rate (0.28 for the
+tokens alone): 1.0 CPU-ms for 16 rows of 1024 tokens. See README.md.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ LENGTH, BATCH = 1024, 16
 
 def texts(most: int) -> Iterator[str]:
     """Yields `most` bytes of this installation's text: the embedded sources, then the modules of its packages."""
-    from jaxcl.data.sources import embedded, limited
+    from jaxcl.data.sources import Document, embedded, limited
 
-    def all_of_it() -> Iterator[str]:
+    def all_of_it() -> Iterator[Document]:
         for domain in ("prose", "code", "headers"):
             yield from embedded.make(domain=domain).documents()
         paths = pathlib.Path(sysconfig.get_paths()["purelib"]).rglob("*.py")
@@ -197,7 +200,8 @@ def main(_) -> None:
         return
     if PEER.value is None:
         raise app.UsageError("give --peer_python, an interpreter that has datasets and transformers")
-    command = ["--peer_python=PYTHON" if arg.startswith("--peer_python") else arg for arg in sys.argv[1:]]
+    told = [arg for arg in sys.argv[1:] if not arg.startswith("--folder")]
+    command = ["--peer_python=PYTHON" if arg.startswith("--peer_python") else arg for arg in told]
     results: dict[str, Any] = {
         "command": " ".join(["python -m experiments.benchmarks.data_pipeline", *command]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
