@@ -75,7 +75,7 @@ def forward(
     keys = FORWARD_KEYS[width]
     visited = spans(first, last, TEAMS * ROWS, keys).visited
     inner = spans(first, last, ROWS, keys).inner
-    tiled = functools.partial(_tile, dtype=q.dtype)
+    tiled = functools.partial(tile_of, dtype=q.dtype)
     mixed, lse = plgpu.kernel(
         functools.partial(_forward, scale=scale, soft_cap=soft_cap, share=heads // groups, interpret=interpret),
         out_type=(
@@ -106,8 +106,8 @@ def forward(
 
 def _forward(q, k, v, reach, visited, inner, mixed, lse, *, scale, soft_cap, share, interpret, **scratch):
     """The kernel: team 0 and 1 compute, team 2 loads. Arrays are references into global memory."""
-    row, block, head = (lax.axis_index(name) for name in ("row", "block", "head"))
-    team = lax.axis_index("team")
+    row, head, team = (lax.axis_index(name) for name in ("row", "head", "team"))
+    block = visited.shape[2] - 1 - lax.axis_index("block")  # of causal rows, the longest first
     begin, steps = visited[row, 0, block], visited[row, 1, block] - visited[row, 0, block]
 
     @pl.when(team == TEAMS)
@@ -147,8 +147,10 @@ def _forward(q, k, v, reach, visited, inner, mixed, lse, *, scale, soft_cap, sha
             if soft_cap is not None:
                 scores = jnp.tanh(scores * (scale / soft_cap))
             tile = begin + i
-            hide = functools.partial(_hide, bounds=bounds, first_key=tile * k_tile.shape[0])
-            scores = lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, hide, scores)
+            masked = functools.partial(
+                hide, value=-jnp.inf, bounds=bounds, first_key=tile * k_tile.shape[0], axis=1
+            )
+            scores = lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, masked, scores)
             new = jnp.maximum(top, scores.max(axis=1) * factor)
             shrink = jnp.exp2(top - new)
             p = jnp.exp2(scores * factor - lax.broadcast_in_dim(new, scores.shape, [0]))
@@ -174,11 +176,12 @@ def _forward(q, k, v, reach, visited, inner, mixed, lse, *, scale, soft_cap, sha
         plgpu.wait_smem_to_gmem(0)
 
 
-def _hide(scores, *, bounds, first_key):
-    """Returns scores [64, keys] with minus infinity where a query does not see a key."""
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=WGMMA) + first_key
-    first, last = (lax.broadcast_in_dim(load(bounds.at[i], BY_ROW), scores.shape, [0]) for i in (0, 1))
-    return jnp.where((key >= first) & (key < last), scores, -jnp.inf)
+def hide(x: jax.Array, value: float, bounds: Any, first_key: jax.Array, axis: int) -> jax.Array:
+    """Returns a tile of scores with `value` where a query does not see a key; the keys lie along `axis`."""
+    key = plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=WGMMA) + first_key
+    layout = BY_ROW if axis == 1 else BY_COLUMN
+    first, last = (lax.broadcast_in_dim(load(bounds.at[i], layout), x.shape, [1 - axis]) for i in (0, 1))
+    return jnp.where((key >= first) & (key < last), x, value)
 
 
 
@@ -211,7 +214,7 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *whole, layout=layout)
 
 
-def _tile(shape: tuple[int, ...], dtype: Any) -> Any:
+def tile_of(shape: tuple[int, ...], dtype: Any) -> Any:
     """Returns shared memory [..., rows, K] in the order that TMA writes and wgmma reads without bank conflicts."""
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
@@ -256,7 +259,7 @@ def reachable(
 
 
 class Spans(NamedTuple):
-    """Intervals of tiles [B, 2, n], int32: those that somebody sees, and those that need no mask."""
+    """Intervals of tiles, [B, 2, n] each, int32: those that somebody sees, and those that need no mask."""
 
     visited: jax.Array
     inner: jax.Array

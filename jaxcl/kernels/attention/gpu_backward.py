@@ -1,0 +1,341 @@
+"""The backward pass of `gpu`: one kernel for d_q and one for d_k and d_v, each sum in one place and one order.
+
+    p = exp(s - lse)    d_s = p * (d_mixed v^T - delta)    delta = <d_mixed, mixed> - d_lse    (Dao 2023, algorithm 2)
+    d_q = scale d_s k    d_k = scale d_s^T q    d_v = p^T d_mixed
+
+The scores are computed in both kernels: seven products per tile instead of the five of a kernel that adds to d_q with
+atomics, and in return two runs agree in every bit. Query heads of a group are summed inside the second kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxcl.kernels.attention.gpu import (
+    BY_COLUMN,
+    BY_ROW,
+    LOG2E,
+    NARROW,
+    ROWS,
+    STAGES,
+    TEAMS,
+    WGMMA,
+    WIDE,
+    add_product,
+    check,
+    full_of,
+    hide,
+    hull,
+    load,
+    pad,
+    product,
+    reachable,
+    spans,
+    tile_of,
+)
+
+D_Q_KEYS = {64: 128, 128: 128, 256: 32}  # keys per tile of the first kernel, by head dimension
+QUERIES = 64  # per tile of the second
+_SILENT = 1e30  # "logsumexp" of a query without a gradient: its p becomes 0 without a mask
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    window: jax.Array | None,
+    frozen: jax.Array | None,
+    mixed: jax.Array,
+    lse: jax.Array,
+    d_mixed: jax.Array,
+    d_lse: jax.Array | None,
+    *,
+    causal: bool,
+    scale: float,
+    soft_cap: float | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the cotangents of (q, k, v), given what `gpu.forward` returned; see there for the other arguments.
+
+    Args:
+      frozen: bool [B, L], tokens whose q, k, v and output carry no gradient; tiles without others are not visited.
+      d_lse: float32 [B, H, L], cotangent of the logsumexp, or None.
+    """
+    check(q, k, v, scale)
+    (rows, length, heads, width), groups = q.shape, k.shape[2]
+    first, last = reachable(rows, length, segments, window, causal)
+    if frozen is not None:
+        last = jnp.where(frozen, 0, last)
+    delta = jnp.einsum("blhk,blhk->bhl", mixed, d_mixed, preferred_element_type=jnp.float32)
+    delta = delta if d_lse is None else delta - d_lse
+    # A query without a gradient counts for nothing, whatever the tile it lies in.
+    silent = (first >= last)[:, None, :]
+    stats = jnp.stack([jnp.where(silent, _SILENT, lse * LOG2E), jnp.where(silent, 0.0, delta)], axis=2)
+    q, k, v, d_mixed, first, last = (pad(x) for x in (q, k, v, d_mixed, first, last))
+    stats = pad(stats, axis=3)
+    operands = (q, k, v, d_mixed, stats, jnp.stack([first, last], axis=1))
+    build = functools.partial(
+        plgpu.kernel,
+        num_threads=TEAMS + 1,
+        thread_name="team",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    options = dict(scale=scale, soft_cap=soft_cap, share=heads // groups, interpret=interpret)
+    tiled = functools.partial(tile_of, dtype=q.dtype)
+
+    keys = D_Q_KEYS[width]
+    d_q = build(
+        functools.partial(_d_q, **options),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=dict(
+            own=tiled((2, TEAMS, ROWS, width)),
+            k_tile=tiled((STAGES, keys, width)),
+            v_tile=tiled((STAGES, keys, width)),
+            stats_tile=plgpu.SMEM((TEAMS, 2, ROWS), jnp.float32),
+            bounds=plgpu.SMEM((TEAMS, 2, ROWS), jnp.int32),
+            own_ready=plgpu.Barrier(num_arrivals=4, num_barriers=TEAMS),
+            **_barriers("k", "v"),
+        ),
+        grid=(rows, q.shape[1] // (TEAMS * ROWS), heads),
+        grid_names=("row", "block", "head"),
+    )(*operands, spans(first, last, TEAMS * ROWS, keys).visited, spans(first, last, ROWS, keys).inner)
+
+    parted = width > 128  # one accumulator per team: team 0 sums d_v, team 1 d_k, for the same keys
+    keys = ROWS if parted else TEAMS * ROWS
+    live = jnp.ones((rows, k.shape[1]), bool) if frozen is None else pad(~frozen)
+    d_k, d_v = build(
+        functools.partial(_d_kv, parted=parted, **options),
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
+        scratch_types=dict(
+            own=tiled((2, keys // ROWS, ROWS, width)),
+            q_tile=tiled((STAGES, QUERIES, width)),
+            d_tile=tiled((STAGES, QUERIES, width)),
+            stats_tile=plgpu.SMEM((STAGES, 2, QUERIES), jnp.float32),
+            bounds=plgpu.SMEM((STAGES, 2, QUERIES), jnp.int32),
+            own_ready=plgpu.Barrier(num_arrivals=2, num_barriers=keys // ROWS),
+            done=plgpu.Barrier(num_arrivals=TEAMS),
+            **_barriers("d", "q", q_parts=3),
+        ),
+        grid=(rows, k.shape[1] // keys, groups),
+        grid_names=("row", "block", "group"),
+    )(*operands, _visitors(first, last, live, keys), _all_seeing(first, last))
+    d_q, d_k, d_v = (x[:, :length] for x in (d_q, d_k, d_v))
+    if frozen is not None:
+        d_k, d_v = (jnp.where(frozen[:, :, None, None], 0, x) for x in (d_k, d_v))
+    return d_q, d_k, d_v
+
+
+def _barriers(*names: str, q_parts: int = 1) -> dict[str, Any]:
+    """Returns for each stream the barriers that its tiles are there, and that no team needs them any more."""
+    ready = {f"{x}_ready": plgpu.Barrier(num_arrivals=q_parts if x == "q" else 1, num_barriers=STAGES) for x in names}
+    return ready | {f"{x}_free": plgpu.Barrier(num_arrivals=TEAMS, num_barriers=STAGES) for x in names}
+
+
+def _visitors(first: jax.Array, last: jax.Array, live: jax.Array, keys: int) -> jax.Array:
+    """Returns the tiles of queries [begin, end) that see a live key of each block of keys, int32 [B, 2, n]."""
+    low, high, _, _ = (x[:, None, :] for x in hull(first, last, QUERIES))
+    place = lax.broadcasted_iota(jnp.int32, live.shape, 1)
+    begin, end, _, _ = (x[:, :, None] for x in hull(place, jnp.where(live, place + 1, 0), keys))
+    return _interval((low < end) & (high > begin) & (low < high))
+
+
+def _all_seeing(first: jax.Array, last: jax.Array) -> jax.Array:
+    """Returns the tiles of queries of which all see all of 64 keys, int32 [B, 2, L / 64]: `first` never falls."""
+    low, high, most, least = (x[:, None, :] for x in hull(first, last, QUERIES))
+    begin = ROWS * lax.broadcasted_iota(jnp.int32, (1, first.shape[1] // ROWS, 1), 1)
+    return _interval((low < high) & (most <= begin) & (least >= begin + ROWS))
+
+
+def _interval(member: jax.Array) -> jax.Array:
+    """Returns the smallest [begin, end) that holds the members, of bool [B, n, m]; int32 [B, 2, n]."""
+    place = lax.broadcasted_iota(jnp.int32, member.shape, 2)
+    end = jnp.where(member, place + 1, 0).max(axis=2)
+    begin = jnp.where(member, place, member.shape[2]).min(axis=2)
+    return jnp.stack([jnp.minimum(begin, end), end], axis=1)
+
+
+def _weights(scores, d_p, stats, axis, scale, soft_cap, masked):
+    """Returns p and d_s (before `scale`) of a tile of scores; its queries lie along `axis`."""
+    factor = LOG2E * (scale if soft_cap is None else soft_cap)
+    if soft_cap is not None:
+        scores = jnp.tanh(scores * (scale / soft_cap))
+    layout = BY_ROW if axis == 0 else BY_COLUMN
+    lse = lax.broadcast_in_dim(load(stats.at[0], layout), scores.shape, [axis])
+    p = masked(jnp.exp2(scores * factor - lse))
+    if d_p is None:
+        return p, None
+    d_s = p * (d_p - lax.broadcast_in_dim(load(stats.at[1], layout), scores.shape, [axis]))
+    return p, d_s if soft_cap is None else d_s * (1 - scores * scores)
+
+
+def _two_products(a, b, c, d, shape):
+    """Returns a b and c d, float32 both, of tiles in shared memory: the tensor cores go from one to the other."""
+
+    def run(left, right):
+        plgpu.wgmma(left, a, b)
+        plgpu.wgmma(right, c, d)
+        return left[...], right[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+
+
+def _stream(steps, copies):
+    """Loads the tiles of every step into their slots as the slots become free: the program of the third team."""
+    plgpu.set_max_registers(NARROW, action="decrease")
+
+    @pl.loop(0, steps)
+    def _(step):
+        slot = lax.rem(step, jnp.int32(STAGES))
+        for free, ready, parts in copies(step):
+            pl.when(step >= STAGES)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            for source, target in parts:
+                plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+
+
+def _d_q(q, k, v, d_mixed, stats, reach, visited, inner, d_q, *, scale, soft_cap, share, interpret, **scratch):
+    """The kernel of d_q: as the forward one, with d_mixed beside q."""
+    row, head, team = (lax.axis_index(name) for name in ("row", "head", "team"))
+    block = visited.shape[2] - 1 - lax.axis_index("block")
+    begin, steps = visited[row, 0, block], visited[row, 1, block] - visited[row, 0, block]
+    keys = scratch["k_tile"].shape[1]
+
+    @pl.when(team == TEAMS)
+    def _load():
+        def copies(step):
+            place = (row, pl.ds((begin + step) * keys, keys), lax.div(head, jnp.int32(share)))
+            for name, source in (("k", k), ("v", v)):
+                yield scratch[name + "_free"], scratch[name + "_ready"], [(source.at[place], scratch[name + "_tile"])]
+
+        _stream(steps, copies)
+
+    @pl.when(team < TEAMS)
+    def _compute():
+        plgpu.set_max_registers(WIDE, action="increase")
+        part = block * TEAMS + team
+        rows = pl.ds(part * ROWS, ROWS)
+        q_tile, d_tile = scratch["own"].at[0, team], scratch["own"].at[1, team]
+        stats_tile, bounds, ready = (scratch[name].at[team] for name in ("stats_tile", "bounds", "own_ready"))
+        plgpu.copy_gmem_to_smem(q.at[row, rows, head], q_tile, ready)
+        plgpu.copy_gmem_to_smem(d_mixed.at[row, rows, head], d_tile, ready)
+        plgpu.copy_gmem_to_smem(stats.at[row, head, :, rows], stats_tile, ready)
+        plgpu.copy_gmem_to_smem(reach.at[row, :, rows], bounds, ready)
+        plgpu.barrier_wait(ready)
+        full = [inner[row, i, part] for i in (0, 1)]
+
+        def step(i, total):
+            slot, tile = lax.rem(i, jnp.int32(STAGES)), begin + i
+            k_tile, v_tile = scratch["k_tile"].at[slot], scratch["v_tile"].at[slot]
+
+            def masked(p):
+                seen = functools.partial(hide, value=0.0, bounds=bounds, first_key=tile * keys, axis=1)
+                return lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, seen, p)
+
+            plgpu.barrier_wait(scratch["k_ready"].at[slot])
+            plgpu.barrier_wait(scratch["v_ready"].at[slot])
+            across = k_tile.transpose((1, 0)), v_tile.transpose((1, 0))
+            scores, d_p = _two_products(q_tile, across[0], d_tile, across[1], (ROWS, keys))
+            plgpu.barrier_arrive(scratch["v_free"].at[slot])
+            d_s = _weights(scores, d_p, stats_tile, 0, scale, soft_cap, masked)[1]
+            total = add_product(total, d_s.astype(q.dtype), k_tile, interpret)
+            plgpu.barrier_arrive(scratch["k_free"].at[slot])
+            return total
+
+        total = lax.fori_loop(0, steps, step, full_of(0.0, q_tile.shape, WGMMA))
+        q_tile[...] = (total * scale).astype(q.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_tile, d_q.at[row, rows, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _d_kv(
+    q, k, v, d_mixed, stats, reach, visited, inner, d_k, d_v, *, scale, soft_cap, share, parted, interpret, **scratch
+):
+    """The kernel of d_k and d_v: a block of keys stays, the queries of all heads of its group pass by."""
+    row, block, group, team = (lax.axis_index(name) for name in ("row", "block", "group", "team"))
+    begin, count = visited[row, 0, block], visited[row, 1, block] - visited[row, 0, block]
+    steps = count * share
+
+    @pl.when(team == TEAMS)
+    def _load():
+        for own in range(scratch["own"].shape[1]):
+            rows = pl.ds(block * scratch["own"].shape[1] * ROWS + own * ROWS, ROWS)
+            for i, source in enumerate((k, v)):
+                plgpu.copy_gmem_to_smem(
+                    source.at[row, rows, group], scratch["own"].at[i, own], scratch["own_ready"].at[own]
+                )
+
+        def copies(step):
+            head = group * share + lax.div(step, count)
+            rows = pl.ds((begin + lax.rem(step, count)) * QUERIES, QUERIES)
+            with_q = [
+                (q.at[row, rows, head], scratch["q_tile"]),
+                (stats.at[row, head, :, rows], scratch["stats_tile"]),
+                (reach.at[row, :, rows], scratch["bounds"]),
+            ]
+            yield scratch["q_free"], scratch["q_ready"], with_q
+            yield scratch["d_free"], scratch["d_ready"], [(d_mixed.at[row, rows, head], scratch["d_tile"])]
+
+        _stream(steps, copies)
+
+    def compute(own, wanted):
+        """Sums the gradients `wanted` of 64 keys."""
+        plgpu.set_max_registers(WIDE, action="increase")
+        part = block * scratch["own"].shape[1] + own
+        k_tile, v_tile = scratch["own"].at[0, own], scratch["own"].at[1, own]
+        plgpu.barrier_wait(scratch["own_ready"].at[own])
+        full = [inner[row, i, part] for i in (0, 1)]
+
+        def step(i, totals):
+            slot, tile = lax.rem(i, jnp.int32(STAGES)), begin + lax.rem(i, count)
+            q_tile, d_tile, stats_tile, bounds = (
+                scratch[name].at[slot] for name in ("q_tile", "d_tile", "stats_tile", "bounds")
+            )
+
+            def masked(p):
+                seen = functools.partial(hide, value=0.0, bounds=bounds, first_key=part * ROWS, axis=0)
+                return lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, seen, p)
+
+            plgpu.barrier_wait(scratch["q_ready"].at[slot])
+            plgpu.barrier_wait(scratch["d_ready"].at[slot])
+            q_across, d_across, shape = q_tile.transpose((1, 0)), d_tile.transpose((1, 0)), (ROWS, QUERIES)
+            if "k" in wanted:
+                scores, d_p = _two_products(k_tile, q_across, v_tile, d_across, shape)
+            else:
+                scores, d_p = product(k_tile, q_across, shape), None
+            p, d_s = _weights(scores, d_p, stats_tile, 1, scale, soft_cap, masked)
+            totals = dict(totals)
+            if "v" in wanted:
+                totals["v"] = add_product(totals["v"], p.astype(q.dtype), d_tile, interpret)
+            plgpu.barrier_arrive(scratch["d_free"].at[slot])
+            if "k" in wanted:
+                totals["k"] = add_product(totals["k"], d_s.astype(q.dtype), q_tile, interpret)
+            plgpu.barrier_arrive(scratch["q_free"].at[slot])
+            return totals
+
+        totals = lax.fori_loop(0, steps, step, {x: full_of(0.0, k_tile.shape, WGMMA) for x in wanted})
+        if parted:  # the results take the place of keys and values that the other team may still read
+            plgpu.barrier_arrive(scratch["done"])
+            plgpu.barrier_wait(scratch["done"])
+        rows = pl.ds(part * ROWS, ROWS)
+        if "k" in wanted:
+            k_tile[...] = (totals["k"] * scale).astype(q.dtype)
+        if "v" in wanted:
+            v_tile[...] = totals["v"].astype(q.dtype)
+        plgpu.commit_smem()
+        for x, source, target in (("k", k_tile, d_k), ("v", v_tile, d_v)):
+            if x in wanted:
+                plgpu.copy_smem_to_gmem(source, target.at[row, rows, group])
+        plgpu.wait_smem_to_gmem(0)
+
+    roles = [(team == 0, 0, "v"), (team == 1, 0, "k")] if parted else [(team < TEAMS, team, "kv")]
+    for mine, own, wanted in roles:
+        pl.when(mine)(functools.partial(compute, own, wanted))
