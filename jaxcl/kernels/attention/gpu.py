@@ -23,7 +23,7 @@ NEVER = -1e30  # logsumexp of a query that sees no key; finite, so that a differ
 LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup: one wgmma instruction
 TEAMS = 2  # warpgroups that compute, beside the one that loads
-WIDE, NARROW = 232, 40  # registers per thread of those and of this one: 128 * (2 * 232 + 40) <= 65,536
+WIDE, NARROW = 240, 24  # registers per thread of those and of this one: 128 * (2 * 240 + 24) <= 65,536
 STAGES = 2  # tiles of keys and values in flight
 LENGTH = 128  # rows are padded to a multiple of this
 FORWARD_KEYS = {64: 128, 128: 128, 256: 64}  # keys per tile by head dimension: shared memory holds 227 KiB
@@ -98,7 +98,7 @@ def forward(
         grid_names=("row", "block", "head"),
         num_threads=TEAMS + 1,
         thread_name="team",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(q, k, v, jnp.stack([first, last], axis=1), visited, inner)
     return mixed[:, :length], lse[:, :, :length]
@@ -180,8 +180,9 @@ def hide(x: jax.Array, value: float, bounds: Any, first_key: jax.Array, axis: in
     """Returns a tile of scores with `value` where a query does not see a key; the keys lie along `axis`."""
     key = plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=WGMMA) + first_key
     layout = BY_ROW if axis == 1 else BY_COLUMN
-    first, last = (lax.broadcast_in_dim(load(bounds.at[i], layout), x.shape, [1 - axis]) for i in (0, 1))
-    return jnp.where((key >= first) & (key < last), x, value)
+    # One bound after the other, since both do not fit the registers of the widest kernel.
+    x = jnp.where(key >= lax.broadcast_in_dim(load(bounds.at[0], layout), x.shape, [1 - axis]), x, value)
+    return jnp.where(key < lax.broadcast_in_dim(load(bounds.at[1], layout), x.shape, [1 - axis]), x, value)
 
 
 

@@ -41,7 +41,8 @@ from jaxcl.kernels.attention.gpu import (
     tile_of,
 )
 
-D_Q_KEYS = {64: 128, 128: 128, 256: 32}  # keys per tile of the first kernel, by head dimension
+D_Q_KEYS = {64: 128, 128: 128, 256: 64}  # keys per tile of the first kernel, by head dimension
+D_Q_STAGES = {64: 2, 128: 2, 256: 1}  # q and d_mixed of heads of 256 leave shared memory for one tile of keys
 QUERIES = 64  # per tile of the second
 _SILENT = 1e30  # "logsumexp" of a query without a gradient: its p becomes 0 without a mask
 
@@ -86,24 +87,24 @@ def backward(
         plgpu.kernel,
         num_threads=TEAMS + 1,
         thread_name="team",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )
     options = dict(scale=scale, soft_cap=soft_cap, share=heads // groups, interpret=interpret)
     tiled = functools.partial(tile_of, dtype=q.dtype)
 
-    keys = D_Q_KEYS[width]
+    keys, stages = D_Q_KEYS[width], D_Q_STAGES[width]
     d_q = build(
         functools.partial(_d_q, **options),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=dict(
             own=tiled((2, TEAMS, ROWS, width)),
-            k_tile=tiled((STAGES, keys, width)),
-            v_tile=tiled((STAGES, keys, width)),
+            k_tile=tiled((stages, keys, width)),
+            v_tile=tiled((stages, keys, width)),
             stats_tile=plgpu.SMEM((TEAMS, 2, ROWS), jnp.float32),
             bounds=plgpu.SMEM((TEAMS, 2, ROWS), jnp.int32),
             own_ready=plgpu.Barrier(num_arrivals=4, num_barriers=TEAMS),
-            **_barriers("k", "v"),
+            **_barriers(stages, "k", "v"),
         ),
         grid=(rows, q.shape[1] // (TEAMS * ROWS), heads),
         grid_names=("row", "block", "head"),
@@ -123,7 +124,7 @@ def backward(
             bounds=plgpu.SMEM((STAGES, 2, QUERIES), jnp.int32),
             own_ready=plgpu.Barrier(num_arrivals=2, num_barriers=keys // ROWS),
             done=plgpu.Barrier(num_arrivals=TEAMS),
-            **_barriers("d", "q", q_parts=3),
+            **_barriers(STAGES, "d", "q", q_parts=3),
         ),
         grid=(rows, k.shape[1] // keys, groups),
         grid_names=("row", "block", "group"),
@@ -134,10 +135,19 @@ def backward(
     return d_q, d_k, d_v
 
 
-def _barriers(*names: str, q_parts: int = 1) -> dict[str, Any]:
+def _varying_zero(step: jax.Array) -> jax.Array:
+    """Returns 0 in a way that the compiler takes for a function of the step.
+
+    As an index it keeps the addresses of a tile (one per 16 columns) from being computed before the loop, where they
+    would wait in registers that heads of 256 need.
+    """
+    return lax.shift_right_logical(step, jnp.int32(30))
+
+
+def _barriers(stages: int, *names: str, q_parts: int = 1) -> dict[str, Any]:
     """Returns for each stream the barriers that its tiles are there, and that no team needs them any more."""
-    ready = {f"{x}_ready": plgpu.Barrier(num_arrivals=q_parts if x == "q" else 1, num_barriers=STAGES) for x in names}
-    return ready | {f"{x}_free": plgpu.Barrier(num_arrivals=TEAMS, num_barriers=STAGES) for x in names}
+    ready = {f"{x}_ready": plgpu.Barrier(num_arrivals=q_parts if x == "q" else 1, num_barriers=stages) for x in names}
+    return ready | {f"{x}_free": plgpu.Barrier(num_arrivals=TEAMS, num_barriers=stages) for x in names}
 
 
 def _visitors(first: jax.Array, last: jax.Array, live: jax.Array, keys: int) -> jax.Array:
@@ -163,40 +173,44 @@ def _interval(member: jax.Array) -> jax.Array:
     return jnp.stack([jnp.minimum(begin, end), end], axis=1)
 
 
-def _weights(scores, d_p, stats, axis, scale, soft_cap, masked):
-    """Returns p and d_s (before `scale`) of a tile of scores; its queries lie along `axis`."""
-    factor = LOG2E * (scale if soft_cap is None else soft_cap)
+def _p(scores, stats, axis, scale, soft_cap, masked):
+    """Returns the weights of a tile of products q k^T whose queries lie along `axis`, and the factor of d_s by the cap."""
+    factor, slope = LOG2E * (scale if soft_cap is None else soft_cap), None
     if soft_cap is not None:
         scores = jnp.tanh(scores * (scale / soft_cap))
-    layout = BY_ROW if axis == 0 else BY_COLUMN
-    lse = lax.broadcast_in_dim(load(stats.at[0], layout), scores.shape, [axis])
-    p = masked(jnp.exp2(scores * factor - lse))
-    if d_p is None:
-        return p, None
-    d_s = p * (d_p - lax.broadcast_in_dim(load(stats.at[1], layout), scores.shape, [axis]))
-    return p, d_s if soft_cap is None else d_s * (1 - scores * scores)
+        slope = 1 - scores * scores
+    lse = lax.broadcast_in_dim(load(stats.at[0], BY_ROW if axis == 0 else BY_COLUMN), scores.shape, [axis])
+    return masked(jnp.exp2(scores * factor - lse)), slope
 
 
-def _two_products(a, b, c, d, shape):
-    """Returns a b and c d, float32 both, of tiles in shared memory: the tensor cores go from one to the other."""
-
-    def run(left, right):
-        plgpu.wgmma(left, a, b)
-        plgpu.wgmma(right, c, d)
-        return left[...], right[...]
-
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+def _d_s(p, slope, d_p, stats, axis):
+    """Returns the cotangent of the scores, before `scale`."""
+    delta = load(stats.at[1], BY_ROW if axis == 0 else BY_COLUMN)
+    d_s = p * (d_p - lax.broadcast_in_dim(delta, p.shape, [axis]))
+    return d_s if slope is None else d_s * slope
 
 
-def _stream(steps, copies):
+def _sum_and_product(total, a, b, c, d, shape, interpret):
+    """Returns total + a b and c d, with `a` in registers: the tensor cores go from one to the other."""
+    if interpret is not None:
+        return add_product(total, a, b, interpret), product(c, d, shape)
+
+    def run(refs):
+        plgpu.wgmma(refs[0], a, b)
+        plgpu.wgmma(refs[1], c, d)
+
+    return pl.run_state(run)((plgpu.ACC.init(total), plgpu.ACC.init(full_of(0.0, shape, WGMMA))))
+
+
+def _stream(steps, stages, copies):
     """Loads the tiles of every step into their slots as the slots become free: the program of the third team."""
     plgpu.set_max_registers(NARROW, action="decrease")
 
     @pl.loop(0, steps)
     def _(step):
-        slot = lax.rem(step, jnp.int32(STAGES))
+        slot = lax.rem(step, jnp.int32(stages))
         for free, ready, parts in copies(step):
-            pl.when(step >= STAGES)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
             for source, target in parts:
                 plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
 
@@ -206,7 +220,7 @@ def _d_q(q, k, v, d_mixed, stats, reach, visited, inner, d_q, *, scale, soft_cap
     row, head, team = (lax.axis_index(name) for name in ("row", "head", "team"))
     block = visited.shape[2] - 1 - lax.axis_index("block")
     begin, steps = visited[row, 0, block], visited[row, 1, block] - visited[row, 0, block]
-    keys = scratch["k_tile"].shape[1]
+    stages, keys = scratch["k_tile"].shape[:2]
 
     @pl.when(team == TEAMS)
     def _load():
@@ -215,7 +229,7 @@ def _d_q(q, k, v, d_mixed, stats, reach, visited, inner, d_q, *, scale, soft_cap
             for name, source in (("k", k), ("v", v)):
                 yield scratch[name + "_free"], scratch[name + "_ready"], [(source.at[place], scratch[name + "_tile"])]
 
-        _stream(steps, copies)
+        _stream(steps, stages, copies)
 
     @pl.when(team < TEAMS)
     def _compute():
@@ -232,24 +246,28 @@ def _d_q(q, k, v, d_mixed, stats, reach, visited, inner, d_q, *, scale, soft_cap
         full = [inner[row, i, part] for i in (0, 1)]
 
         def step(i, total):
-            slot, tile = lax.rem(i, jnp.int32(STAGES)), begin + i
+            slot, tile, mine = lax.rem(i, jnp.int32(stages)), begin + i, team
+            if stages == 1:
+                slot, mine = _varying_zero(i), team + _varying_zero(i)
             k_tile, v_tile = scratch["k_tile"].at[slot], scratch["v_tile"].at[slot]
+            q_tile, d_tile = scratch["own"].at[0, mine], scratch["own"].at[1, mine]
 
             def masked(p):
                 seen = functools.partial(hide, value=0.0, bounds=bounds, first_key=tile * keys, axis=1)
                 return lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, seen, p)
 
             plgpu.barrier_wait(scratch["k_ready"].at[slot])
+            scores = product(q_tile, k_tile.transpose((1, 0)), (ROWS, keys))
+            p, slope = _p(scores, stats_tile, 0, scale, soft_cap, masked)
             plgpu.barrier_wait(scratch["v_ready"].at[slot])
-            across = k_tile.transpose((1, 0)), v_tile.transpose((1, 0))
-            scores, d_p = _two_products(q_tile, across[0], d_tile, across[1], (ROWS, keys))
+            d_p = product(d_tile, v_tile.transpose((1, 0)), (ROWS, keys))
             plgpu.barrier_arrive(scratch["v_free"].at[slot])
-            d_s = _weights(scores, d_p, stats_tile, 0, scale, soft_cap, masked)[1]
+            d_s = _d_s(p, slope, d_p, stats_tile, 0)
             total = add_product(total, d_s.astype(q.dtype), k_tile, interpret)
             plgpu.barrier_arrive(scratch["k_free"].at[slot])
             return total
 
-        total = lax.fori_loop(0, steps, step, full_of(0.0, q_tile.shape, WGMMA))
+        total = lax.fori_loop(0, steps, step, full_of(0.0, scratch["own"].shape[2:], WGMMA))
         q_tile[...] = (total * scale).astype(q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, d_q.at[row, rows, head])
@@ -284,18 +302,18 @@ def _d_kv(
             yield scratch["q_free"], scratch["q_ready"], with_q
             yield scratch["d_free"], scratch["d_ready"], [(d_mixed.at[row, rows, head], scratch["d_tile"])]
 
-        _stream(steps, copies)
+        _stream(steps, STAGES, copies)
 
     def compute(own, wanted):
         """Sums the gradients `wanted` of 64 keys."""
         plgpu.set_max_registers(WIDE, action="increase")
         part = block * scratch["own"].shape[1] + own
-        k_tile, v_tile = scratch["own"].at[0, own], scratch["own"].at[1, own]
         plgpu.barrier_wait(scratch["own_ready"].at[own])
         full = [inner[row, i, part] for i in (0, 1)]
 
         def step(i, totals):
             slot, tile = lax.rem(i, jnp.int32(STAGES)), begin + lax.rem(i, count)
+            k_tile, v_tile = (scratch["own"].at[j, own + _varying_zero(i) if parted else own] for j in (0, 1))
             q_tile, d_tile, stats_tile, bounds = (
                 scratch[name].at[slot] for name in ("q_tile", "d_tile", "stats_tile", "bounds")
             )
@@ -305,23 +323,28 @@ def _d_kv(
                 return lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, seen, p)
 
             plgpu.barrier_wait(scratch["q_ready"].at[slot])
-            plgpu.barrier_wait(scratch["d_ready"].at[slot])
             q_across, d_across, shape = q_tile.transpose((1, 0)), d_tile.transpose((1, 0)), (ROWS, QUERIES)
-            if "k" in wanted:
-                scores, d_p = _two_products(k_tile, q_across, v_tile, d_across, shape)
+            scores = product(k_tile, q_across, shape)
+            # One after the other: two tiles of scores beside two sums do not fit the registers.
+            p, slope = _p(scores, stats_tile, 1, scale, soft_cap, masked)
+            plgpu.barrier_wait(scratch["d_ready"].at[slot])
+            totals, narrow, d_p = dict(totals), p.astype(q.dtype), None
+            if wanted == "v":
+                totals["v"] = add_product(totals["v"], narrow, d_tile, interpret)
+            elif wanted == "k":
+                d_p = product(v_tile, d_across, shape)
             else:
-                scores, d_p = product(k_tile, q_across, shape), None
-            p, d_s = _weights(scores, d_p, stats_tile, 1, scale, soft_cap, masked)
-            totals = dict(totals)
-            if "v" in wanted:
-                totals["v"] = add_product(totals["v"], p.astype(q.dtype), d_tile, interpret)
+                totals["v"], d_p = _sum_and_product(totals["v"], narrow, d_tile, v_tile, d_across, shape, interpret)
             plgpu.barrier_arrive(scratch["d_free"].at[slot])
-            if "k" in wanted:
-                totals["k"] = add_product(totals["k"], d_s.astype(q.dtype), q_tile, interpret)
+            if d_p is not None:
+                d_s = _d_s(p, slope, d_p, stats_tile, 1).astype(q.dtype)
+                totals["k"] = add_product(totals["k"], d_s, q_tile, interpret)
             plgpu.barrier_arrive(scratch["q_free"].at[slot])
             return totals
 
-        totals = lax.fori_loop(0, steps, step, {x: full_of(0.0, k_tile.shape, WGMMA) for x in wanted})
+        zero = full_of(0.0, scratch["own"].shape[2:], WGMMA)
+        totals = lax.fori_loop(0, steps, step, {x: zero for x in wanted})
+        k_tile, v_tile = scratch["own"].at[0, own], scratch["own"].at[1, own]
         if parted:  # the results take the place of keys and values that the other team may still read
             plgpu.barrier_arrive(scratch["done"])
             plgpu.barrier_wait(scratch["done"])
