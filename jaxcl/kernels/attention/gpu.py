@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,12 @@ WIDE, NARROW = 240, 24  # registers per thread of those and of this one: 128 * (
 STAGES = 2  # tiles of keys and values in flight
 LENGTH = 128  # rows are padded to a multiple of this
 FORWARD_KEYS = {64: 128, 128: 128, 256: 64}  # keys per tile by head dimension: shared memory holds 227 KiB
+LAUNCH = {
+    "num_threads": TEAMS + 1,
+    "thread_name": "team",
+    # Lane: what both JAX lines compile these kernels with; the default differs.
+    "compiler_params": plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+}
 _FAR = 2**30
 WGMMA = plgpu.Layout.WGMMA  # how a warpgroup holds a product; the next two: how it holds a vector along its axes
 BY_ROW = WGMMA.reduce(1)
@@ -73,107 +80,128 @@ def forward(
     reach = reachable(rows, length, segments, window, causal)
     q, k, v, first, last = (pad(x) for x in (q, k, v, *reach))
     keys = FORWARD_KEYS[width]
-    visited = spans(first, last, TEAMS * ROWS, keys).visited
-    inner = spans(first, last, ROWS, keys).inner
-    tiled = functools.partial(tile_of, dtype=q.dtype)
     mixed, lse = plgpu.kernel(
         functools.partial(_forward, scale=scale, soft_cap=soft_cap, share=heads // groups, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((rows, heads, q.shape[1]), jnp.float32),
         ),
-        scratch_types=dict(
-            q_tile=tiled((TEAMS, ROWS, width)),
-            k_tile=tiled((STAGES, keys, width)),
-            v_tile=tiled((STAGES, keys, width)),
-            bounds=plgpu.SMEM((TEAMS, 2, ROWS), jnp.int32),
-            lse_tile=plgpu.SMEM((TEAMS, ROWS), jnp.float32),
-            q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=TEAMS),
-            k_ready=plgpu.Barrier(num_barriers=STAGES),
-            v_ready=plgpu.Barrier(num_barriers=STAGES),
-            k_free=plgpu.Barrier(num_arrivals=TEAMS, num_barriers=STAGES),
-            v_free=plgpu.Barrier(num_arrivals=TEAMS, num_barriers=STAGES),
-        ),
+        scratch_types=_forward_scratch(width, keys, functools.partial(tile_of, dtype=q.dtype)),
         grid=(rows, q.shape[1] // (TEAMS * ROWS), heads),
         grid_names=("row", "block", "head"),
-        num_threads=TEAMS + 1,
-        thread_name="team",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-    )(q, k, v, jnp.stack([first, last], axis=1), visited, inner)
+        **LAUNCH,
+    )(
+        *(q, k, v, jnp.stack([first, last], axis=1)),
+        spans(first, last, TEAMS * ROWS, keys).visited,
+        spans(first, last, ROWS, keys).inner,
+    )
     return mixed[:, :length], lse[:, :, :length]
 
 
-def _forward(q, k, v, reach, visited, inner, mixed, lse, *, scale, soft_cap, share, interpret, **scratch):
+def _forward_scratch(width, keys, tiled):
+    return {
+        "q_tile": tiled((TEAMS, ROWS, width)),
+        "k_tile": tiled((STAGES, keys, width)),
+        "v_tile": tiled((STAGES, keys, width)),
+        "bounds": plgpu.SMEM((TEAMS, 2, ROWS), jnp.int32),
+        "lse_tile": plgpu.SMEM((TEAMS, ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=TEAMS),
+        **barriers(STAGES, "k", "v"),
+    }
+
+
+def barriers(stages: int, *names: str, q_parts: int = 1) -> dict[str, Any]:
+    """Returns for each stream the barriers that its tiles are there, and that no team needs them any more."""
+    ready = {f"{x}_ready": plgpu.Barrier(num_arrivals=q_parts if x == "q" else 1, num_barriers=stages) for x in names}
+    return ready | {f"{x}_free": plgpu.Barrier(num_arrivals=TEAMS, num_barriers=stages) for x in names}
+
+
+def stream(steps: jax.Array, stages: int, copies: Callable[[jax.Array], Any]) -> None:
+    """Loads the tiles of every step into their slots as the slots become free: the program of the third team."""
+    plgpu.set_max_registers(NARROW, action="decrease")
+
+    @pl.loop(0, steps)
+    def _(step):
+        slot = lax.rem(step, jnp.int32(stages))
+        for free, ready, parts in copies(step):
+            pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            for source, target in parts:
+                plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+
+
+def stream_keys(k: Any, v: Any, row: Any, head: Any, begin: Any, steps: Any, scratch: dict[str, Any]) -> None:
+    """Loads the tiles of keys and values from `begin` on."""
+    stages, keys = scratch["k_tile"].shape[:2]
+
+    def copies(step):
+        place = (row, pl.ds((begin + step) * keys, keys), head)
+        for name, source in (("k", k), ("v", v)):
+            yield scratch[name + "_free"], scratch[name + "_ready"], [(source.at[place], scratch[name + "_tile"])]
+
+    stream(steps, stages, copies)
+
+
+def _forward(q, k, v, reach, visited, inner, mixed, lse, *, share, **rest):
     """The kernel: team 0 and 1 compute, team 2 loads. Arrays are references into global memory."""
     row, head, team = (lax.axis_index(name) for name in ("row", "head", "team"))
     block = visited.shape[2] - 1 - lax.axis_index("block")  # of causal rows, the longest first
     begin, steps = visited[row, 0, block], visited[row, 1, block] - visited[row, 0, block]
+    options = {x: rest.pop(x) for x in ("scale", "soft_cap", "interpret")}
 
     @pl.when(team == TEAMS)
     def _load():
-        plgpu.set_max_registers(NARROW, action="decrease")
-        keys = scratch["k_tile"].shape[1]
-
-        @pl.loop(0, steps)
-        def _(step):
-            slot = lax.rem(step, jnp.int32(STAGES))
-            place = (row, pl.ds((begin + step) * keys, keys), lax.div(head, jnp.int32(share)))
-            for name, source in (("k", k), ("v", v)):
-                pl.when(step >= STAGES)(functools.partial(plgpu.barrier_wait, scratch[name + "_free"].at[slot]))
-                plgpu.copy_gmem_to_smem(
-                    source.at[place], scratch[name + "_tile"].at[slot], scratch[name + "_ready"].at[slot]
-                )
+        stream_keys(k, v, row, lax.div(head, jnp.int32(share)), begin, steps, rest)
 
     @pl.when(team < TEAMS)
     def _compute():
         plgpu.set_max_registers(WIDE, action="increase")
-        start = (block * TEAMS + team) * ROWS
-        rows = pl.ds(start, ROWS)
-        q_tile, lse_tile, bounds = (scratch[name].at[team] for name in ("q_tile", "lse_tile", "bounds"))
-        plgpu.copy_gmem_to_smem(q.at[row, rows, head], q_tile, scratch["q_ready"].at[team])
-        plgpu.copy_gmem_to_smem(reach.at[row, :, rows], bounds, scratch["q_ready"].at[team])
-        plgpu.barrier_wait(scratch["q_ready"].at[team])
-        full = [inner[row, i, block * TEAMS + team] for i in (0, 1)]
-        factor = LOG2E * (scale if soft_cap is None else soft_cap)
-
-        def step(i, carry):
-            top, total, acc = carry
-            slot = lax.rem(i, jnp.int32(STAGES))
-            k_tile, v_tile = scratch["k_tile"].at[slot], scratch["v_tile"].at[slot]
-            plgpu.barrier_wait(scratch["k_ready"].at[slot])
-            scores = product(q_tile, k_tile.transpose((1, 0)), (ROWS, k_tile.shape[0]))
-            plgpu.barrier_arrive(scratch["k_free"].at[slot])
-            if soft_cap is not None:
-                scores = jnp.tanh(scores * (scale / soft_cap))
-            tile = begin + i
-            masked = functools.partial(
-                hide, value=-jnp.inf, bounds=bounds, first_key=tile * k_tile.shape[0], axis=1
-            )
-            scores = lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, masked, scores)
-            new = jnp.maximum(top, scores.max(axis=1) * factor)
-            shrink = jnp.exp2(top - new)
-            p = jnp.exp2(scores * factor - lax.broadcast_in_dim(new, scores.shape, [0]))
-            total = total * shrink + p.sum(axis=1)
-            acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-            plgpu.barrier_wait(scratch["v_ready"].at[slot])
-            acc = add_product(acc, p.astype(q.dtype), v_tile, interpret)
-            plgpu.barrier_arrive(scratch["v_free"].at[slot])
-            return new, total, acc
-
-        zero = full_of(0.0, (ROWS,), BY_ROW)
-        top, total, acc = lax.fori_loop(
-            0, steps, step, (full_of(NEVER, (ROWS,), BY_ROW), zero, full_of(0.0, q_tile.shape, WGMMA))
-        )
+        part = block * TEAMS + team
+        rows = pl.ds(part * ROWS, ROWS)
+        q_tile, lse_tile, bounds, ready = (rest[x].at[team] for x in ("q_tile", "lse_tile", "bounds", "q_ready"))
+        plgpu.copy_gmem_to_smem(q.at[row, rows, head], q_tile, ready)
+        plgpu.copy_gmem_to_smem(reach.at[row, :, rows], bounds, ready)
+        plgpu.barrier_wait(ready)
+        full = [inner[row, i, part] for i in (0, 1)]
+        top, total, acc = _online_softmax(q_tile, bounds, begin, steps, full, rest, **options)
         # A tile inside the reach of all who see something is not masked, so that its blind queries have summed too.
-        sees = load(bounds.at[0], BY_ROW) < load(bounds.at[1], BY_ROW)
+        sees, zero = load(bounds.at[0], BY_ROW) < load(bounds.at[1], BY_ROW), full_of(0.0, (ROWS,), BY_ROW)
         inverse = jnp.where(sees, 1.0 / total, zero)
         q_tile[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(q.dtype)
-        lse_tile[...] = jnp.where(sees, (top + jnp.log2(total)) * (1 / LOG2E), full_of(NEVER, (ROWS,), BY_ROW))
+        lse_tile[...] = jnp.where(sees, (top + jnp.log2(total)) * (1 / LOG2E), zero + NEVER)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, mixed.at[row, rows, head])
         plgpu.copy_smem_to_gmem(lse_tile, lse.at[row, head, rows])
         plgpu.wait_smem_to_gmem(0)
+
+
+def _online_softmax(q_tile, bounds, begin, steps, full, scratch, *, scale, soft_cap, interpret):
+    """Returns maximum (times log2 e), sum and weighted values of the keys in `steps` tiles, for 64 queries."""
+    factor = LOG2E * (scale if soft_cap is None else soft_cap)
+
+    def step(i, carry):
+        top, total, acc = carry
+        slot, tile = lax.rem(i, jnp.int32(STAGES)), begin + i
+        k_tile, v_tile = scratch["k_tile"].at[slot], scratch["v_tile"].at[slot]
+        plgpu.barrier_wait(scratch["k_ready"].at[slot])
+        scores = product(q_tile, k_tile.transpose((1, 0)), (ROWS, k_tile.shape[0]))
+        plgpu.barrier_arrive(scratch["k_free"].at[slot])
+        if soft_cap is not None:
+            scores = jnp.tanh(scores * (scale / soft_cap))
+        masked = functools.partial(hide, value=-jnp.inf, bounds=bounds, first_key=tile * k_tile.shape[0], axis=1)
+        scores = lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, masked, scores)
+        new = jnp.maximum(top, scores.max(axis=1) * factor)
+        shrink = jnp.exp2(top - new)
+        p = jnp.exp2(scores * factor - lax.broadcast_in_dim(new, scores.shape, [0]))
+        total = total * shrink + p.sum(axis=1)
+        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+        plgpu.barrier_wait(scratch["v_ready"].at[slot])
+        acc = add_product(acc, p.astype(q_tile.dtype), v_tile, interpret)
+        plgpu.barrier_arrive(scratch["v_free"].at[slot])
+        return new, total, acc
+
+    start = (full_of(NEVER, (ROWS,), BY_ROW), full_of(0.0, (ROWS,), BY_ROW), full_of(0.0, q_tile.shape, WGMMA))
+    return lax.fori_loop(0, steps, step, start)
 
 
 def hide(x: jax.Array, value: float, bounds: Any, first_key: jax.Array, axis: int) -> jax.Array:
@@ -183,8 +211,6 @@ def hide(x: jax.Array, value: float, bounds: Any, first_key: jax.Array, axis: in
     # One bound after the other, since both do not fit the registers of the widest kernel.
     x = jnp.where(key >= lax.broadcast_in_dim(load(bounds.at[0], layout), x.shape, [1 - axis]), x, value)
     return jnp.where(key < lax.broadcast_in_dim(load(bounds.at[1], layout), x.shape, [1 - axis]), x, value)
-
-
 
 
 def product(a: Any, b: Any, shape: tuple[int, int]) -> jax.Array:
@@ -223,7 +249,9 @@ def tile_of(shape: tuple[int, ...], dtype: Any) -> Any:
 def check(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
     """Raises ValueError for what the kernels do not take."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"the GPU kernel takes bfloat16 or float16 in all of q, k, v, not {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(
+            f"the GPU kernel takes bfloat16 or float16 in all of q, k, v, not {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if q.shape[-1] not in FORWARD_KEYS:
         raise ValueError(f"the GPU kernel takes heads of {', '.join(map(str, FORWARD_KEYS))}, not of {q.shape[-1]}")
     if q.shape[2] % k.shape[2]:
@@ -239,9 +267,7 @@ def pad(x: jax.Array, axis: int = 1, value: float = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
 
 
-def reachable(
-    rows: int, length: int, segments: jax.Array | None, window: jax.Array | None, causal: bool
-) -> Reach:
+def reachable(rows: int, length: int, segments: jax.Array | None, window: jax.Array | None, causal: bool) -> Reach:
     """Returns the keys that every query sees."""
     place = lax.broadcasted_iota(jnp.int32, (rows, length), 1)
     first, last = jnp.zeros_like(place), jnp.full_like(place, length)

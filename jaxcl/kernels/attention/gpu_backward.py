@@ -21,14 +21,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxcl.kernels.attention.gpu import (
     BY_COLUMN,
     BY_ROW,
+    LAUNCH,
     LOG2E,
-    NARROW,
     ROWS,
     STAGES,
     TEAMS,
     WGMMA,
     WIDE,
     add_product,
+    barriers,
     check,
     full_of,
     hide,
@@ -38,6 +39,8 @@ from jaxcl.kernels.attention.gpu import (
     product,
     reachable,
     spans,
+    stream,
+    stream_keys,
     tile_of,
 )
 
@@ -71,7 +74,7 @@ def backward(
       d_lse: float32 [B, H, L], cotangent of the logsumexp, or None.
     """
     check(q, k, v, scale)
-    (rows, length, heads, width), groups = q.shape, k.shape[2]
+    (rows, length, heads, _), groups = q.shape, k.shape[2]
     first, last = reachable(rows, length, segments, window, causal)
     if frozen is not None:
         last = jnp.where(frozen, 0, last)
@@ -83,56 +86,68 @@ def backward(
     q, k, v, d_mixed, first, last = (pad(x) for x in (q, k, v, d_mixed, first, last))
     stats = pad(stats, axis=3)
     operands = (q, k, v, d_mixed, stats, jnp.stack([first, last], axis=1))
-    build = functools.partial(
-        plgpu.kernel,
-        num_threads=TEAMS + 1,
-        thread_name="team",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=interpret,
-    )
-    options = dict(scale=scale, soft_cap=soft_cap, share=heads // groups, interpret=interpret)
-    tiled = functools.partial(tile_of, dtype=q.dtype)
-
-    keys, stages = D_Q_KEYS[width], D_Q_STAGES[width]
-    d_q = build(
-        functools.partial(_d_q, **options),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=dict(
-            own=tiled((2, TEAMS, ROWS, width)),
-            k_tile=tiled((stages, keys, width)),
-            v_tile=tiled((stages, keys, width)),
-            stats_tile=plgpu.SMEM((TEAMS, 2, ROWS), jnp.float32),
-            bounds=plgpu.SMEM((TEAMS, 2, ROWS), jnp.int32),
-            own_ready=plgpu.Barrier(num_arrivals=4, num_barriers=TEAMS),
-            **_barriers(stages, "k", "v"),
-        ),
-        grid=(rows, q.shape[1] // (TEAMS * ROWS), heads),
-        grid_names=("row", "block", "head"),
-    )(*operands, spans(first, last, TEAMS * ROWS, keys).visited, spans(first, last, ROWS, keys).inner)
-
-    parted = width > 128  # one accumulator per team: team 0 sums d_v, team 1 d_k, for the same keys
-    keys = ROWS if parted else TEAMS * ROWS
+    options = {"scale": scale, "soft_cap": soft_cap, "share": heads // groups, "interpret": interpret}
+    d_q = _launch_d_q(operands, options)
     live = jnp.ones((rows, k.shape[1]), bool) if frozen is None else pad(~frozen)
-    d_k, d_v = build(
-        functools.partial(_d_kv, parted=parted, **options),
-        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
-        scratch_types=dict(
-            own=tiled((2, keys // ROWS, ROWS, width)),
-            q_tile=tiled((STAGES, QUERIES, width)),
-            d_tile=tiled((STAGES, QUERIES, width)),
-            stats_tile=plgpu.SMEM((STAGES, 2, QUERIES), jnp.float32),
-            bounds=plgpu.SMEM((STAGES, 2, QUERIES), jnp.int32),
-            own_ready=plgpu.Barrier(num_arrivals=2, num_barriers=keys // ROWS),
-            done=plgpu.Barrier(num_arrivals=TEAMS),
-            **_barriers(STAGES, "d", "q", q_parts=3),
-        ),
-        grid=(rows, k.shape[1] // keys, groups),
-        grid_names=("row", "block", "group"),
-    )(*operands, _visitors(first, last, live, keys), _all_seeing(first, last))
+    d_k, d_v = _launch_d_kv(operands, live, options)
     d_q, d_k, d_v = (x[:, :length] for x in (d_q, d_k, d_v))
     if frozen is not None:
         d_k, d_v = (jnp.where(frozen[:, :, None, None], 0, x) for x in (d_k, d_v))
     return d_q, d_k, d_v
+
+
+def _launch_d_q(operands: tuple[jax.Array, ...], options: dict[str, Any]) -> jax.Array:
+    q, reach = operands[0], operands[-1]
+    rows, length, heads, width = q.shape
+    keys, stages = D_Q_KEYS[width], D_Q_STAGES[width]
+    tiled = functools.partial(tile_of, dtype=q.dtype)
+    return plgpu.kernel(
+        functools.partial(_d_q, **options),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types={
+            "own": tiled((2, TEAMS, ROWS, width)),
+            "k_tile": tiled((stages, keys, width)),
+            "v_tile": tiled((stages, keys, width)),
+            "stats_tile": plgpu.SMEM((TEAMS, 2, ROWS), jnp.float32),
+            "bounds": plgpu.SMEM((TEAMS, 2, ROWS), jnp.int32),
+            "own_ready": plgpu.Barrier(num_arrivals=4, num_barriers=TEAMS),
+            **barriers(stages, "k", "v"),
+        },
+        grid=(rows, length // (TEAMS * ROWS), heads),
+        grid_names=("row", "block", "head"),
+        interpret=options["interpret"],
+        **LAUNCH,
+    )(
+        *operands,
+        spans(reach[:, 0], reach[:, 1], TEAMS * ROWS, keys).visited,
+        spans(reach[:, 0], reach[:, 1], ROWS, keys).inner,
+    )
+
+
+def _launch_d_kv(operands: tuple[jax.Array, ...], live: jax.Array, options: dict[str, Any]) -> Any:
+    k, reach = operands[1], operands[-1]
+    rows, length, groups, width = k.shape
+    parted = width > 128  # one accumulator per team: team 0 sums d_v, team 1 d_k, for the same keys
+    keys = ROWS if parted else TEAMS * ROWS
+    tiled = functools.partial(tile_of, dtype=k.dtype)
+    return plgpu.kernel(
+        functools.partial(_d_kv, parted=parted, **options),
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
+        scratch_types={
+            "own": tiled((2, keys // ROWS, ROWS, width)),
+            "q_tile": tiled((STAGES, QUERIES, width)),
+            "d_tile": tiled((STAGES, QUERIES, width)),
+            "stats_tile": plgpu.SMEM((STAGES, 2, QUERIES), jnp.float32),
+            "bounds": plgpu.SMEM((STAGES, 2, QUERIES), jnp.int32),
+            "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=keys // ROWS),
+            "done": plgpu.Barrier(num_arrivals=TEAMS),
+            **barriers(STAGES, "d", "q", q_parts=3),
+        },
+        grid=(rows, length // keys, groups),
+        grid_names=("row", "block", "group"),
+        interpret=options["interpret"],
+        **LAUNCH,
+    )(*operands, _visitors(reach[:, 0], reach[:, 1], live, keys), _all_seeing(reach[:, 0], reach[:, 1]))
 
 
 def _varying_zero(step: jax.Array) -> jax.Array:
@@ -142,12 +157,6 @@ def _varying_zero(step: jax.Array) -> jax.Array:
     would wait in registers that heads of 256 need.
     """
     return lax.shift_right_logical(step, jnp.int32(30))
-
-
-def _barriers(stages: int, *names: str, q_parts: int = 1) -> dict[str, Any]:
-    """Returns for each stream the barriers that its tiles are there, and that no team needs them any more."""
-    ready = {f"{x}_ready": plgpu.Barrier(num_arrivals=q_parts if x == "q" else 1, num_barriers=stages) for x in names}
-    return ready | {f"{x}_free": plgpu.Barrier(num_arrivals=TEAMS, num_barriers=stages) for x in names}
 
 
 def _visitors(first: jax.Array, last: jax.Array, live: jax.Array, keys: int) -> jax.Array:
@@ -174,7 +183,7 @@ def _interval(member: jax.Array) -> jax.Array:
 
 
 def _p(scores, stats, axis, scale, soft_cap, masked):
-    """Returns the weights of a tile of products q k^T whose queries lie along `axis`, and the factor of d_s by the cap."""
+    """Returns the weights of a tile of q k^T, its queries along `axis`, and the derivative of the cap (None: 1)."""
     factor, slope = LOG2E * (scale if soft_cap is None else soft_cap), None
     if soft_cap is not None:
         scores = jnp.tanh(scores * (scale / soft_cap))
@@ -202,19 +211,6 @@ def _sum_and_product(total, a, b, c, d, shape, interpret):
     return pl.run_state(run)((plgpu.ACC.init(total), plgpu.ACC.init(full_of(0.0, shape, WGMMA))))
 
 
-def _stream(steps, stages, copies):
-    """Loads the tiles of every step into their slots as the slots become free: the program of the third team."""
-    plgpu.set_max_registers(NARROW, action="decrease")
-
-    @pl.loop(0, steps)
-    def _(step):
-        slot = lax.rem(step, jnp.int32(stages))
-        for free, ready, parts in copies(step):
-            pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            for source, target in parts:
-                plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
-
-
 def _d_q(q, k, v, d_mixed, stats, reach, visited, inner, d_q, *, scale, soft_cap, share, interpret, **scratch):
     """The kernel of d_q: as the forward one, with d_mixed beside q."""
     row, head, team = (lax.axis_index(name) for name in ("row", "head", "team"))
@@ -224,12 +220,7 @@ def _d_q(q, k, v, d_mixed, stats, reach, visited, inner, d_q, *, scale, soft_cap
 
     @pl.when(team == TEAMS)
     def _load():
-        def copies(step):
-            place = (row, pl.ds((begin + step) * keys, keys), lax.div(head, jnp.int32(share)))
-            for name, source in (("k", k), ("v", v)):
-                yield scratch[name + "_free"], scratch[name + "_ready"], [(source.at[place], scratch[name + "_tile"])]
-
-        _stream(steps, stages, copies)
+        stream_keys(k, v, row, lax.div(head, jnp.int32(share)), begin, steps, scratch)
 
     @pl.when(team < TEAMS)
     def _compute():
@@ -274,91 +265,88 @@ def _d_q(q, k, v, d_mixed, stats, reach, visited, inner, d_q, *, scale, soft_cap
         plgpu.wait_smem_to_gmem(0)
 
 
-def _d_kv(
-    q, k, v, d_mixed, stats, reach, visited, inner, d_k, d_v, *, scale, soft_cap, share, parted, interpret, **scratch
-):
+def _d_kv(q, k, v, d_mixed, stats, reach, visited, inner, d_k, d_v, *, share, parted, **rest):
     """The kernel of d_k and d_v: a block of keys stays, the queries of all heads of its group pass by."""
     row, block, group, team = (lax.axis_index(name) for name in ("row", "block", "group", "team"))
     begin, count = visited[row, 0, block], visited[row, 1, block] - visited[row, 0, block]
-    steps = count * share
+    options = {x: rest.pop(x) for x in ("scale", "soft_cap", "interpret")}
+    blocks = rest["own"].shape[1]
 
     @pl.when(team == TEAMS)
     def _load():
-        for own in range(scratch["own"].shape[1]):
-            rows = pl.ds(block * scratch["own"].shape[1] * ROWS + own * ROWS, ROWS)
+        for own in range(blocks):
+            rows = pl.ds((block * blocks + own) * ROWS, ROWS)
             for i, source in enumerate((k, v)):
-                plgpu.copy_gmem_to_smem(
-                    source.at[row, rows, group], scratch["own"].at[i, own], scratch["own_ready"].at[own]
-                )
+                plgpu.copy_gmem_to_smem(source.at[row, rows, group], rest["own"].at[i, own], rest["own_ready"].at[own])
 
         def copies(step):
             head = group * share + lax.div(step, count)
             rows = pl.ds((begin + lax.rem(step, count)) * QUERIES, QUERIES)
             with_q = [
-                (q.at[row, rows, head], scratch["q_tile"]),
-                (stats.at[row, head, :, rows], scratch["stats_tile"]),
-                (reach.at[row, :, rows], scratch["bounds"]),
+                (q.at[row, rows, head], rest["q_tile"]),
+                (stats.at[row, head, :, rows], rest["stats_tile"]),
+                (reach.at[row, :, rows], rest["bounds"]),
             ]
-            yield scratch["q_free"], scratch["q_ready"], with_q
-            yield scratch["d_free"], scratch["d_ready"], [(d_mixed.at[row, rows, head], scratch["d_tile"])]
+            yield rest["q_free"], rest["q_ready"], with_q
+            yield rest["d_free"], rest["d_ready"], [(d_mixed.at[row, rows, head], rest["d_tile"])]
 
-        _stream(steps, STAGES, copies)
+        stream(count * share, STAGES, copies)
 
     def compute(own, wanted):
-        """Sums the gradients `wanted` of 64 keys."""
         plgpu.set_max_registers(WIDE, action="increase")
-        part = block * scratch["own"].shape[1] + own
-        plgpu.barrier_wait(scratch["own_ready"].at[own])
+        part = block * blocks + own
+        plgpu.barrier_wait(rest["own_ready"].at[own])
         full = [inner[row, i, part] for i in (0, 1)]
-
-        def step(i, totals):
-            slot, tile = lax.rem(i, jnp.int32(STAGES)), begin + lax.rem(i, count)
-            k_tile, v_tile = (scratch["own"].at[j, own + _varying_zero(i) if parted else own] for j in (0, 1))
-            q_tile, d_tile, stats_tile, bounds = (
-                scratch[name].at[slot] for name in ("q_tile", "d_tile", "stats_tile", "bounds")
-            )
-
-            def masked(p):
-                seen = functools.partial(hide, value=0.0, bounds=bounds, first_key=part * ROWS, axis=0)
-                return lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, seen, p)
-
-            plgpu.barrier_wait(scratch["q_ready"].at[slot])
-            q_across, d_across, shape = q_tile.transpose((1, 0)), d_tile.transpose((1, 0)), (ROWS, QUERIES)
-            scores = product(k_tile, q_across, shape)
-            # One after the other: two tiles of scores beside two sums do not fit the registers.
-            p, slope = _p(scores, stats_tile, 1, scale, soft_cap, masked)
-            plgpu.barrier_wait(scratch["d_ready"].at[slot])
-            totals, narrow, d_p = dict(totals), p.astype(q.dtype), None
-            if wanted == "v":
-                totals["v"] = add_product(totals["v"], narrow, d_tile, interpret)
-            elif wanted == "k":
-                d_p = product(v_tile, d_across, shape)
-            else:
-                totals["v"], d_p = _sum_and_product(totals["v"], narrow, d_tile, v_tile, d_across, shape, interpret)
-            plgpu.barrier_arrive(scratch["d_free"].at[slot])
-            if d_p is not None:
-                d_s = _d_s(p, slope, d_p, stats_tile, 1).astype(q.dtype)
-                totals["k"] = add_product(totals["k"], d_s, q_tile, interpret)
-            plgpu.barrier_arrive(scratch["q_free"].at[slot])
-            return totals
-
-        zero = full_of(0.0, scratch["own"].shape[2:], WGMMA)
-        totals = lax.fori_loop(0, steps, step, {x: zero for x in wanted})
-        k_tile, v_tile = scratch["own"].at[0, own], scratch["own"].at[1, own]
+        totals = _sum_d_kv(own, wanted, part, begin, count, count * share, full, rest, **options)
         if parted:  # the results take the place of keys and values that the other team may still read
-            plgpu.barrier_arrive(scratch["done"])
-            plgpu.barrier_wait(scratch["done"])
-        rows = pl.ds(part * ROWS, ROWS)
-        if "k" in wanted:
-            k_tile[...] = (totals["k"] * scale).astype(q.dtype)
-        if "v" in wanted:
-            v_tile[...] = totals["v"].astype(q.dtype)
+            plgpu.barrier_arrive(rest["done"])
+            plgpu.barrier_wait(rest["done"])
+        factors, targets = {"k": options["scale"], "v": 1.0}, {"k": (0, d_k), "v": (1, d_v)}
+        for x in wanted:
+            rest["own"].at[targets[x][0], own][...] = (totals[x] * factors[x]).astype(q.dtype)
         plgpu.commit_smem()
-        for x, source, target in (("k", k_tile, d_k), ("v", v_tile, d_v)):
-            if x in wanted:
-                plgpu.copy_smem_to_gmem(source, target.at[row, rows, group])
+        for x in wanted:
+            i, target = targets[x]
+            plgpu.copy_smem_to_gmem(rest["own"].at[i, own], target.at[row, pl.ds(part * ROWS, ROWS), group])
         plgpu.wait_smem_to_gmem(0)
 
     roles = [(team == 0, 0, "v"), (team == 1, 0, "k")] if parted else [(team < TEAMS, team, "kv")]
     for mine, own, wanted in roles:
         pl.when(mine)(functools.partial(compute, own, wanted))
+
+
+def _sum_d_kv(own, wanted, part, begin, count, steps, full, scratch, *, scale, soft_cap, interpret):
+    """Returns the `wanted` of d_k (before `scale`) and d_v of 64 keys."""
+    shape, dtype = (ROWS, QUERIES), scratch["own"].dtype
+
+    def step(i, totals):
+        slot, tile = lax.rem(i, jnp.int32(STAGES)), begin + lax.rem(i, count)
+        mine = own if wanted == "kv" else own + _varying_zero(i)
+        k_tile, v_tile = (scratch["own"].at[j, mine] for j in (0, 1))
+        q_tile, d_tile, stats, bounds = (scratch[x].at[slot] for x in ("q_tile", "d_tile", "stats_tile", "bounds"))
+
+        def masked(p):
+            seen = functools.partial(hide, value=0.0, bounds=bounds, first_key=part * ROWS, axis=0)
+            return lax.cond((tile >= full[0]) & (tile < full[1]), lambda x: x, seen, p)
+
+        plgpu.barrier_wait(scratch["q_ready"].at[slot])
+        q_across, d_across = q_tile.transpose((1, 0)), d_tile.transpose((1, 0))
+        # One after the other: two tiles of scores beside two sums do not fit the registers.
+        p, slope = _p(product(k_tile, q_across, shape), stats, 1, scale, soft_cap, masked)
+        plgpu.barrier_wait(scratch["d_ready"].at[slot])
+        totals, narrow, d_p = dict(totals), p.astype(dtype), None
+        if wanted == "v":
+            totals["v"] = add_product(totals["v"], narrow, d_tile, interpret)
+        elif wanted == "k":
+            d_p = product(v_tile, d_across, shape)
+        else:
+            totals["v"], d_p = _sum_and_product(totals["v"], narrow, d_tile, v_tile, d_across, shape, interpret)
+        plgpu.barrier_arrive(scratch["d_free"].at[slot])
+        if d_p is not None:
+            d_s = _d_s(p, slope, d_p, stats, 1).astype(dtype)
+            totals["k"] = add_product(totals["k"], d_s, q_tile, interpret)
+        plgpu.barrier_arrive(scratch["q_free"].at[slot])
+        return totals
+
+    zero = full_of(0.0, scratch["own"].shape[2:], WGMMA)
+    return lax.fori_loop(0, steps, step, dict.fromkeys(wanted, zero))
