@@ -76,11 +76,17 @@ def make(
       devices: all devices of all processes unless given.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or cannot be laid out on their torus.
     """
     found = jax.devices() if devices is None else list(devices)
     sizes = _sizes((replica, data, fsdp, tensor, context, expert), len(found))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found)
+    except NotImplementedError as error:  # JAX says so at length
+        raise UserError(
+            f"config.mesh: {_shown(sizes)}: cannot be laid out on the torus of these {found[0].device_kind} devices; "
+            "use sizes that are products of its sides"
+        ) from error
 
 
 def abstract(chips: int, **sizes: int | None) -> AbstractMesh:
@@ -92,7 +98,7 @@ def abstract(chips: int, **sizes: int | None) -> AbstractMesh:
 
 def _sizes(wanted: Sequence[int | None], count: int) -> tuple[int, ...]:
     """Returns the sizes with the open one filled in."""
-    shown = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True) if size != 1) or "all axes 1"
+    shown = _shown(wanted)
     open_axes = [i for i, size in enumerate(wanted) if size is None or size == -1]
     fixed = [size for size in wanted if size is not None and size != -1]
     if any(size < 1 for size in fixed):
@@ -104,6 +110,11 @@ def _sizes(wanted: Sequence[int | None], count: int) -> tuple[int, ...]:
         remedy = "must divide" if open_axes else "must multiply to"
         raise UserError(f"config.mesh: {shown}: the sizes {remedy} the number of devices, which is {count}")
     return tuple(rest if i in open_axes else int(size or 1) for i, size in enumerate(wanted))
+
+
+def _shown(sizes: Sequence[int | None]) -> str:
+    """Returns the sizes of the axes, without those that are 1."""
+    return " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1) or "all axes 1"
 
 
 def spec(
@@ -202,7 +213,10 @@ def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
 
 
 def on(mesh: Mesh, function: Callable[..., Result]) -> Callable[..., Result]:
-    """Returns `function` such that kernels inside it find the mesh (`jaxcl.kernels.sharded`) while it is traced."""
+    """Returns `function`, inside which kernels find the mesh while it is traced (see `jaxcl.kernels.sharded`).
+
+    What is compiled must get arguments that lie on the mesh, as the devices are those of the arguments.
+    """
 
     def run(*args: Any, **options: Any) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

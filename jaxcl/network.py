@@ -21,7 +21,17 @@ from jaxcl.types import Batch, Key, Model, Params, PyTree
 VOCAB_SLACK = 512  # a vocabulary may be padded by this much beyond the tokenizer's, for the sake of round shapes
 VOCAB_MULTIPLE = 128  # rows of an imported vocabulary, so that any usual tensor axis divides them
 # What a config may say of an imported model; all else is in its config.json.
-FREE = ("vocab", "new_rows", "vocab_multiple", "max_length", "init_std", "remat", "compute_dtype", "unroll")
+FREE = (
+    "vocab",
+    "new_rows",
+    "vocab_multiple",
+    "max_length",
+    "init_std",
+    "remat",
+    "attention",
+    "compute_dtype",
+    "unroll",
+)
 NEW_ROWS = ("mean", "normal", "zeros")
 
 

@@ -312,7 +312,17 @@ def test_temporaries_grow_with_the_length_not_its_square():
     assert needs(4096, attention, bias=bias) < 5 * short  # nobody asks for its cotangent
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": np.zeros((1, 1, 64, 64), np.float32)}, {"width": 32}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": np.zeros((1, 1, 64, 64), np.float32)},
+        {"width": 32},
+        {"implementation": "kernel"},
+        {"implementation": "tiles"},
+    ],
+    ids=["auto", "bias", "width", "kernel", "tiles"],
+)
 def test_a_kernel_is_chosen_by_the_platform_that_is_lowered_for(monkeypatch, options):
     traces = []
 
@@ -329,19 +339,37 @@ def test_a_kernel_is_chosen_by_the_platform_that_is_lowered_for(monkeypatch, opt
             traces.append("backward")
             return d_mixed * jnp.cos(q), k, v
 
-    monkeypatch.setattr(sys.modules[attention.__module__], "KERNELS", {"tpu": Kernel})
+    module = sys.modules[attention.__module__]
+    kernel = module.Kernel(Kernel.forward, Kernel.backward, ("float32",), auto=True)
+    monkeypatch.setattr(module, "KERNELS", {"tpu": kernel, "cuda": kernel._replace(auto=False)})
     options = dict(options)
     x = jax.ShapeDtypeStruct((2, 64, 2, options.pop("width", 64)), jnp.float32)
-    fits = x.shape[-1] == 64 and not options
+    how = options.get("implementation", "auto")
+    fits = x.shape[-1] == 64 and "bias" not in options and how != "tiles"
+    wanted = {"auto": ["tpu"], "kernel": ["tpu", "cuda"], "tiles": []}[how]
     step = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, segments=SEGMENTS64, **options))))
     traced = step.trace(x, x, x)
-    assert traces == ["forward", "backward"] * fits  # once for all platforms
+    assert sorted(traces) == sorted(["forward", "backward"] * fits * len(wanted))  # once for all platforms
     for platform in ("cpu", "tpu", "cuda"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
-        kernel = fits and platform == "tpu"
+        kernel = fits and platform in wanted
         assert ("stablehlo.cosine" in text) == kernel
         assert ("stablehlo.while" in text) != kernel
         assert ("dot_general" in text) != kernel
+
+
+def test_the_kernel_of_tpus_is_in_the_program():
+    """And not in that of another platform; forward and both kernels of the backward pass."""
+    x = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
+    segments = np.ones((2, 256), np.int32)
+    step = jax.jit(jax.grad(lambda q: jnp.sum(attention(q, q, q, segments=segments).astype(jnp.float32))))
+    traced = step.trace(x)
+    calls = {
+        p: traced.lower(lowering_platforms=(p,)).as_text().count("tpu_custom_call") for p in ("tpu", "cpu", "cuda")
+    }
+    assert calls == {"tpu": 3, "cpu": 0, "cuda": 0}
+    with pytest.raises(ValueError, match="implementation='fast': choose from auto, kernel, tiles"):
+        attention(jnp.zeros((1, 4, 1, 4)), jnp.zeros((1, 4, 1, 4)), jnp.zeros((1, 4, 1, 4)), implementation="fast")
 
 
 SEGMENTS64 = np.ones((2, 64), np.int32)

@@ -7,6 +7,7 @@ does. Nothing runs; neither data nor weights are read. Exit status: 0 it fits, 1
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -47,7 +48,12 @@ def main(argv: list[str]) -> None:
 
     one, notes = abstract.one_run(config, options.variant)
     session = Session(target, devices, options.config, notes)
+<<<<<<< HEAD
     result = session.search(one, options.search) if options.search else session.report(one, quick=options.quick)
+=======
+    run = session.search if options.search else session.report
+    result = run(one, options.search or options.quick)
+>>>>>>> aot
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(0 if result["fits"] else 1)
@@ -63,8 +69,7 @@ class Session:
         """Returns what is known of the train step of a config, as it is written to JSON.
 
         Raises:
-          UserError: the config is wrong.
-          examine.Failed: the compiler refuses the program, and not for its size.
+          UserError: the config is wrong, or the compiler refuses the program, and not for its size.
         """
         import jax  # noqa: PLC0415
         import jaxlib  # noqa: PLC0415
@@ -88,7 +93,7 @@ class Session:
             "versions": {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__, **topology.version(self.target)},
         }
 
-    def report(self, config: Mapping[str, Any], *, quick: bool) -> dict[str, Any]:
+    def report(self, config: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         """Shows one program, and if it does not fit what would make it; returns both."""
         result = self.compile(config)
         print("\n".join(show.table(result)), flush=True)
@@ -107,14 +112,12 @@ class Session:
 
     def attempt(self, knob: knobs.Knob, quick: bool) -> dict[str, Any]:
         """Shows and returns what a change of the config achieves."""
-        from jaxcl.aot import examine  # noqa: PLC0415
-
         found: dict[str, Any] = {"name": knob.name, "flags": knob.flags}
         if not quick:
             try:
                 made = self.compile(knob.config)
                 found |= {key: made[key] for key in ("fits", "needed_gib", "available_gib", "seconds")}
-            except (UserError, examine.Failed) as error:
+            except UserError as error:
                 found["failed"] = str(error)
         print(show.knob(found), flush=True)
         return found
@@ -123,13 +126,11 @@ class Session:
         """Shows and returns the program with the largest batch, or the fewest microbatches, that fits."""
         from jaxcl import mesh  # noqa: PLC0415
 
-        seen: dict[int, dict[str, Any]] = {}
-        step_mesh = mesh.make(**{**(config.get("mesh") or {}), "devices": self.devices})
-        shards = 1
-        for axis in mesh.BATCH:
-            shards *= step_mesh.shape[axis]
+        sizes = mesh.make(**{**(config.get("mesh") or {}), "devices": self.devices}).shape
+        shards, rows = math.prod(sizes[axis] for axis in mesh.BATCH), config["stream"]["batch"]
         key = {"batch": "stream.batch", "microbatches": "microbatches"}[what]
         unit = shards * config.get("microbatches", 1) if what == "batch" else 1
+        seen: dict[int, dict[str, Any]] = {}
 
         def fits(number: int) -> bool:
             knob = knobs.changed(config, what, {key: number * unit})
@@ -139,17 +140,16 @@ class Session:
             print(show.line(f"{what}={number * unit}", f"{verdict}: {show.gib(need)} of {show.gib(has)}"), flush=True)
             return seen[number]["fits"]
 
-        rows = config["stream"]["batch"]
         if what == "batch":
             best = knobs.largest(fits, max(rows // unit, 1)) or None
         else:
             best = knobs.fewest(fits, knobs.divisors(max(rows // shards, 1)))
         tried = {number * unit: found["needed_gib"] for number, found in sorted(seen.items())}
-        shown = seen[best if best is not None else min(seen) if what == "batch" else max(seen)]
+        shown = seen[best or (min(seen) if what == "batch" else max(seen))]
         print("\n".join(show.table(shown)), flush=True)
-        if best is not None:
+        if best:
             print(f"{'largest batch' if what == 'batch' else 'fewest microbatches'}: --config.{key}={best * unit}")
-        return shown | {"search": {"key": key, "best": None if best is None else best * unit, "needed_gib": tried}}
+        return shown | {"search": {"key": key, "best": best and best * unit, "needed_gib": tried}}
 
 
 def cli() -> None:

@@ -12,6 +12,7 @@ from jaxcl import flops
 from jaxcl.aot import hlo
 from jaxcl.aot.abstract import Step
 from jaxcl.aot.topology import Topology
+from jaxcl.schema import UserError
 
 GIB = 2**30
 _UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
@@ -23,8 +24,8 @@ _REFUSALS = (
 )
 
 
-class Failed(Exception):
-    """The compiler refuses the program for a reason other than HBM; the argument is its message, on one line."""
+class Failed(UserError):
+    """The compiler refuses the program for a reason other than HBM."""
 
 
 class Verdict(NamedTuple):
@@ -59,7 +60,8 @@ def examine(step: Step, topology: Topology) -> Verdict:
     except Exception as error:  # every plugin has its own
         refused = refusal(str(error))
         if refused is None:
-            raise Failed(" ".join(str(error).split())[:400]) from error
+            text = " ".join(str(error).split())[:400]
+            raise Failed(f"--topology={topology.name}: cannot be compiled, whatever the memory: {text}") from error
         return Verdict(*refused, {}, time.perf_counter() - began)
     seconds = time.perf_counter() - began
     found = hlo.read(compiled.as_text())
@@ -87,9 +89,10 @@ def memory(stats: Any) -> dict[str, float]:
         "temporaries": stats.temp_size_in_bytes / GIB,
         "code": stats.generated_code_size_in_bytes / GIB,
     }
-    needed = known["arguments"] + known["outputs"] - known["aliased"] + known["temporaries"] + known["code"]
-    peak = getattr(stats, "peak_memory_in_bytes", 0) / GIB
-    return known | ({"peak": peak} if peak else {}) | {"needed": needed}
+    held = known["arguments"] + known["outputs"] - known["aliased"] + known["code"]
+    known["peak"] = getattr(stats, "peak_memory_in_bytes", 0) / GIB  # 0: the compiler does not say
+    # Buffers as they are laid out, or as they are alive: libtpu reports no temporaries for a small program.
+    return known | {"needed": max(held + known["temporaries"], known["peak"] + known["code"])}
 
 
 def floors(step: Step, topology: Topology, verdict: Verdict) -> dict[str, float]:

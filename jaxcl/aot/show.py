@@ -67,7 +67,7 @@ def _program(result: Mapping[str, Any]) -> list[str]:
     memory = result["memory_gib"]
     parts = [f"{name} {gib(memory[name])}" for name in ("arguments", "outputs", "aliased", "temporaries", "code")]
     out = [line("memory", ", ".join(parts[:3])), line("", ", ".join(parts[3:]))]
-    if "peak" in memory:
+    if memory["peak"]:
         out.append(line("", f"peak of live buffers {gib(memory['peak'])}"))
     for kind, found in result["collectives"].items():
         out.append(line(kind, f"{found['times']:,} a step at {found['sites']} places, {gib(found['bytes'] / 2**30)}"))

@@ -24,6 +24,7 @@ ENVIRONMENT = MappingProxyType(
         "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked which machine this is
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: without one libtpu warns that it does not know its machine
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
         "TF_CPP_MIN_LOG_LEVEL": "3",

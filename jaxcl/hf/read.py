@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxcl.types import Params, PyTree
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _THREADS = 8  # tensors in transit at the most
 _ROWS = 16  # rows turned into columns at a time: as many as a cache line holds; five times faster than all at once
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64}
 
 
@@ -71,7 +73,12 @@ def load(folder: str | os.PathLike[str], config: Config, abstract: PyTree) -> Pa
 
 
 def stored_dtype(folder: str | os.PathLike[str]) -> Any:
-    """Returns the NumPy type that most elements of the checkpoint have."""
+    """Returns the NumPy type that most elements of the checkpoint have; without weights, the one config.json names."""
+    described = files.config(folder)
+    named = str(described.get("dtype") or described.get("torch_dtype") or "")
+    suffixes = {path.suffix for path in Path(folder).expanduser().iterdir()}
+    if named and suffixes.isdisjoint(WEIGHTS):
+        return {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(named.removeprefix("torch."), np.float32)
     tensors = files.open_folder(folder)
     counts: dict[str, int] = {}
     for name in tensors.file_of:

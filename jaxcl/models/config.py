@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
+from jaxcl.kernels.attention import IMPLEMENTATIONS
 from jaxcl.schema import UserError, nearest
 
 REMAT = ("none", "full", "dots", "dots_no_batch", "attention")
@@ -78,6 +79,7 @@ class Config:
     vocab_multiple: int = 1
     init_std: float = 0.02
     remat: str = "none"
+    attention: str = "auto"
     compute_dtype: str = "float32"
     unroll: int = 1
 
@@ -106,7 +108,7 @@ def resolve(fields: Mapping[str, Any]) -> Config:
             raise UserError(f"config.model.{name}={given[name]!r}: must be positive")
     given.setdefault("kv_heads", given["heads"])
     given["rope_scaling"] = _scaling(given.get("rope_scaling"))
-    for name, choices in (("remat", REMAT), ("compute_dtype", DTYPES)):
+    for name, choices in (("remat", REMAT), ("attention", IMPLEMENTATIONS), ("compute_dtype", DTYPES)):
         if given.get(name, choices[0]) not in choices:
             raise UserError(f"config.model.{name}={given[name]!r}: unknown{nearest(str(given[name]), choices)}")
     if "head_dim" not in given:

@@ -69,6 +69,7 @@ def make(
     vocab_multiple: int | None = None,
     init_std: float | None = None,
     remat: str | None = None,
+    attention: str | None = None,
     compute_dtype: str | None = None,
     unroll: int | None = None,
 ) -> Model:
@@ -98,6 +99,7 @@ def make(
       remat: what the backward pass finds stored: 'none' recomputes nothing, 'full' keeps only the input of every
         block, 'dots' also results of matrix products, 'dots_no_batch' those without batch dimension (projections,
         not attention scores), 'attention' the attention outputs.
+      attention: 'auto', 'kernel' or 'tiles', see `jaxcl.kernels.attention.attention`.
       compute_dtype: 'float32' or 'bfloat16'; parameters are float32 either way and are cast where they are used.
       unroll: blocks per iteration of the loop over layers.
 
@@ -177,7 +179,7 @@ class Attention(nn.Module):
         k = project("key", c.kv_heads, "kv_heads")
         v = project("value", c.kv_heads, "kv_heads")
         if rows.past is None:
-            mixed = attention(q, k, v, segments=rows.segments, window=window)
+            mixed = attention(q, k, v, segments=rows.segments, window=window, implementation=c.attention)
         else:
             at = (0, rows.past.index, 0, 0)
             mixed = attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,12 +12,27 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.kernels import sharded
-from jaxcl.kernels.attention import cpu, reference, tpu
+from jaxcl.kernels.attention import cpu, gpu, gpu_backward, reference, tpu
 
-# Platform that a program is lowered for -> module whose `forward` and `backward` have the arguments of those in
-# `cpu`, without a bias. They take WIDTHS and DTYPES; `cpu` takes everything, on every platform.
-KERNELS: Mapping[str, Any] = MappingProxyType({"tpu": tpu})
-WIDTHS, DTYPES = (64, 128, 256), ("float32", "bfloat16")
+
+class Kernel(NamedTuple):
+    """The kernels of a platform: functions with the arguments of those in `cpu`, without a bias."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    dtypes: tuple[str, ...]
+    auto: bool  # whether "auto" takes them: not before they have run on the hardware or on a faithful simulation
+
+
+# By the platform that a program is lowered for. They take WIDTHS; `cpu` takes everything, on every platform.
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {
+        "tpu": Kernel(tpu.forward, tpu.backward, ("float32", "bfloat16"), auto=True),
+        "cuda": Kernel(gpu.forward, gpu_backward.backward, ("bfloat16", "float16"), auto=False),
+    }
+)
+WIDTHS = (64, 128, 256)
+IMPLEMENTATIONS = ("auto", "kernel", "tiles")
 
 
 def attention(
@@ -36,14 +51,21 @@ def attention(
     scale: float | None = None,
     frozen: jax.Array | None = None,
     return_lse: bool = False,
+    implementation: str = "auto",
 ) -> Any:
     """Returns what `reference.attention` returns, with the same arguments and errors.
 
     Rows that attend to themselves (no `kv_segments`, no `kv_positions`) use the implementation of the platform that
     the program is lowered for and keep no scores for the backward pass: a kernel of `KERNELS` for heads of 64, 128 or
-    256 in float32 or bfloat16 without a bias, else tiles in plain XLA. All else is the reference. Self-attention has
-    a first derivative in reverse mode only.
+    256 without a bias, else tiles in plain XLA. All else is the reference. Self-attention has a first derivative in
+    reverse mode only.
+
+    Args:
+      implementation: "auto"; "kernel": the kernels of all platforms that have some; "tiles": none of them. The one for
+        Hopper GPUs is not part of "auto", as it has been compiled and interpreted but never run.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}")
     own = kv_segments is None and kv_positions is None and q.shape[1] == k.shape[1]
     if not own:
         return reference.attention(
@@ -64,7 +86,7 @@ def attention(
         )
     reference.check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, segments=segments, positions=positions)
     window = None if window is None else jnp.asarray(window, jnp.int32)
-    how = _How(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), soft_cap)
+    how = _How(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), soft_cap, implementation)
     found: Any
     if bias is None:  # every device runs the kernel on its own rows and heads
         found = sharded.attention(lambda *x: _packed(how, *x, None), lse=True)(q, k, v, segments, window, frozen)
@@ -82,12 +104,21 @@ class _How(NamedTuple):
     causal: bool
     scale: float
     soft_cap: float | None
+    implementation: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Returns the keywords of `forward` and `backward`."""
+        return {"causal": self.causal, "scale": self.scale, "soft_cap": self.soft_cap}
 
 
-def _modules(q: jax.Array, k: jax.Array, v: jax.Array, bias: Whole) -> Mapping[str, Any]:
-    """Returns the modules of `KERNELS` that take these arguments."""
-    fits = bias is None and q.shape[-1] in WIDTHS and all(x.dtype.name in DTYPES for x in (q, k, v))
-    return KERNELS if fits else {}
+def _kernels(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, bias: Whole) -> Mapping[str, Kernel]:
+    """Returns those of `KERNELS` that are asked for and take these arguments."""
+    if bias is not None or q.shape[-1] not in WIDTHS or len({x.dtype for x in (q, k, v)}) > 1 or not how.scale > 0:
+        return {}
+    wanted = {name: kernel for name, kernel in KERNELS.items() if kernel.auto or how.implementation == "kernel"}
+    fits = {name: kernel for name, kernel in wanted.items() if q.dtype.name in kernel.dtypes}
+    return {} if how.implementation == "tiles" else fits
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,8 +145,8 @@ def _packed_fwd(
     frozen: Whole,
     bias: Whole,
 ) -> tuple[Any, Any]:
-    own = {name: partial(m.forward, **how._asdict()) for name, m in _modules(q, k, v, bias).items()}
-    tiled = partial(cpu.forward, bias=bias, **how._asdict())
+    own = {name: partial(kernel.forward, **how.options) for name, kernel in _kernels(how, q, k, v, bias).items()}
+    tiled = partial(cpu.forward, bias=bias, **how.options)
     mixed, lse = jax.lax.platform_dependent(q, k, v, segments, window, **own, default=tiled)
     return (mixed, lse), (q, k, v, segments, window, frozen, mixed, lse, bias)
 
@@ -123,8 +154,8 @@ def _packed_fwd(
 def _packed_bwd(how: _How, saved: Any, d: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     *saved, bias = saved
     q, k, v = saved[:3]
-    own = {name: partial(m.backward, **how._asdict()) for name, m in _modules(q, k, v, bias).items()}
-    tiled = partial(cpu.backward, bias=bias, **how._asdict())
+    own = {name: partial(kernel.backward, **how.options) for name, kernel in _kernels(how, q, k, v, bias).items()}
+    tiled = partial(cpu.backward, bias=bias, **how.options)
     grads = jax.lax.platform_dependent(*saved, *d, **own, default=tiled)
     return *grads[:3], None, None, None, None if bias is None else grads[3]
 
