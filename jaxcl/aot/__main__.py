@@ -48,12 +48,7 @@ def main(argv: list[str]) -> None:
 
     one, notes = abstract.one_run(config, options.variant)
     session = Session(target, devices, options.config, notes)
-<<<<<<< HEAD
     result = session.search(one, options.search) if options.search else session.report(one, quick=options.quick)
-=======
-    run = session.search if options.search else session.report
-    result = run(one, options.search or options.quick)
->>>>>>> aot
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(0 if result["fits"] else 1)

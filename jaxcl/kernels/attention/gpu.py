@@ -37,6 +37,7 @@ LAUNCH = {
 _FAR = 2**30
 WGMMA = plgpu.Layout.WGMMA  # how a warpgroup holds a product; the next two: how it holds a vector along its axes
 BY_ROW = WGMMA.reduce(1)
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 BY_COLUMN = WGMMA.reduce(0)
 
 
@@ -213,21 +214,21 @@ def hide(x: jax.Array, value: float, bounds: Any, first_key: jax.Array, axis: in
     return jnp.where(key < lax.broadcast_in_dim(load(bounds.at[1], layout), x.shape, [1 - axis]), x, value)
 
 
-def product(a: Any, b: Any, shape: tuple[int, int]) -> jax.Array:
+def product(a: Any, b: Any, shape: tuple[int, int]) -> Any:
     """Returns a b in float32, of two tiles in shared memory."""
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(run, ACC(shape, jnp.float32))
 
 
-def add_product(total: jax.Array, a: Any, b: Any, interpret: Any) -> jax.Array:
+def add_product(total: jax.Array, a: Any, b: Any, interpret: Any) -> Any:
     """Returns total + a b in float32: `a` in registers, `b` in shared memory."""
     if interpret is not None:  # the interpreter knows neither such an `a` nor an accumulator that begins with a value
         return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(ACC.init(total))
 
 
 def full_of(value: float, shape: tuple[int, ...], layout: Any) -> jax.Array:

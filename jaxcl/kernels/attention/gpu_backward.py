@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxcl.kernels.attention.gpu import (
+    ACC,
     BY_COLUMN,
     BY_ROW,
     LAUNCH,
@@ -208,7 +209,7 @@ def _sum_and_product(total, a, b, c, d, shape, interpret):
         plgpu.wgmma(refs[0], a, b)
         plgpu.wgmma(refs[1], c, d)
 
-    return pl.run_state(run)((plgpu.ACC.init(total), plgpu.ACC.init(full_of(0.0, shape, WGMMA))))
+    return pl.run_state(run)((ACC.init(total), ACC.init(full_of(0.0, shape, WGMMA))))
 
 
 def _d_q(q, k, v, d_mixed, stats, reach, visited, inner, d_q, *, scale, soft_cap, share, interpret, **scratch):
