@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxcl import console
-from jaxcl.data import files, sources
+from jaxcl.data import files, sources, tokenizer
 from jaxcl.schema import UserError
 
 BOS, EOS, PAD = SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
@@ -47,6 +47,9 @@ def train(texts: Iterator[str], vocab: int) -> str:
     least = BYTES + len(SPECIAL)
     if vocab < least:
         raise UserError(f"--vocab={vocab}: must be at least {least}: {BYTES} bytes and {len(SPECIAL)} special tokens")
+    if vocab >= 2**31:
+        raise UserError(f"--vocab={vocab}: must be below 2^31")
+    texts = map(tokenizer.without_surrogates, texts)
     first = next(texts, None)
     if first is None:
         raise UserError("command line: the files hold no text; check them and --column")

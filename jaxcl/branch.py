@@ -82,6 +82,15 @@ def _grown(
 ) -> tuple[int, TrainState, dict[str, Any]]:
     """Returns a checkpoint with more tokens: step, state as nested dicts on the first device, and host part."""
     config = about["config"]
+    if not config.get("packing"):
+        raise UserError(f"{source}: --vocab={vocab}: the run is a classifier, without a vocabulary; leave it out")
+    if config.get("adapter"):
+        raise UserError(
+            f"{source}: --vocab={vocab}: an adapter has no vocabulary; export it merged (python -m jaxcl.hf export) "
+            f"and continue that with config.model.vocab={vocab}"
+        )
+    if vocab >= 2**31:
+        raise UserError(f"--vocab={vocab}: must be below 2^31")
     words = network.tokenizer_of(config.get("tokenizer"), config["model"])
     made = network.make(config["model"], words, config["packing"]["length"])
     if made.shape is None:

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcl.tree import named_leaves
+from jaxcl.types import Params
+
 
 def checksums(arrays: list[jax.Array]) -> jax.Array:
     """Returns one uint32 for each array, copied to every device: it depends on the values, not on how they are cut.
@@ -20,6 +23,13 @@ def checksums(arrays: list[jax.Array]) -> jax.Array:
     meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
     out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
     return jax.jit(_checksum_all, out_shardings=out)(arrays)
+
+
+def table(params: Params) -> dict[str, list[Any]]:
+    """Returns shape, type and checksum of every array by its name, as JSON."""
+    leaves = named_leaves(params)
+    sums = np.asarray(checksums([x for _, x in leaves]).addressable_data(0)).tolist()
+    return {name: [list(x.shape), str(x.dtype), total] for (name, x), total in zip(leaves, sums, strict=True)}
 
 
 def _checksum_all(arrays: list[jax.Array]) -> jax.Array:

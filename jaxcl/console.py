@@ -26,5 +26,11 @@ def cli(main: Callable[[list[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; choose another folder", file=sys.stderr)
+        if error.filename is None and error.errno is None:
+            raise
+        where = error.filename or "a file"
+        print(f"error: {where}: {error.strerror}; choose another folder", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -24,6 +24,9 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is found there continues.")
 
 
+SECTIONS = ("mesh", "loss", "evaluation", "checkpoint")  # that a file may leave out: all of their keys have defaults
+
+
 def plain(value: Any) -> Any:
     """Returns `value` with every ConfigDict turned into a dict, and every tuple into a list."""
     if isinstance(value, (config_dict.ConfigDict, Mapping)):
@@ -47,7 +50,8 @@ def read(argv: list[str]) -> tuple[dict[str, Any], str]:
     except UserError:
         raise
     except Exception as error:  # a config file is a program: it can fail in any way
-        text = " ".join(str(error).split()) or type(error).__name__
+        last = str(error).strip().rsplit("\n", 1)[-1]  # absl puts a traceback before what a config file says
+        text = " ".join(last.removeprefix("ValueError: ").split()) or type(error).__name__
         raise UserError(f"command line: {text}; {USAGE}") from error
     if rest:
         raise UserError(f"command line: {rest[0]!r} is not a flag; options are written --config.KEY=VALUE")
@@ -76,6 +80,9 @@ def override(config: dict[str, Any], arg: str) -> None:
         )
     except (SyntaxError, ValueError):
         value = text  # plain words need no quotes
+    section = key.split(".")[0]
+    if section in SECTIONS and section != key and config.get(section) is None:
+        config[section] = {}
     schema.assign(config, key, value, text)
 
 

@@ -171,8 +171,11 @@ def _adapted(base: Network, options: Mapping[str, Any]) -> Network:
             places = jax.tree.map(lambda x: x.sharding, abstract[part])
             return jax.jit(lambda: model.init(key)[part], out_shardings=places)()
 
+        below = base.load(key, abstract["base"]) if base.load else drawn("base")
+        if source is not None:
+            peft.check_base(source, below)
         return {
-            "base": base.load(key, abstract["base"]) if base.load else drawn("base"),
+            "base": below,
             "lora": drawn("lora") if source is None else peft.load(source, abstract["lora"]),
         }
 

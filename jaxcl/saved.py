@@ -142,5 +142,6 @@ def _chosen(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, d
     step = whole[-1] if step is None else step
     reason, manifest = manifests.verify(directory / str(step), everything=True)
     if manifest is None:
-        raise UserError(f"{directory}: checkpoint {step} is damaged: {reason}; choose one of {whole}")
+        others = [other for other in whole if other != step]
+        raise UserError(f"{directory}: checkpoint {step} is damaged: {reason}; choose one of {others or 'none'}")
     return step, directory / str(step), manifest

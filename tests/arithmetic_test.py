@@ -16,7 +16,7 @@ import tokenizers
 
 from jaxcl import tree
 from jaxcl.hf import __main__ as command
-from jaxcl.hf import arithmetic, files, write
+from jaxcl.hf import arithmetic, families, files, write
 from jaxcl.schema import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -348,6 +348,9 @@ LLAMA3 |= {"original_max_position_embeddings": 32}
     [
         ({"num_attention_heads": 2}, r"num_attention_heads=2, but 4 in .*instruct"),
         ({"num_key_value_heads": 1}, r"num_key_value_heads=1, but 4 in "),
+        ({"rms_norm_eps": 1e-2}, r"rms_norm_eps=0\.01, but 1e-0[56] in "),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5, but None in "),
+        ({"tie_word_embeddings": True}, r"tie_word_embeddings=True, but False in "),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu', but 'silu' in "),
         ({"rope_theta": 1e6}, r"rope_theta=1000000\.0, but 10000\.0 in "),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, r"rope_theta=500000\.0, but 10000\.0"),
@@ -470,3 +473,23 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
             out.json("config.json", {"model_type": "llama"})
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 4 * 4 * size + 2**25  # and the pieces of CHUNK elements
+
+
+def test_the_continued_model_is_compared_too(tmp_path):
+    made = three(tmp_path)
+    shutil.rmtree(tmp_path / "continued")
+    save(tmp_path / "continued", made["continued"], rope_theta=1e6)
+    with pytest.raises(UserError, match=r"rope_theta="):
+        residual(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_and_fields_of_other_families_are_compared():
+    known = {"model_type": "mistral", "num_hidden_layers": 2, "num_attention_heads": 4}
+    assert families.unseen(known | {"sliding_window": 4}, "x")["sliding_window"] == {"window": 4}
+    assert families.unseen(known | {"sliding_window": 8}, "x") != families.unseen(known | {"sliding_window": 4}, "x")
+    foreign = {"model_type": "gemma2", "num_attention_heads": 4, "hidden_activation": "gelu"}
+    assert families.unseen(foreign, "x")["hidden_act"] == "gelu"
+    for change in ({"query_pre_attn_scalar": 64}, {"layer_types": ["full_attention"]}, {"hidden_activation": "silu"}):
+        assert families.unseen(foreign | change, "x") != families.unseen(foreign, "x")
+    assert families.unseen(foreign | {"query_pre_attn_scalar": None}, "x") == families.unseen(foreign, "x")

@@ -17,7 +17,7 @@ from jaxcl import checkpoint, manifests, optim, tree
 from jaxcl import mesh as meshes
 from jaxcl.checkpoint import MANIFEST, Checkpoints
 from jaxcl.checksum import checksums
-from jaxcl.saved import copy
+from jaxcl.saved import copy, read
 from jaxcl.schema import UserError
 from jaxcl.types import TrainState
 
@@ -163,6 +163,16 @@ def test_arrays_that_differ_from_those_saved_are_found(saved):
     restored = Checkpoints(saved).restore(abstract())
     assert restored.step == 10
     assert "an array differs" in restored.message
+    with pytest.raises(UserError, match=r"checkpoint 20: \S+ differs from what was saved; choose another step"):
+        read(saved, step=20)
+
+
+def test_manifests_that_do_not_speak_of_a_base_hold_everything(saved):
+    manifest = json.loads((saved / "20" / MANIFEST).read_text().splitlines()[0])
+    assert manifest.pop("base") is True
+    line = json.dumps(manifest)
+    (saved / "20" / MANIFEST).write_text(f"{line}\n{checkpoint.hashlib.sha256(line.encode()).hexdigest()}\n")
+    assert Checkpoints(saved).restore(abstract()).step == 20
 
 
 def test_a_save_that_was_cut_short_is_never_read(saved, tmp_path):

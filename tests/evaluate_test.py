@@ -294,13 +294,23 @@ def test_a_sweep_writes_figures_and_a_page_once(run, tmp_path, capsys):
     command.main([str(run), f"--tasks={facts}", f"--out={tmp_path / 'one.json'}"])
     assert json.loads((tmp_path / "one.json").read_text())["steps"] == [small.TOTAL]
     assert not (tmp_path / "one.html").exists()
-    typo = write(tmp_path / "typo.jsonl", {"prompt": "wind", "answer": "river", "stage": "stage d00"})
-    with pytest.raises(
-        UserError, match=r"typo.jsonl:1: stage 'stage d00': not a stage.*did you mean 'stage d0'\?.*'none'"
-    ):
-        command.main([str(run), f"--tasks={typo}"])
+    good = {"prompt": "wind", "answer": "river", "stage": "stage d0"}
     control = write(tmp_path / "control.jsonl", {"prompt": "wind", "answer": "sea", "stage": "none"})
+    typo = write(tmp_path / "typo.jsonl", good, good | {"stage": "stage d00"})
+    with pytest.raises(
+        UserError, match=r"typo.jsonl:2: stage 'stage d00': not a stage.*did you mean 'stage d0'\?.*'none'"
+    ):
+        command.main([str(run), f"--tasks={typo},{control}"])
     command.main([str(run), f"--tasks={control}"])
+
+
+def test_half_a_character_is_scored_and_a_nested_line_is_refused(tmp_path):
+    own = engine()
+    (task,) = tasks.read_all([str(write(tmp_path / "half.jsonl", {"text": "\ud800 a"}))])
+    assert measure.prepare(task, own, measure.Options())
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.jsonl:1: not JSON"):
+        tasks.read_all([str(tmp_path / "deep.jsonl")])
 
 
 GOOD = {"prompt": "a", "choices": ["b", "c"], "answer": 0}

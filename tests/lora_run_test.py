@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from orbax.checkpoint import v1 as ocp
 
 from jaxcl import branch, frozen, program, saved, train, tree, weights
 from jaxcl.hf import files, peft
@@ -147,8 +148,13 @@ def test_a_base_of_bfloat16_keeps_its_bytes_and_is_exported_in_float32(folder, i
     np.testing.assert_allclose(wide, exact, atol=1e-6)
     export(imported / "run", tmp_path / "same")
     assert files.open_folder(tmp_path / "same").dtype("model.norm.weight") == "BF16"
-    grown = {"model": {"checkpoint": "base", "vocab": 270}, "stream__steps": 1}
+    model = {"checkpoint": "base", "vocab": 270, "new_rows": "normal"}
+    grown = {"model": model, "stream__steps": 1}
     assert train.run(settings(folder, **grown), str(tmp_path / "grown"), final=False) == 0
+    longer = settings(folder, **grown | {"stream__stages": [*STAGES, {**STAGES[0], "name": "c"}]})
+    assert train.run(longer, str(tmp_path / "grown"), final=False) == 0
+    drawn = weights.load(tmp_path / "grown").params["base"]["embedding"]  # read and drawn again
+    assert np.asarray(drawn[269], np.float32).any()
     with pytest.raises(UserError, match="its vocabulary has grown, which no adapter holds"):
         export_adapter(tmp_path / "grown", tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
@@ -168,10 +174,13 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_bit_for_bit(folder, train
     with pytest.raises(train.Stopped), contextlib.closing(cut):
         cut.train(lambda step: "a signal" if step == 5 else None)
     path = tmp_path / "cut" / "checkpoints" / "5"
-    kept, size = small.manifest(path), sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    kept = small.manifest(path)
     assert kept["base"] is False
     assert "memory/frozen/base/layers/mlp/up" in kept["leaves"]  # its checksum
-    assert size < sum(f.stat().st_size for f in small.newest(trained).rglob("*") if f.is_file())
+    names = {name for name, _ in tree.named_leaves(ocp.metadata(path / "state").metadata)}
+    assert names == {name for name in kept["leaves"] if not name.startswith("memory/frozen/")}
+    with pytest.raises(UserError, match="holds an adapter alone, and the config names no checkpoint as its base"):
+        saved.params(tmp_path / "cut" / "checkpoints", step=5)
     assert train.run(settings_, str(tmp_path / "cut"), final=False) == 0
     assert small.checkpoint(tmp_path / "cut") == small.checkpoint(tmp_path / "whole")
 
@@ -202,6 +211,9 @@ def test_an_adapter_travels_with_its_tokenizer_and_finds_its_base(folder, import
     learned = weights.load(Path("run")).params
     monkeypatch.chdir("/")
     assert peft.base(tmp_path / "adapter") == str(imported / "base")
+    with pytest.raises(UserError, match=r"adapter: was trained on another base: its embedding differs"):
+        peft.check_base(tmp_path / "adapter", {"embedding": learned["base"]["embedding"] + 1})
+    peft.check_base(tmp_path / "adapter", learned["base"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "adapter" / name).read_bytes() == (imported / "base" / name).read_bytes()
     source = {"name": "lora", "checkpoint": str(tmp_path / "adapter")}

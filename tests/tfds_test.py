@@ -15,8 +15,8 @@ import pytest
 import small
 from absl import logging
 
-from jaxcl import program, saved, schema, train, weights
-from jaxcl.data import prepare, rows, stream, tokenizer
+from jaxcl import branch, program, saved, schema, train, weights
+from jaxcl.data import prepare, rows, stream, tabular, tokenizer
 from jaxcl.data.sources import Chat, images, tfds
 from jaxcl.schema import UserError
 
@@ -180,8 +180,8 @@ def test_images_are_rows_of_a_classifier(folder):
 
 
 def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
-    """Tasks of classes through replay, a boundary, evaluation, resume and report."""
-    data = {"name": "images", "dataset": "tiny_images", "data_dir": folder}
+    """Tasks of classes through replay, a boundary, evaluation and report."""
+    data = {"name": "images", "dataset": "tiny_images", "data_dir": folder, "licence": "CC0-1.0"}
     settings = {
         "label": "images",
         "model": {"name": "mlp", "inputs": 12, "hidden": [8], "classes": 3},
@@ -209,15 +209,32 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
     columns = images.load("tiny_images", "test", data_dir=folder)
     made = jax.device_get(saved.params(tmp_path / "run" / "checkpoints")[1])
     x = np.maximum(columns["inputs"].reshape(6, -1) @ made["layer_0"]["kernel"] + made["layer_0"]["bias"], 0)
-    right = (x @ made["layer_1"]["kernel"] + made["layer_1"]["bias"]).argmax(1) == columns["targets"]
+    logits = x @ made["layer_1"]["kernel"] + made["layer_1"]["bias"]
+    right = logits.argmax(1) == columns["targets"]
     own = columns["targets"] == 2
     assert last["accuracy"] == pytest.approx({"low": right[~own].mean(), "high": right[own].mean()})
-    assert last["bits_per_byte"] == {}
-    assert "accuracy" in (tmp_path / "run" / "report.html").read_text()
+    nats = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), columns["targets"]]
+    assert last["loss"] == pytest.approx({"low": nats[~own].mean(), "high": nats[own].mean()}, abs=1e-5)
+    assert (last["bits_per_byte"], set(last["alignment"])) == ({}, {"low", "high"})
+    shown = json.loads((tmp_path / "run" / "report.json").read_text())["accuracy"]
+    assert shown == last["accuracy"]
+    assert "now, accuracy" in (tmp_path / "run" / "report.html").read_text()
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["facts"]["sources"]
+    assert {name: entry["licence"] for name, entry in told.items()} == {"low": "CC0-1.0", "high": "CC0-1.0"}
+    assert told["low"]["source"]["labels"] == [0, 1]
+    splits = [[told[name][split]["rows"] for split in ("train", "held_out")] for name in ("low", "high")]
+    assert splits == [[54, 4], [26, 2]]  # 80 and 6 images of three classes in turn
+    assert told["low"]["train"]["fingerprint"] != told["low"]["held_out"]["fingerprint"]
+    table = images.make(dataset="tiny_images", labels=[0, 1], data_dir=folder)
+    assert [set(part["targets"].tolist()) for part in (table.train, table.held_out)] == [{0, 1}] * 2
+    odd = table._replace(held_out=table.held_out | {"targets": table.held_out["targets"] + 6})
+    assert tabular.classes([table, odd]) == 8
     replayed = small.records(tmp_path / "run", "ledger")[-1]["sources"]["low"]["replayed_rows"]
     assert replayed == 12
     with pytest.raises(UserError, match="a classifier; evaluation, export and merging are for language models"):
         weights.load(tmp_path / "run")
+    with pytest.raises(UserError, match="--vocab=50: the run is a classifier"):
+        branch.make(tmp_path / "run", tmp_path / "branch", vocab=50)
     for change, text in (
         ({"model": {**settings["model"], "classes": 2}}, r"gives logits \(2,\), but there are 3 classes"),
         ({"model": {**settings["model"], "inputs": 11}}, r"config\.model: takes no rows of shape \(4, 3, 1\)"),
@@ -226,6 +243,9 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
             {"sources": settings["sources"] | {"t": {"name": "embedded", "domain": "prose"}}},
             "low is a table and t is text",
         ),
+        ({"tokenizer": {"name": "byte"}}, r"config\.tokenizer: config\.sources are tables"),
+        ({"adapter": "lora"}, r"config\.adapter: config\.sources are tables"),
+        ({"model": {"checkpoint": folder}}, r"config\.model\.checkpoint: a language model, but config\.sources are"),
         ({"packing": {"length": 8}}, r"config\.packing: config\.sources are tables"),
         ({"sources": {"low": {**data, "clean": {}}}}, r"config\.sources\.low\.clean: of documents"),
     ):

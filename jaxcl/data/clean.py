@@ -282,7 +282,7 @@ def _records(path: str, columns: list[str] | None) -> Iterator[list[str]]:
 def _parsed(line: str, place: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error}); repair the line") from error
 
 

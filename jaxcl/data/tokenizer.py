@@ -187,8 +187,8 @@ def _hf(
         return chat.Coded(numbers(encoding), place[:, 0], place[:, 1], np.isin(encoding.ids, [*special]))
 
     coder = chat.Coder(
-        lambda text: coded(tok.encode(_unicode(text), add_special_tokens=False)),
-        lambda text: coded(parsing().encode(_unicode(text), add_special_tokens=False)),
+        lambda text: coded(tok.encode(without_surrogates(text), add_special_tokens=False)),
+        lambda text: coded(parsing().encode(without_surrogates(text), add_special_tokens=False)),
         tuple(special.values()),
         begin,
         end,
@@ -199,15 +199,17 @@ def _hf(
         begin,
         end,
         pads[0] if pads else None,
-        lambda text: numbers(tok.encode(_unicode(text), add_special_tokens=False)),
-        lambda texts: [numbers(e) for e in tok.encode_batch([*map(_unicode, texts)], add_special_tokens=False)],
+        lambda text: numbers(tok.encode(without_surrogates(text), add_special_tokens=False)),
+        lambda texts: [
+            numbers(e) for e in tok.encode_batch([*map(without_surrogates, texts)], add_special_tokens=False)
+        ],
         lambda tokens: tok.decode([int(t) for t in np.asarray(tokens).ravel()], skip_special_tokens=True),
         _digest(content, begin, end, form),
         chat.make(coder, form),
     )
 
 
-def _unicode(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Returns a text with U+FFFD for lone surrogates, which JSON can hold and the libraries cannot."""
     try:
         text.encode()
@@ -277,8 +279,8 @@ def _sentencepiece(
         begin,
         end,
         model.pad_id() if model.pad_id() >= 0 else None,
-        lambda text: pieces.encode(model, _unicode(text)),
-        lambda texts: [pieces.encode(model, _unicode(text)) for text in texts],
+        lambda text: pieces.encode(model, without_surrogates(text)),
+        lambda texts: [pieces.encode(model, without_surrogates(text)) for text in texts],
         lambda tokens: pieces.decode(model, tokens),
         _digest(content, begin, end, form),
         chat.make(pieces.coder(model, begin, end), form),

@@ -100,7 +100,7 @@ def _choice(task: Task, engine: Engine) -> Measure:
         right = np.zeros(2)
         for record in task.records:
             values = np.array([next(scores).log_probability for _ in record.choices])
-            sizes = np.array([len(choice.encode()) for choice in record.choices])
+            sizes = np.array([len(choice.encode("utf-8", "surrogatepass")) for choice in record.choices])
             right += [values.argmax() == record.gold, (values / sizes).argmax() == record.gold]
         acc, acc_norm = right / len(task.records)
         return {"all": {"acc": float(acc), "acc_norm": float(acc_norm), "records": len(task.records)}}
@@ -151,7 +151,10 @@ def _generation(task: Task, engine: Engine, options: Options) -> Measure:
 def _perplexity(task: Task, engine: Engine) -> Measure:
     tokens = [engines.begin(engine.words, record.prompt) for record in task.records]
     requests = [row for text in tokens for row in engines.windows(text, engine.window)]
-    count, size = sum(r.scored for r in requests), sum(len(r.prompt.encode()) for r in task.records)
+    count, size = (
+        sum(r.scored for r in requests),
+        sum(len(r.prompt.encode("utf-8", "surrogatepass")) for r in task.records),
+    )
 
     def measure(params: Params, tell: Tell | None) -> Figures:
         scores: Sequence[engines.Score] = engines.log_likelihoods(engine, params, requests, tell)

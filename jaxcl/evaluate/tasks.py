@@ -67,7 +67,7 @@ def read_all(names: Sequence[str], *, shots: int = 0) -> list[Task]:
 def read(path: Path) -> Task:
     """Returns the task in a file."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"--tasks={path}: no such file; give the path of a JSONL file, or {HELD_OUT}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -141,7 +141,7 @@ def between(record: Record, continuation: str) -> str:
 def _object(line: str, place: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error}); write one object per line") from None
     if not isinstance(value, dict):
         raise UserError(f"{place}: a {type(value).__name__}; write one JSON object per line")

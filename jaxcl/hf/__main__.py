@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxcl import console, weights
+from jaxcl import checksum, console, weights
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import arithmetic, families, files, peft, read, write
 from jaxcl.models import lora
@@ -81,7 +81,7 @@ def export_adapter(run: Path, out: Path, *, step: int | None = None) -> int:
         dropout=adapter.dropout,
         # PEFT looks from wherever it is started.
         base=None if base is None else str(Path(base).expanduser().absolute()),
-        provenance=provenance(found),
+        provenance=provenance(found) | {"base_checksums": checksum.table(found.params["base"])},
         beside=lambda writer: _tokenizer(writer, found),
     )
     return found.step

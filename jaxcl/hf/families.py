@@ -194,6 +194,9 @@ def fields(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {key: value for key, value in (out | _window(known, place)).items() if value is not None}
 
 
+_NEAR = ("sliding_window", "use_sliding_window", "layer_types")  # of families that are not ours
+
+
 def unseen(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Returns the fields of a config.json that change what a model computes and no shape of its tensors.
 
@@ -219,6 +222,12 @@ def unseen(config: Mapping[str, Any], place: str) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": known.get("num_key_value_heads", heads),
         "hidden_act": known.get("hidden_act", known.get("hidden_activation")),
+        "rms_norm_eps": known.get("rms_norm_eps"),
+        "tie_word_embeddings": bool(known.get("tie_word_embeddings")),
+        "sliding_window": _window({"num_hidden_layers": 0, **known}, place)
+        if kind
+        else {key: known.get(key) for key in _NEAR},
+        **{key: known.get(key) for key in ("partial_rotary_factor", "query_pre_attn_scalar")},
         **turned,
     }
 

@@ -55,7 +55,7 @@ def config(folder: str | os.PathLike[str], name: str = "config.json") -> dict[st
         raise UserError(f"{path}: no such file; name a folder that holds a Hugging Face checkpoint") from None
     except NotADirectoryError:
         raise UserError(f"{path.parent}: is a file; name the folder of the checkpoint") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object; fetch it again")

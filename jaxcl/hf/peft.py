@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcl import checksum
 from jaxcl.hf import axes, families, files, write
 from jaxcl.models import lora
 from jaxcl.schema import UserError
@@ -93,6 +94,22 @@ def base(folder: str | os.PathLike[str]) -> str:
             "set config.model.checkpoint to the folder of the base"
         )
     return str(found.resolve())
+
+
+def check_base(folder: str | os.PathLike[str], params: Params) -> None:
+    """Raises UserError if an adapter was trained on other arrays of the same shapes than `params`, as far as it says.
+
+    Adapters that jaxcl exported hold the checksums of their base.
+    """
+    if not (Path(folder).expanduser() / "jaxcl.json").is_file():
+        return
+    told = files.config(folder, "jaxcl.json").get("base_checksums") or {}
+    for name, found in checksum.table(params).items():
+        if name in told and told[name][:2] == found[:2] and told[name][2] != found[2]:
+            raise UserError(
+                f"{folder}: was trained on another base: its {name} differs from that of config.model.checkpoint; "
+                "give the base that jaxcl.json names, or remove jaxcl.json to use this one nevertheless"
+            )
 
 
 def load(folder: str | os.PathLike[str], abstract: PyTree) -> Params:

@@ -101,8 +101,8 @@ def resolve(fields: Mapping[str, Any]) -> Config:
             raise UserError(f"config.model.{name}: missing; set it or choose a preset")
     sizes = ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp")
     for name in (*sizes, "max_length", "unroll", "window", "vocab_multiple"):
-        if given.get(name, 1) < 1:
-            raise UserError(f"config.model.{name}={given[name]!r}: must be at least 1")
+        if not 1 <= given.get(name, 1) < 2**31:
+            raise UserError(f"config.model.{name}={given[name]!r}: must be at least 1 and below 2^31")
     for name in ("rope_theta", "norm_eps", "init_std"):
         if not given.get(name, 1.0) > 0:
             raise UserError(f"config.model.{name}={given[name]!r}: must be positive")

@@ -57,12 +57,12 @@ def read(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, records.
 def _open(name: str) -> IO[str]:
     """Opens a file for reading as text."""
     if name.endswith(".gz"):
-        return gzip.open(name, "rt", encoding="utf-8")
+        return gzip.open(name, "rt", encoding="utf-8-sig")
     if name.endswith((".zst", ".zstd")):
         import pyarrow  # noqa: PLC0415  (only those who use it pay for the import)
 
-        return io.TextIOWrapper(io.BufferedReader(pyarrow.input_stream(name, compression="zstd")), encoding="utf-8")
-    return open(name, encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(pyarrow.input_stream(name, compression="zstd")), encoding="utf-8-sig")
+    return open(name, encoding="utf-8-sig")
 
 
 def parse(line: str | bytes, place: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def parse(line: str | bytes, place: str) -> dict[str, Any]:
     """
     try:
         value: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error}); repair the line") from error
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected a JSON object, got {type(value).__name__}")

@@ -33,7 +33,7 @@ def make(
     def documents() -> Iterator[str]:
         for name in paths:
             try:
-                with open(name, encoding="utf-8") as stream:
+                with open(name, encoding="utf-8-sig") as stream:
                     text = stream.read()
             except UnicodeDecodeError as error:
                 raise UserError(f"{name}: not UTF-8 at byte {error.start}; convert the file or leave it out") from error

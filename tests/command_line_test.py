@@ -1,0 +1,61 @@
+"""The command line itself: sections a file leaves out, configs that fail, commands that are interrupted."""
+
+import pytest
+
+from jaxcl import bpe, console, main
+from jaxcl.data import tokenizer
+from jaxcl.models import transformer
+from jaxcl.schema import UserError
+
+
+def test_a_section_whose_keys_all_have_defaults_may_be_left_out_of_the_file():
+    config = {"model": {"name": "mlp"}}
+    main.override(config, "--config.mesh.fsdp=2")
+    main.override(config, "--config.mesh.data=4")
+    assert config == {"model": {"name": "mlp"}, "mesh": {"fsdp": 2, "data": 4}}
+    with pytest.raises(UserError, match=r"config\.mehs: no such section"):
+        main.override(config, "--config.mehs.data=4")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the loader of ml_collections
+def test_a_config_that_fails_is_one_line_without_its_traceback(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config(name):\n    raise ValueError(f'{name}: no such dataset')\n")
+    with pytest.raises(UserError) as error:
+        main.read(["x", f"--config={path}:imagenet"])
+    text = str(error.value)
+    assert text.startswith("command line: imagenet: no such dataset; ")
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+        (UserError("wrong; do otherwise"), 2, "error: wrong; do otherwise"),
+        (OSError(28, "No space left on device", "out"), 2, "error: out: No space left on device; choose another"),
+    ],
+)
+def test_small_commands_end_in_one_line(monkeypatch, capsys, fault, status, words):
+    def command(argv):
+        raise fault
+
+    monkeypatch.setattr("sys.argv", ["command"])
+    with pytest.raises(SystemExit) as ended:
+        console.cli(command)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, line[: len(words)]) == (status, words)
+
+
+def test_sizes_that_no_array_has_are_refused_before_any_is_made():
+    with pytest.raises(UserError, match=r"vocab=10000000000000: must be at least 1 and below 2\^31"):
+        transformer.make(preset="tiny", vocab=10**13)
+    with pytest.raises(UserError, match=r"layers=1000000000000: must be"):
+        transformer.make(preset="tiny", vocab=8, layers=10**12)
+    with pytest.raises(UserError, match=r"--vocab=100000000000000000000: must be below 2\^31"):
+        bpe.train(iter(["text"]), 10**20)
+
+
+def test_half_a_character_does_not_end_the_training_of_a_tokenizer():
+    assert tokenizer.without_surrogates("\ud800 a") == "� a"
+    assert '"vocab"' in bpe.train(iter(["\ud800 some words, some words"]), 300)
