@@ -176,7 +176,8 @@ def _kl_fwd(width: int, scale: float, student: chunked.Pair, teacher: chunked.Pa
 
 
 def _kl_bwd(width: int, scale: float, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    return chunked.kl_backward(width, scale, *saved, cotangent), None
+    student, teacher, lse_q, lse_p = saved
+    return chunked.kl_backward(width, scale, student, teacher, lse_q, lse_p, cotangent), None
 
 
 kl.defvjp(_kl_fwd, _kl_bwd)
