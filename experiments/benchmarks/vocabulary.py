@@ -98,7 +98,8 @@ def main():
         "machine": train_step.machine(),
         "versions": {"jax": jax.__version__},
         "date": datetime.date.today().isoformat(),
-        "command": f"python -m experiments.benchmarks.vocabulary --rounds={options.rounds}",
+        "command": f"python -m experiments.benchmarks.vocabulary --rounds={options.rounds} "
+        f"--chunks {' '.join(map(str, options.chunks))}",
         "shape": {"tokens": options.tokens, "vocab": options.vocab, "width": options.width, "dtype": "float32"},
         "forms": table,
     }

@@ -74,7 +74,7 @@ class _Launch(NamedTuple):
         body: Callable[..., None],
         operands: Sequence[tuple[str, jax.Array]],
         results: Sequence[tuple[str, tuple[int, ...], Any]],
-        scratch: Sequence[tuple[int, int]],
+        scratch: Sequence[tuple[int, ...]],
         *,
         products: Sequence[int],
         columns_first: bool = False,
@@ -208,7 +208,7 @@ def _d_head(place: _Place, *refs: Any) -> None:
     _write(place, d_head, total)
 
 
-def _gather(place: _Place, total: Any, axis: int, part: Callable[[Any], jax.Array], shrink: jax.Array | None = None):
+def _gather(place: _Place, total: Any, axis: int, part: Callable[[Any], jax.Array], shrink: Any = None) -> None:
     """Multiplies an accumulator by `shrink` and adds `part(slice)` to every slice along `axis`; it starts at zero.
 
     A product as large as the accumulator would be held a second time, in spilled registers.
