@@ -298,11 +298,10 @@ def test_a_mesh_cuts_what_it_cannot_divide_and_says_so():
     assert any("kv_heads" in note for note in abstract.make(odd, jax.devices()).notes)
 
 
-def test_the_step_lowers_for_other_platforms_without_their_compilers(folder):
-    """The program has the mesh set while it is traced, and attention knows its platform."""
+def test_the_step_knows_its_mesh_while_it_is_traced(folder):
     step = abstract.make(shipped("quickstart", folder), jax.devices())
-    text = step.run.trace(step.state, step.batch).lower(lowering_platforms=("tpu",)).as_text()
-    assert "sharding_constraint" in text
+    text = str(step.run.trace(step.state, step.batch).jaxpr)
+    assert text.count("sharding_constraint") >= 3  # the embedding, and twice in a block
 
 
 def test_variants_of_a_sweep_are_chosen_by_label():

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
       UserError: whatever is wrong with the command line or the config.
       SystemExit: with status 1 if the program does not fit.
     """
-    parser = console.Parser(prog="python -m jaxcl.aot", description=str(__doc__).split("\n\n")[1])
+    parser = console.Parser(prog="python -m jaxcl.aot", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--topology", required=True, help=f"KIND:SIZES; {topology.EXAMPLES}")
     parser.add_argument("--config", required=True, help="file with get_config(), as for jaxcl.main")
     parser.add_argument("--variant", help="of a sweep; default: the first")
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
 
     one, notes = abstract.one_run(config, options.variant)
     session = Session(target, devices, options.config, notes)
-    result = session.search(one, options.search) if options.search else session.report(one, quick=options.quick)
+    run = session.search if options.search else session.report
+    result = run(one, options.search or options.quick)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(0 if result["fits"] else 1)
@@ -66,9 +67,6 @@ class Session:
         Raises:
           UserError: the config is wrong, or the compiler refuses the program, and not for its size.
         """
-        import jax  # noqa: PLC0415
-        import jaxlib  # noqa: PLC0415
-
         from jaxcl.aot import abstract, examine  # noqa: PLC0415
 
         step = abstract.make(config, self.devices)
@@ -85,7 +83,7 @@ class Session:
             **verdict.details,
             "notes": [*self.notes, *step.notes],
             "seconds": round(verdict.seconds, 1),
-            "versions": {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__, **topology.version(self.target)},
+            "versions": topology.versions(self.target),
         }
 
     def report(self, config: Mapping[str, Any], quick: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-WIDTH = 16
+WIDTH = 15
 
 
 def gib(value: float) -> str:
@@ -23,7 +23,7 @@ def count(value: float) -> str:
 
 def line(name: str, text: str) -> str:
     """Returns a line of the table."""
-    return f"  {name:<{WIDTH}}{text}"
+    return f"  {name:<{WIDTH}} {text}"
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
@@ -43,7 +43,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
     for name, seconds in result["floors"].items():
         out.append(line("floor", f"{seconds * 1e3:,.2f} ms a step from {WORDS[name]}"))
     out += [line("note", note) for note in result["notes"]]
-    out.append(line("compiled", f"in {result['seconds']:.0f} s" if "memory_gib" in result else "refused"))
+    out.append(line("compiler", f"{result['seconds']:.0f} s" if "memory_gib" in result else "refuses the program"))
     if result["fits"]:
         left = result["available_gib"] - result["needed_gib"]
         share = result["needed_gib"] / result["available_gib"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -134,13 +135,13 @@ def _require(topology: Topology) -> None:
         raise UserError(f"--topology={topology.name}: needs {what}, which is not installed: {INSTALL}")
 
 
-def version(topology: Topology) -> dict[str, str]:
-    """Returns name and version of the compiler, if its package is known."""
-    package = "libtpu" if topology.platform == "tpu" else "jax-cuda13-pjrt"
-    try:
-        return {package: importlib.metadata.version(package)}
-    except importlib.metadata.PackageNotFoundError:
-        return {}
+def versions(topology: Topology) -> dict[str, str]:
+    """Returns the versions of JAX and of the compiler, as far as they are packages."""
+    out = {}
+    for package in ("jax", "jaxlib", "libtpu" if topology.platform == "tpu" else "jax-cuda13-pjrt"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            out[package] = importlib.metadata.version(package)
+    return out
 
 
 def _installed(module: str) -> bool:

@@ -89,8 +89,8 @@ def make(
       out_bias, mlp_bias: whether the projection after attention and those of the gated unit have one.
       qk_norm: whether every query and key head is RMS-normalised before the rotation (Qwen 3).
       window, window_layers: tokens that a query sees, its own included (Mistral), in these layers; not given: all.
-      rope_theta: base of the rotary wavelengths.
-      rope_scaling: `kind` ('llama3' unless given, 'linear', 'yarn') and fields, see `models.config`; {} for none.
+      rope_theta, rope_scaling: base of the rotary wavelengths; `kind` ("llama3" unless given, "linear", "yarn") and
+        fields, see `models.config`; {} for none.
       norm_eps, max_length: added to the mean square in every RMSNorm; longest row (and cache) that is accepted.
       vocab_multiple: of which the stored rows of embedding and head are one, so that a mesh axis divides them; there
         are no logits for rows beyond `vocab`.
@@ -99,9 +99,8 @@ def make(
       remat: what the backward pass finds stored: 'none' recomputes nothing, 'full' keeps only the input of every
         block, 'dots' also results of matrix products, 'dots_no_batch' those without batch dimension (projections,
         not attention scores), 'attention' the attention outputs.
-      attention: 'auto', 'kernel' or 'tiles', see `jaxcl.kernels.attention.attention`.
-      compute_dtype: 'float32' or 'bfloat16'; parameters are float32 either way and are cast where they are used.
-      unroll: blocks per iteration of the loop over layers.
+      attention, unroll: see `jaxcl.kernels.attention.attention`; blocks per iteration of the loop over layers.
+      compute_dtype: "float32" or "bfloat16"; parameters are float32 either way and are cast where they are used.
 
     Raises:
       UserError: unknown preset or option, missing field or impossible shape.
