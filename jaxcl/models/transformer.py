@@ -92,8 +92,7 @@ def make(
       rope_theta, rope_scaling: base of the rotary wavelengths; `kind` ("llama3" unless given, "linear", "yarn") and
         fields, see `models.config`; {} for none.
       norm_eps, max_length: added to the mean square in every RMSNorm; longest row (and cache) that is accepted.
-      vocab_multiple: of which the stored rows of embedding and head are one, so that a mesh axis divides them; there
-        are no logits for rows beyond `vocab`.
+      vocab_multiple: of which the stored rows of embedding and head are one; no logits for those beyond `vocab`.
       init_std: standard deviation of the initial weights; that of the two projections back into the residual stream
         is smaller by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
       remat: what the backward pass finds stored: 'none' recomputes nothing, 'full' keeps only the input of every
