@@ -304,6 +304,15 @@ def test_the_step_knows_its_mesh_while_it_is_traced(folder):
     assert text.count("sharding_constraint") >= 3  # the embedding, and twice in a block
 
 
+def test_axes_that_the_torus_does_not_hold_are_one_line(monkeypatch):
+    def refuse(*sizes, **options):
+        raise NotImplementedError("at length")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(UserError, match=r"config.mesh: data=4 x fsdp=2: cannot be laid out on the torus"):
+        abstract.make(config(), jax.devices())
+
+
 def test_variants_of_a_sweep_are_chosen_by_label():
     whole = main.plain(importlib.import_module("configs.compare").get_config())
     assert abstract.one_run(whole)[0]["label"] == "naive"
