@@ -41,7 +41,7 @@ def row(name: str) -> str:
     shape = f"{found['parameters'] / 1e9:.2f} B, {found['rows_per_step']:,} x {found['length']:,}"
     need = f"{found['needed_gib']:.2f} of {found['available_gib']:.2f}"
     if "memory_gib" not in found:
-        return f"| {name} | {found['topology']} | {shape} | {need} | refused | | | | |"
+        return f"| {name} | {found['topology']} | {shape} | {need} | refused | | | | | |"
     memory, calls = found["memory_gib"], found["collectives"]
     kinds = ", ".join(f"{kind} {n['times']} ({n['bytes'] / 2**30:.2f})" for kind, n in calls.items())
     donated = "all" if found["donation"]["aliased_inputs"] >= found["donation"]["state_leaves"] else "NOT all"
