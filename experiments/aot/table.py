@@ -12,6 +12,10 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 POD = "--config=configs/pod.py:"
 SMALL = ("--config.model.preset=100m", "--config.packing.length=2048", "--config.stream.batch=64")
+HEAD = (
+    "| program | topology | parameters, rows x tokens | GiB needed of | fits | arguments + temporaries "
+    "| collectives | donated | floor, ms | compiled in s |"
+)
 PROGRAMS = {
     "1b_v5e": ("--topology=v5e:16x16", f"{POD}1b"),
     "8b_v5e": ("--topology=v5e:16x16", f"{POD}8b"),
@@ -32,12 +36,12 @@ def row(name: str) -> str:
     """Returns the line of one program."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        return f"| {name} | not compiled |"
+        return f"| {name} | not compiled | | | | | | | | |"
     found = json.loads(path.read_text())
     shape = f"{found['parameters'] / 1e9:.2f} B, {found['rows_per_step']:,} x {found['length']:,}"
     need = f"{found['needed_gib']:.2f} of {found['available_gib']:.2f}"
     if "memory_gib" not in found:
-        return f"| {name} | {found['topology']} | {shape} | {need} | refused | | | | |"
+        return f"| {name} | {found['topology']} | {shape} | {need} | refused | | | | | |"
     memory, calls = found["memory_gib"], found["collectives"]
     kinds = ", ".join(f"{kind} {n['times']} ({n['bytes'] / 2**30:.2f})" for kind, n in calls.items())
     donated = "all" if found["donation"]["aliased_inputs"] >= found["donation"]["state_leaves"] else "NOT all"
@@ -58,7 +62,7 @@ def main() -> None:
             path = RESULTS / f"{name}.json"
             if not path.exists():
                 subprocess.run([sys.executable, "-m", "jaxcl.aot", *flags, f"--out={path}"], check=False)
-    print("\n".join(map(row, PROGRAMS)))
+    print("\n".join([HEAD, "|---" * HEAD.count(" | ") + "|---|", *map(row, PROGRAMS)]))
 
 
 if __name__ == "__main__":
