@@ -178,7 +178,8 @@ def measures(
     plan: plans.Plan, abstract: TrainState, corpora: Mapping[str, prepare.Corpus], chosen: Evaluation
 ) -> dict[str, Any]:
     """Returns what a Program measures with. The held-out rows are put on the devices here, in batches of B."""
-    mesh, setting, patterns = plan.mesh, plan.setting, plan.patterns
+    mesh, patterns, model = plan.mesh, plan.patterns, plan.setting.model
+    setting = plan.setting._replace(model=model._replace(apply=meshes.on(mesh, model.apply)))
     size = setting.example.task.shape[0]
     batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
