@@ -53,7 +53,10 @@ def products(jaxpr):
 )
 def test_flops_of_a_transformer_are_those_of_its_matrix_products(options, monkeypatch):
     """Three times those of the forward pass, counted in its program with plain attention."""
-    plain = lambda q, k, v, *, implementation, **rest: reference.attention(q, k, v, **rest)  # noqa: E731
+
+    def plain(q, k, v, *, implementation, **rest):
+        return reference.attention(q, k, v, **rest)
+
     monkeypatch.setattr(transformer, "attention", plain)
     model, length = transformer.make(**options), 24
     params = jax.eval_shape(model.init, jax.random.key(0))
