@@ -109,8 +109,9 @@ def oracle(q, k, v, mask, frozen, scale, soft_cap):
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     mask = mask[:, None]
-    mixed = jnp.einsum("bhls,bshk->blhk", reference.masked_softmax(scores, mask), v)
-    lse = jax.nn.logsumexp(jnp.where(mask, scores, -1e30), axis=-1)
+    scores = jnp.where(mask, scores, -1e30)
+    mixed = jnp.einsum("bhls,bshk->blhk", jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0), v)
+    lse = jax.nn.logsumexp(scores, axis=-1)
     lse = jnp.where(mask.any(-1), lse, -1e30)
     if frozen is not None:
         mixed = jnp.where(frozen[:, :, None, None], jax.lax.stop_gradient(mixed), mixed)

@@ -51,7 +51,7 @@ for _ in sys.stdin:
 """
 
 
-def xla(q, k, v, *, segments=None, window=None):
+def xla(q, k, v, *, segments=None, window=None, implementation="auto"):
     """XLA's attention with the arguments of a layer of the model."""
     import jax
 
@@ -166,7 +166,10 @@ def main(argv: list[str]) -> None:
     os.environ.update(train_step.ENVIRONMENT)
     train_step.allocator.keep_pages()
     results = {
-        "command": f"python -m experiments.benchmarks.attention --peer_python=PYTHON {' '.join(sys.argv[2:])}".strip(),
+        "command": " ".join(
+            ["python -m experiments.benchmarks.attention --peer_python=PYTHON"]
+            + [arg for arg in sys.argv[1:] if not arg.startswith("--peer_python")]
+        ),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": train_step.machine(),
         "environment": train_step.ENVIRONMENT,
