@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxcl.kernels import sharded
+from jaxcl.kernels import decode, sharded
 from jaxcl.kernels.attention import attention
 from jaxcl.models import presets
 from jaxcl.models.bridge import from_linen
@@ -26,10 +27,13 @@ from jaxcl.types import Batch, Model, Output
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the past. All rows write to the same slots; a slot with segment 0 is never attended to."""
+    """Keys and values of the past. All rows write to the same slots; a slot with segment 0 is never attended to.
 
-    keys: jax.Array  # compute dtype [layers, B, S, G, K], rotated
-    values: jax.Array  # compute dtype [layers, B, S, G, K]
+    There is one array for each layer, so that a step writes to it in place; a stacked one would be copied.
+    """
+
+    keys: tuple[jax.Array, ...]  # of every layer: compute dtype [B, G, S, K], rotated
+    values: tuple[jax.Array, ...]  # of every layer: compute dtype [B, G, S, K]
     segments: jax.Array  # int32 [B, S]
     positions: jax.Array  # int32 [B, S]
     index: jax.Array  # int32 []: the next free slot
@@ -42,7 +46,7 @@ class Rows(NamedTuple):
     positions: jax.Array  # int32 [B, L]
     cos: jax.Array  # float32 [B, L, 1, K / 2]
     sin: jax.Array  # float32 [B, L, 1, K / 2]
-    past: Cache | None = None  # slots to attend to besides the batch itself; its keys and values are passed by layer
+    past: Cache | None = None  # slots to attend to; its keys and values are passed by layer
 
 
 def make(
@@ -160,7 +164,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rows: Rows, past: Any, window: Any) -> tuple[jax.Array, Any]:
-        """Maps x [B, L, D] to [B, L, D]; also returns the new keys and values, each [B, L, G, K]."""
+        """Maps x [B, L, D] to [B, L, D]; also returns keys and values.
+
+        They are those of x, [B, L, G, K], or with a past those of the whole cache, [B, G, S, K].
+        """
         c, dtype = self.config, x.dtype
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
@@ -179,11 +186,12 @@ class Attention(nn.Module):
         if rows.past is None:
             mixed = attention(q, k, v, segments=rows.segments, window=window, implementation=c.attention)
         else:
-            at = (0, rows.past.index, 0, 0)
-            mixed = attention(
+            at = (0, 0, rows.past.index, 0)
+            k, v = (jax.lax.dynamic_update_slice(p, x.swapaxes(1, 2), at) for p, x in zip(past, (k, v), strict=True))
+            mixed = decode.attention(
                 q,
-                jax.lax.dynamic_update_slice(past[0], k, at),
-                jax.lax.dynamic_update_slice(past[1], v, at),
+                k,
+                v,
                 segments=rows.segments,
                 kv_segments=rows.past.segments,
                 positions=rows.positions,
@@ -247,7 +255,7 @@ class Transformer(nn.Module):
     def __call__(self, batch: Batch, cache: Cache | int | None = None) -> Output:
         """Returns hidden [B, L, D] after the last norm, the head [D, V] and the cache, if one was given."""
         c, dtype = self.config, jnp.dtype(self.config.compute_dtype)
-        rows, length = batch.segments.shape
+        length = batch.segments.shape[1]
         slots = cache if isinstance(cache, int) else length if cache is None else cache.segments.shape[1]
         if length > slots or slots > c.max_length:
             raise UserError(
@@ -261,18 +269,16 @@ class Transformer(nn.Module):
         x = sharded.rows(x.astype(dtype))  # [B, L, D]
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rope_tables(batch.positions, frequencies, getattr(c.rope_scaling, "attention_factor", 1.0))
-        if isinstance(cache, int):
+        if cache is None or isinstance(cache, int):
             # A new cache: the batch attends to itself, as without one, and is written to it afterwards.
-            store, context = _empty(c, rows, slots, dtype), Rows(batch.segments, batch.positions, cos, sin)
+            context = Rows(batch.segments, batch.positions, cos, sin)
+            x, new = self._stack(cache is not None)(x, None, _windows(c), context)
+            store = None if cache is None else _filled(c, batch, slots, *new)
         else:
-            store = cache
-            past = None if cache is None else _note(cache, batch)
-            context = Rows(batch.segments, batch.positions, cos, sin, past)
-        arrays = None if context.past is None or store is None else (store.keys, store.values)
-        x, new = self._stack(store is not None)(x, arrays, _windows(c), context)
-        if store is not None:
+            store = _note(cache, batch)
+            x, new = self._steps(x, store, Rows(batch.segments, batch.positions, cos, sin, store))
             x = jnp.where(store.index + length <= slots, x, jnp.nan)  # a full cache must not pass unnoticed
-            store = _write(store, batch, *new)
+            store = dataclasses.replace(store, keys=new[0], values=new[1], index=store.index + length)
         x = rms_norm(x, _weight(self, "final_norm", (c.embed,), ("embed",), None), c.norm_eps)
         head = table.T if c.tied else _weight(self, "head", (c.embed, c.rows), ("embed", "vocab"), c.init_std)
         return Output(x, head[:, : c.vocab].astype(dtype), store)
@@ -294,6 +300,17 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, keep, name="layers")
 
+    def _steps(self, x: jax.Array, store: Cache, context: Rows) -> tuple[jax.Array, Any]:
+        """Returns x after all blocks, and the keys and the values of every layer. Layers are unrolled."""
+        c, stacked, windows = self.config, self.variables["params"]["layers"], _windows(self.config)
+        kept = []
+        for i, past in enumerate(zip(store.keys, store.values, strict=True)):
+            own = {"params": jax.tree.map(operator.itemgetter(i), stacked)}
+            window = None if windows is None else windows[i]
+            x, new = Block(c, keep=True, parent=None).apply(own, x, past, window, context)  # pyright: ignore
+            kept.append(new)
+        return x, tuple(zip(*kept, strict=True))
+
 
 def _windows(c: Config) -> np.ndarray | None:
     """Returns the window of every layer, int32 [layers], 0 = none; None if no layer has one."""
@@ -313,11 +330,17 @@ def _policy(name: str) -> Callable[..., bool] | None:
     }[name]
 
 
-def _empty(c: Config, rows: int, slots: int, dtype: Any) -> Cache:
-    """Returns a cache of zeros."""
-    store = jnp.zeros((c.layers, rows, slots, c.kv_heads, c.head_dim), dtype)
-    row = jnp.zeros((rows, slots), jnp.int32)
-    return Cache(store, store, row, row, jnp.zeros((), jnp.int32))
+def _filled(c: Config, batch: Batch, slots: int, keys: jax.Array, values: jax.Array) -> Cache:
+    """Returns a cache with the batch in its first slots; its keys and values are [layers, B, L, G, K]."""
+    length = batch.segments.shape[1]
+
+    def by_layer(x: jax.Array) -> tuple[jax.Array, ...]:
+        x = jnp.pad(x.swapaxes(2, 3), ((0, 0), (0, 0), (0, 0), (0, slots - length), (0, 0)))
+        return tuple(x[i] for i in range(c.layers))
+
+    row = jnp.zeros((batch.segments.shape[0], slots), jnp.int32)
+    empty = Cache(by_layer(keys), by_layer(values), row, row, jnp.zeros((), jnp.int32))
+    return dataclasses.replace(_note(empty, batch), index=jnp.int32(length))
 
 
 def _note(cache: Cache, batch: Batch) -> Cache:
@@ -327,15 +350,4 @@ def _note(cache: Cache, batch: Batch) -> Cache:
         cache,
         segments=jax.lax.dynamic_update_slice(cache.segments, batch.segments, at),
         positions=jax.lax.dynamic_update_slice(cache.positions, batch.positions, at),
-    )
-
-
-def _write(cache: Cache, batch: Batch, keys: jax.Array, values: jax.Array) -> Cache:
-    """Returns `cache` after the batch, whose keys and values are [layers, B, L, G, K]."""
-    at = (0, 0, cache.index, 0, 0)
-    return dataclasses.replace(
-        _note(cache, batch),
-        keys=jax.lax.dynamic_update_slice(cache.keys, keys, at),
-        values=jax.lax.dynamic_update_slice(cache.values, values, at),
-        index=cache.index + batch.segments.shape[1],
     )
