@@ -219,7 +219,7 @@ def read(program: str, folder: Path) -> dict[str, dict[str, float]]:
         if chip == "h200":
             files = [[p.read_text() for p in folder.glob(end)] for end in ("*.ptxas", "*.sass_ctrl")]
         else:
-            pattern = f"*-{program.split()[0]}_{kernel}.*final_hlo-static-per-bundle-utilization.txt"
+            pattern = f"*-{program.split(maxsplit=1)[0]}_{kernel}.*final_hlo-static-per-bundle-utilization.txt"
             files = [[p.read_text() for p in folder.glob(pattern)]]
         if any(len(found) != 1 for found in files):
             raise ValueError(f"{name}: {[len(found) for found in files]} files of machine code, not one each")
@@ -243,12 +243,8 @@ def build(program: str) -> dict[str, dict[str, float]]:
         place = SingleDeviceSharding(topology.devices(topology.parse(CHIPS[chip]))[0])
         run, shapes = make()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-        compiled = jax.jit(run).trace(*shapes).lower().compile()
-        figures = read(program, Path(folder))
-    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    for found in figures.values():
-        found["temporaries_mib"] = round(temporaries, 2)  # of the whole program
-    return figures
+        jax.jit(run).trace(*shapes).lower().compile()
+        return read(program, Path(folder))
 
 
 if __name__ == "__main__":
