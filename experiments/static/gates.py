@@ -1,6 +1,6 @@
 """Compares the machine code of the Pallas kernels with what it was: no accelerator is needed, only its compiler.
 
-python -m experiments.static.gates [--only=TEXT] [--jobs=N] [--update]     (three minutes of one core)
+python -m experiments.static.gates [--only=TEXT] [--jobs=N] [--update]     (five minutes of one core)
 
 Figures are kept in golden.json by compiler and kernel. One that is more than 5 % worse fails, as does a kernel that is
 lost, unknown, or does not compile (exit status 1). A compiler that is not installed, or has no figures yet, is SKIPPED
@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -101,7 +102,8 @@ def compiler(platform: str) -> tuple[str | None, list[str]]:
 def build(program: str) -> tuple[Figures, dict[str, str]]:
     """Compiles a program in a process of its own; returns the figures of its kernels, or why there are none."""
     command = [sys.executable, "-m", "experiments.static.machine_code", program]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    whole = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}  # so that the last line is that of the error
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=whole, check=False)
     if run.returncode == 0:
         return json.loads(run.stdout.splitlines()[-1]), {}
     last = (run.stderr.strip().splitlines() or [""])[-1][:300]
