@@ -373,28 +373,3 @@ def test_the_kernel_of_tpus_is_in_the_program():
 
 
 SEGMENTS64 = np.ones((2, 64), np.int32)
-BAD = {
-    "q of shape .*give .batch": {"q": np.zeros((7, 6, 4), np.float32)},
-    "v of shape .*but k of shape .*the same": {"v": np.zeros((2, 7, 2, 5), np.float32)},
-    "k of shape .*but q of shape .*the same width": {"q": np.zeros((2, 7, 6, 5), np.float32)},
-    "6 query heads are not a multiple of 4": {x: np.zeros((2, 7, 4, 4), np.float32) for x in "kv"},
-    r"segments of shape \(2, 6\).*give \[2, 7\]": {"segments": SEGMENTS[:, :6]},
-    "segments of dtype float32: give int32": {"segments": SEGMENTS.astype(np.float32)},
-    "frozen of dtype int32: give bool": {"frozen": SEGMENTS},
-    r"frozen of shape \(2,\)": {"frozen": np.zeros(2, bool)},
-    r"soft_cap=0\.0: give a number above 0, or None": {"soft_cap": 0.0},
-    r"bias of shape \(7, 7\): give four axes": {"bias": np.zeros((7, 7), np.float32)},
-    r"bias of shape \(2, 3, 7, 7\): .*\[2, 6, 7, 7\]": {"bias": np.zeros((2, 3, 7, 7), np.float32)},
-    "bias of dtype bool: give a float": {"bias": np.zeros((1, 1, 7, 7), bool)},
-    "kv_segments of shape .*give": {"segments": SEGMENTS, "kv_segments": SEGMENTS[:, :6]},
-    r"positions of shape \(7,\)": {"positions": np.arange(7), "kv_positions": np.zeros((2, 7), np.int32)},
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_what_does_not_fit_is_refused_before_lowering(message):
-    q, k, v = draw()
-    given = {"q": q, "k": k, "v": v} | BAD[message]
-    for function in (attention, reference.attention):
-        with pytest.raises(ValueError, match=message):
-            jax.eval_shape(functools.partial(function, **given))

@@ -30,6 +30,16 @@ def current() -> AbstractMesh | None:
     return mesh
 
 
+def check(x: jax.Array, name: str) -> None:
+    """Raises ValueError inside `jax.shard_map` with the check that no kernel of `name` passes."""
+    over = getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", ())
+    if over:
+        raise ValueError(
+            f"{name} inside jax.shard_map over {', '.join(sorted(map(str, over)))}: give it check_vma=False, as "
+            "kernels do not say over which axes their results vary"
+        )
+
+
 def rows(x: jax.Array) -> jax.Array:
     """Returns `x` [B, ...], cut over the batch axes as far as they divide B and not at all otherwise.
 

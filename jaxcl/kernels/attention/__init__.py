@@ -57,8 +57,9 @@ def attention(
 
     Rows that attend to themselves (no `kv_segments`, no `kv_positions`) use the implementation of the platform that
     the program is lowered for and keep no scores for the backward pass: a kernel of `KERNELS` for heads of 64, 128 or
-    256 without a bias, else tiles in plain XLA. All else is the reference. Self-attention has a first derivative in
-    reverse mode only.
+    256 without a bias, else tiles in plain XLA. All else is the reference. Self-attention has no derivative in forward
+    mode (`jax.jvp`). A query whose keys are all hidden by a bias below -1e29 gets zeros, as if they were masked.
+    Within `jax.shard_map` its option check_vma must be False; axes of a mesh must be `AxisType.Auto`.
 
     Args:
       implementation: "auto"; "kernel": the kernels of all platforms that have some; "tiles": none of them. The one for
@@ -84,13 +85,19 @@ def attention(
             frozen=frozen,
             return_lse=return_lse,
         )
-    reference.check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, segments=segments, positions=positions)
+    numbers = {"soft_cap": soft_cap, "scale": scale, "window": window}
+    reference.check(q, k, v, bias=bias, frozen=frozen, segments=segments, positions=positions, **numbers)
+    sharded.check(q, "attention")
+    if not q.size:
+        return (q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))) if return_lse else q
     window = None if window is None else jnp.asarray(window, jnp.int32)
-    how = _How(causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), soft_cap, implementation)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    how = _How(causal, scale, None if soft_cap is None else float(soft_cap), implementation)
     found: Any
     if bias is None:  # every device runs the kernel on its own rows and heads
         found = sharded.attention(lambda *x: _packed(how, *x, None), lse=True)(q, k, v, segments, window, frozen)
     else:
+        bias = bias.astype(jnp.promote_types(q.dtype, jnp.float32))
         found = _packed(how, q, k, v, segments, window, frozen, bias)
     return found if return_lse else found[0]
 

@@ -57,7 +57,7 @@ def attention(
       ValueError: shapes or arguments that do not fit together.
     """
     places = {"segments": segments, "kv_segments": kv_segments, "positions": positions, "kv_positions": kv_positions}
-    check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, **places)
+    check(q, k, v, soft_cap=soft_cap, bias=bias, frozen=frozen, scale=scale, window=window, **places)
     (rows, length, heads, width), slots = q.shape, k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mask = visible(length, slots, causal=causal, window=window, **places)
@@ -77,40 +77,67 @@ def check(
     soft_cap: float | None,
     bias: jax.Array | None,
     frozen: jax.Array | None,
+    scale: float | None = None,
+    window: jax.Array | int | None = None,
     **places: jax.Array | None,
 ) -> None:
     """Raises ValueError if the arguments of `attention` do not fit together.
 
     `places` are segments and positions, each [B, L] or, with kv_ before the name, [B, S].
     """
+    check_operands(q, k, v)
+    (rows, length, heads, _), slots = q.shape, k.shape[1]
+    for name, x in {**places, "frozen": frozen}.items():
+        size = slots if name.startswith("kv_") else length
+        if x is not None and x.shape != (rows, size):
+            raise ValueError(f"{name} of shape {x.shape}: give [{rows}, {size}], one entry per token")
+        kind = jnp.bool_ if name == "frozen" else jnp.signedinteger
+        if x is not None and not jnp.issubdtype(x.dtype, kind):
+            raise ValueError(f"{name} of dtype {x.dtype}: give {'bool' if name == 'frozen' else 'int32'}")
+    if frozen is not None and slots != length:
+        raise ValueError(f"frozen with {length} queries and {slots} keys: it is for rows that attend to themselves")
+    check_numbers(soft_cap, scale, window)
+    full = (rows, heads, length, slots)
+    if bias is not None and (bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, full, strict=True))):
+        raise ValueError(f"bias of shape {bias.shape}: give four axes, each 1 or that of {list(full)}")
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(f"bias of dtype {bias.dtype}: give a float; masks are made of segments, window and causal")
+
+
+def check_operands(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """Raises ValueError if q, k and v do not fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} of shape {x.shape}: give [batch, length, heads, width], one axis each")
-    (rows, length, heads, width), (slots, groups) = q.shape, k.shape[1:3]
+    (rows, _, heads, width), groups = q.shape, k.shape[2]
     if v.shape != k.shape:
         raise ValueError(f"v of shape {v.shape} but k of shape {k.shape}: give both the same")
     if k.shape[0] != rows or k.shape[3] != width:
         raise ValueError(
             f"k of shape {k.shape} but q of shape {q.shape}: give the same batch and the same width (last)"
         )
+    if 0 in (heads, groups, width):
+        raise ValueError(f"q of shape {q.shape} and k of shape {k.shape}: give at least one head and a width of 1")
     if heads % groups:
         raise ValueError(f"{heads} query heads are not a multiple of {groups} key heads: repeat k and v or change q")
-    for name, x in {**places, "frozen": frozen}.items():
-        size = slots if name.startswith("kv_") else length
-        if x is not None and x.shape != (rows, size):
-            raise ValueError(f"{name} of shape {x.shape}: give [{rows}, {size}], one entry per token")
-        kind = jnp.bool_ if name == "frozen" else jnp.integer
-        if x is not None and not jnp.issubdtype(x.dtype, kind):
-            raise ValueError(f"{name} of dtype {x.dtype}: give {'bool' if name == 'frozen' else 'int32'}")
-    if frozen is not None and slots != length:
-        raise ValueError(f"frozen with {length} queries and {slots} keys: it is for rows that attend to themselves")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap={soft_cap}: give a number above 0, or None for no cap")
-    full = (rows, heads, length, slots)
-    if bias is not None and (bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, full, strict=True))):
-        raise ValueError(f"bias of shape {bias.shape}: give four axes, each 1 or that of {list(full)}")
-    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
-        raise ValueError(f"bias of dtype {bias.dtype}: give a float; masks are made of segments, window and causal")
+    if len(kinds := {x.dtype.name for x in (q, k, v)}) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k and v of dtype {', '.join(sorted(kinds))}: give one floating dtype for all")
+
+
+def check_numbers(soft_cap: float | None, scale: float | None, window: jax.Array | int | None) -> None:
+    """Raises ValueError for a soft cap or scale that is no number, and a window that is no integer of 32 bits."""
+    for name, number, least in (("soft_cap", soft_cap, 0.0), ("scale", scale, -math.inf)):
+        if isinstance(number, jax.core.Tracer):
+            raise ValueError(f"{name} is traced: it is part of the program; give a number")
+        if number is not None and not least < number < math.inf:
+            raise ValueError(f"{name}={number}: give a finite number{' above 0' * (least == 0)}, or None")
+    if window is None:
+        return
+    shape, kind = jnp.shape(window), getattr(window, "dtype", None)
+    if shape != () or not (isinstance(window, int) if kind is None else jnp.issubdtype(kind, jnp.integer)):
+        raise ValueError(f"window={window}: give one integer, or None for all")
+    if not isinstance(window, jax.Array) and not -(2**31) <= int(window) < 2**31:
+        raise ValueError(f"window={window}: give a number of tokens below 2**31, or None for all")
 
 
 def _scores(
