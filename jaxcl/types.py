@@ -51,6 +51,7 @@ class Output(NamedTuple):
     hidden: jax.Array  # [B, L, D] last hidden states; [B, V] logits if there is no head
     head: jax.Array | None = None  # [D, V]
     cache: PyTree = None  # key-value cache after this call, if one was given
+    embedding: jax.Array | None = None  # [V, D] table that tokens are looked up in, if the model has one
 
     @property
     def logits(self) -> jax.Array:

@@ -79,7 +79,8 @@ def make(
 ) -> Model:
     """Returns a decoder as a Model; whatever is not None overrides the preset.
 
-    `apply(params, batch, cache=None)` takes tokens or embeddings as `batch.inputs`. `cache` is None, a Cache, or an
+    `apply(params, batch, cache=None)` takes tokens or embeddings as `batch.inputs`; beside tokens it takes, where
+    `extra["soft"]` [B, L] holds, the embeddings `extra["thought"]` [B, L, D] in their place. `cache` is None, a Cache, or an
     int: the number of slots of a new cache that the batch is written to (prefill).
 
     Args:
@@ -265,8 +266,10 @@ class Transformer(nn.Module):
         table = _weight(self, "embedding", (c.rows, c.embed), ("vocab", "embed"), c.init_std)
         tokens = jnp.issubdtype(batch.inputs.dtype, jnp.integer)
         # The padding is cut off before the lookup, where a token beyond the vocabulary must become NaN.
-        x = lookup(table[: c.vocab], batch.inputs) if tokens else batch.inputs
-        x = sharded.rows(x.astype(dtype))  # [B, L, D]
+        x = (lookup(table[: c.vocab], batch.inputs) if tokens else batch.inputs).astype(dtype)
+        if tokens and "thought" in batch.extra:  # embeddings of no token, at some places
+            x = jnp.where(batch.extra["soft"][..., None], batch.extra["thought"].astype(dtype), x)
+        x = sharded.rows(x)  # [B, L, D]
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rope_tables(batch.positions, frequencies, getattr(c.rope_scaling, "attention_factor", 1.0))
         if cache is None or isinstance(cache, int):
@@ -281,7 +284,7 @@ class Transformer(nn.Module):
             store = dataclasses.replace(store, keys=new[0], values=new[1], index=store.index + length)
         x = rms_norm(x, _weight(self, "final_norm", (c.embed,), ("embed",), None), c.norm_eps)
         head = table.T if c.tied else _weight(self, "head", (c.embed, c.rows), ("embed", "vocab"), c.init_std)
-        return Output(x, head[:, : c.vocab].astype(dtype), store)
+        return Output(x, head[:, : c.vocab].astype(dtype), store, table[: c.vocab].astype(dtype))
 
     def _stack(self, keep: bool) -> nn.Module:
         """Returns the blocks as one scanned module with parameters stacked along a first axis named 'layers'."""
