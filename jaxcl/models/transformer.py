@@ -80,8 +80,8 @@ def make(
     """Returns a decoder as a Model; whatever is not None overrides the preset.
 
     `apply(params, batch, cache=None)` takes tokens or embeddings as `batch.inputs`; beside tokens it takes, where
-    `extra["soft"]` [B, L] holds, the embeddings `extra["thought"]` [B, L, D] in their place. `cache` is None, a Cache, or an
-    int: the number of slots of a new cache that the batch is written to (prefill).
+    `extra["soft"]` [B, L] holds, the embeddings `extra["thought"]` [B, L, D] in their place. `cache` is None, a Cache,
+    or an int: the number of slots of a new cache that the batch is written to (prefill).
 
     Args:
       preset: name of a shape in `jaxcl.models.presets`.

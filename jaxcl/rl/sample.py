@@ -291,7 +291,7 @@ def _ends_with(recent: jax.Array, phrases: Sequence[Sequence[int]]) -> jax.Array
     """Returns whether the last tokens [W, S] end with one of the phrases, bool [W]."""
     hit = jnp.zeros(recent.shape[:1], bool)
     for phrase in phrases:
-        hit |= jnp.all(recent[:, recent.shape[1] - len(phrase) :] == jnp.array(phrase, jnp.int32), axis=1)
+        hit |= jnp.all(recent[:, recent.shape[1] - len(phrase) :] == jnp.array([phrase], jnp.int32), axis=1)
     return hit
 
 

@@ -1,0 +1,83 @@
+"""From rollouts to a batch: one teacher-forced pass gives the log-probability of everything that was drawn.
+
+What was fed is data, so that all steps are computed at once and no gradient flows back through time. Position j of a
+row describes what was drawn from the logits at j: the last token of the prompt is where the first thought was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl import losses
+from jaxcl.rl.sample import ANSWER, NOTHING, THOUGHT, Rollouts
+from jaxcl.rl.thoughts import Policy
+from jaxcl.types import Batch, Output
+
+
+def batch(rollouts: Rollouts, prompts: jax.Array, segments: jax.Array) -> Batch:
+    """Returns the rows to train on, all but their value.
+
+    Args:
+      rollouts: of `sample`, R rows of T steps.
+      prompts: int32 [N, P], padded on the left; R is a multiple of N.
+      segments: int32 [N, P].
+
+    Returns:
+      Rows of L = P + T - 1 places. `targets` are the tokens that were drawn, `weights` 1 where something was drawn and
+      not forced. `extra`: `kind` int8 [R, L], `behaviour` float32 [R, L] the sampler's log-probability, `soft` bool
+      [R, L] and `thought` [R, L, D] what was fed instead of a token, and `record_*`, the policy's record.
+    """
+    group = rollouts.kind.shape[0] // prompts.shape[0]
+    width = prompts.shape[1]
+    shown, used = (jnp.repeat(x, group, axis=0) for x in (prompts, (segments > 0).astype(jnp.int32)))
+    live = (rollouts.kind != NOTHING).astype(jnp.int32)
+
+    def fed(x: jax.Array) -> jax.Array:  # what was drawn at t is the input at P + t
+        return jnp.pad(x[:, :-1], ((0, 0), (width, 0)) + ((0, 0),) * (x.ndim - 2))
+
+    def drawn(x: jax.Array) -> jax.Array:  # and was drawn at P - 1 + t
+        return jnp.pad(x, ((0, 0), (width - 1, 0)) + ((0, 0),) * (x.ndim - 2))
+
+    kind = drawn(rollouts.kind)
+    inside = jnp.concatenate([used, live[:, :-1]], axis=1)
+    extra = {"kind": kind, "behaviour": drawn(rollouts.log_prob)}
+    extra |= {f"record_{name}": drawn(x) for name, x in rollouts.record.items()}
+    if "thought" in rollouts.record:
+        extra |= {"thought": fed(rollouts.record["thought"]), "soft": fed(rollouts.kind) == THOUGHT}
+    return Batch(
+        inputs=jnp.concatenate([shown, rollouts.token[:, :-1]], axis=1),
+        targets=drawn(rollouts.token),
+        weights=((kind == THOUGHT) | (kind == ANSWER)).astype(jnp.float32),
+        segments=inside,
+        positions=jnp.maximum(jnp.cumsum(inside, axis=1) - 1, 0),
+        task=jnp.zeros(inside.shape[:1], jnp.int32),
+        extra=extra,
+    )
+
+
+def log_probs(policy: Policy, *, temperature: float = 1.0) -> Callable[[Output, Batch], jax.Array]:
+    """Returns the function (output, batch) -> log-probability of what was drawn, float32 [R, L], 0 elsewhere.
+
+    Args:
+      policy: of the thoughts.
+      temperature: of the answers.
+    """
+
+    def run(output: Output, rows: Batch) -> jax.Array:
+        kind = rows.extra["kind"]
+        record = {name[7:]: x for name, x in rows.extra.items() if name.startswith("record_")}
+        record["token"] = rows.targets
+        assert output.embedding is not None
+        assert output.head is not None
+        if policy.fused:
+            thought = policy.fused(output.hidden, output.head, output.embedding, record)
+        else:
+            thought = policy.log_prob(output.logits, output.embedding, record)
+        scaled = output if temperature == 1.0 else output._replace(head=output.head / temperature)
+        answer, _ = losses.log_probs(scaled, rows.targets)
+        return jnp.select([kind == THOUGHT, kind == ANSWER], [thought, answer], 0.0)
+
+    return run

@@ -1,0 +1,137 @@
+"""Rollouts beside a forward pass over what was fed, whatever the slots, and the phases that they walk through."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcl.models import transformer
+from jaxcl.rl import sample as samples
+from jaxcl.rl import teaching, thoughts
+from jaxcl.rl.sample import ANSWER, FORCED, NOTHING, THOUGHT, Limits
+
+LENGTHS = (7, 3, 5)
+SEGMENTS = np.array([[0] * (7 - n) + [1] * n for n in LENGTHS], np.int32)
+PROMPTS = np.where(SEGMENTS > 0, np.random.default_rng(0).integers(1, 64, SEGMENTS.shape), 0).astype(np.int32)
+LIMITS = Limits(thoughts=5, answer=4, stop=((3,), (5, 9)), forced=(11, 12), late=(13,), end=tuple(range(20, 30)))
+POLICIES = ("hard", "soft", "fuzzy", "none", "mts", "dirichlet", "gumbel")
+
+
+@functools.cache
+def made(tied=True):
+    model = transformer.make(
+        preset="tiny", vocab=64, layers=2, embed=32, heads=2, kv_heads=1, mlp=48, max_length=64, tied=tied
+    )
+    params = model.init(jax.random.key(0))
+    # Larger matrices than at the start of training, so that the logits differ enough to see mistakes.
+    return model, jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)
+
+
+@functools.cache
+def run(name, slots=None, group=4, seed=1, limits=LIMITS, greedy=False, tied=True):
+    model, params = made(tied)
+    policy = thoughts.make(name)
+    options = {"policy": policy, "limits": limits, "group": group, "slots": slots}
+    draw = jax.jit(
+        lambda params, prompts, segments, key: samples.sample(
+            model, params, prompts, segments, key, **options, greedy=greedy, greedy_answer=greedy
+        )
+    )
+    return jax.tree.map(np.asarray, draw(params, PROMPTS, SEGMENTS, jax.random.key(seed)))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_forward_pass_over_what_was_fed_gives_the_log_probabilities_of_the_sampler(name):
+    model, params = made()
+    found = run(name)
+    rows = teaching.batch(found, PROMPTS, SEGMENTS)
+    score = teaching.log_probs(thoughts.make(name))
+    log_prob = jax.jit(lambda params: score(model.apply(params, rows), rows))(params)
+    scale = np.maximum(1, np.abs(rows.extra["behaviour"]))
+    assert float(np.max(np.abs(log_prob - rows.extra["behaviour"]) / scale)) < 1e-5
+    assert np.any(found.kind == THOUGHT)
+    assert np.any(np.asarray(rows.extra["behaviour"])[np.asarray(rows.extra["kind"]) == ANSWER] < -0.1)
+    assert not np.any(rows.extra["behaviour"][np.isin(rows.extra["kind"], (NOTHING, FORCED))])
+
+
+@pytest.mark.parametrize("name", ["hard", "soft", "mts"])
+@pytest.mark.parametrize("slots", [1, 5])
+def test_the_number_of_slots_changes_nothing(name, slots):
+    few, all_ = run(name, slots), run(name)
+    for a, b in zip(jax.tree.leaves(few[:-1]), jax.tree.leaves(all_[:-1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert few.steps > all_.steps
+    busy = np.sum(few.kind != NOTHING)
+    assert slots * few.steps >= busy  # and no slot waits for the longest row of its round:
+    assert slots * few.steps < busy + slots * LIMITS.total
+
+
+def test_rows_follow_their_phases():
+    found = run("hard", seed=3, group=16)
+    reasons = set()
+    for kind, token, stopped, ended in zip(found.kind, found.token, found.stopped, found.ended, strict=True):
+        steps = int(np.sum(kind != NOTHING))
+        thoughts_, forced = int(np.sum(kind == THOUGHT)), int(np.sum(kind == FORCED))
+        assert list(kind) == [
+            *[THOUGHT] * thoughts_,
+            *[FORCED] * forced,
+            *[ANSWER] * (steps - thoughts_ - forced),
+            *[NOTHING] * (LIMITS.total - steps),
+        ]
+        chain, queue = list(token[:thoughts_]), tuple(token[thoughts_ : thoughts_ + forced])
+        hits = [t for t in range(thoughts_) if chain[t] == 3 or chain[max(t - 1, 0) : t + 1] == [5, 9]]
+        assert hits == ([thoughts_ - 1] if stopped else [])
+        assert queue == (LIMITS.forced if stopped else LIMITS.late)
+        assert stopped or thoughts_ == LIMITS.thoughts
+        answer = list(token[thoughts_ + forced : steps])
+        assert [t in LIMITS.end for t in answer] == [False] * (len(answer) - 1) + [bool(ended)]
+        assert ended or len(answer) == LIMITS.answer
+        assert not np.any(token[steps:])
+        reasons.add((bool(stopped), bool(ended)))
+    assert reasons == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_draws_belong_to_their_request_and_key():
+    one, again, other = run("soft"), run("soft", group=4), run("soft", seed=2)
+    assert np.array_equal(one.record["thought"], again.record["thought"])
+    assert not np.array_equal(one.record["thought"], other.record["thought"])
+    rows = one.record["thought"][:4, 0]  # of one prompt
+    assert len({x.tobytes() for x in rows}) == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_soft_thoughts_are_the_mixture_and_greedy_hard_ones_the_likeliest_tokens(tied):
+    model, params = made(tied)
+    limits = Limits(thoughts=3, answer=2)
+    soft = run("none", group=1, limits=limits, greedy=True, tied=tied)
+    rows = teaching.batch(soft, PROMPTS, SEGMENTS)
+    output = model.apply(params, rows)
+    shares = jax.nn.softmax(output.logits, axis=-1)
+    want = np.einsum("blv,vd->bld", shares, output.embedding)
+    places = np.asarray(rows.extra["kind"]) == THOUGHT
+    np.testing.assert_allclose(np.asarray(rows.extra["record_thought"])[places], want[places], atol=1e-5)
+    hard = run("hard", group=1, limits=limits, greedy=True, tied=tied)
+    rows = teaching.batch(hard, PROMPTS, SEGMENTS)
+    best = np.argmax(model.apply(params, rows).logits, -1)
+    drawn = np.asarray(rows.extra["kind"]) != NOTHING
+    assert np.array_equal(np.asarray(rows.targets)[drawn], best[drawn])
+    assert not np.any(hard.log_prob[hard.kind == ANSWER])
+
+
+def test_forced_tokens_and_the_prompt_change_neither_loss_nor_gradient():
+    """Their logits do not enter: moving the hidden states that predict them leaves the loss as it is."""
+    model, params = made()
+    rows = teaching.batch(run("hard"), PROMPTS, SEGMENTS)
+    output = model.apply(params, rows)
+    score = teaching.log_probs(thoughts.make("hard"))
+
+    def loss(hidden):
+        return jnp.sum(rows.weights * score(output._replace(hidden=hidden), rows))
+
+    slope = np.asarray(jax.grad(loss)(output.hidden))
+    drawn = np.asarray(rows.weights) > 0
+    assert not np.any(slope[~drawn])
+    assert np.all(np.any(slope[drawn], axis=-1))
+    assert np.array_equal(drawn, np.isin(rows.extra["kind"], (THOUGHT, ANSWER)))
