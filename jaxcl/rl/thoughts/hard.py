@@ -1,6 +1,6 @@
 """Hard tokens: the ordinary chain of thought, one token drawn from softmax(logits / temperature).
 
-    token ~ Cat(p);   fed = table[token];   log_prob = log p[token]
+token ~ Cat(p);   fed = table[token];   log_prob = log p[token]
 """
 
 from __future__ import annotations

@@ -1,0 +1,351 @@
+"""Thought policies: one contract for all of them, limits, exact gradients by enumeration and quadrature, densities."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcl.rl import gate, thoughts
+from jaxcl.schema import UserError
+from jaxcl.tree import named_leaves
+
+B, L, V, D = 4, 3, 11, 6
+KEY = jax.random.key(5)
+OPTIONS = {
+    "hard": {"temperature": 0.8},
+    "soft": {},
+    "soft-vector": {"norm": "vector", "gamma": 0.1},
+    "fuzzy": {},
+    "none": {},
+    "mts": {"count": 3, "temperature": 1.3},
+    "mts-geometric": {"count": 3, "ratio": "geometric"},
+    "dirichlet": {"concentration": 2.0},
+    "dirichlet-top": {"top_k": 4, "floor": 1e-3},
+    "gumbel": {},
+    "gumbel-paper": {"clamp": (-1.5, 3.0), "reduction": "mean", "temperature": 0.6},
+}
+every = pytest.mark.parametrize("label", list(OPTIONS))
+
+
+def policy_of(label):
+    return thoughts.make(label.split("-")[0], **OPTIONS[label])
+
+
+def case(dtype=jnp.float32, shape=(B, L), size=V, spread=2.0):
+    rng = np.random.default_rng(1)
+    logits = spread * rng.normal(size=(*shape, size))
+    return jnp.asarray(logits, jnp.float32), jnp.asarray(rng.normal(size=(size, D)), dtype)
+
+
+# The contract.
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_fed_and_recorded(label, dtype):
+    policy = policy_of(label)
+    logits, table = case(dtype)
+    fed, record = jax.jit(policy.sample)(logits, table, KEY)
+    assert policy.soft == (label != "hard") == ("thought" in record)
+    assert policy.name == label.split("-")[0]
+    assert (fed.shape, fed.dtype) == ((B, L, D), dtype)
+    assert (record["token"].shape, record["token"].dtype) == ((B, L), jnp.int32)
+    for name, leaf in record.items():
+        assert leaf.shape[:2] == (B, L), name
+        assert leaf.dtype in (jnp.int32, jnp.float32, jnp.bool, dtype), name
+    np.testing.assert_array_equal(fed, record["thought"] if policy.soft else table[record["token"]])
+    np.testing.assert_array_equal(fed, jax.jit(policy.feed)(table, record))
+    if policy.soft:
+        np.testing.assert_array_equal(record["token"], jnp.argmax(logits, axis=-1))
+    found = jax.jit(policy.log_prob)(logits, table, record)
+    assert (found.shape, found.dtype) == ((B, L), jnp.float32)
+    assert np.all(np.isfinite(found))
+    fed, record = jax.jit(policy.greedy)(logits, table)
+    assert (fed.shape, fed.dtype) == ((B, L, D), dtype)
+    np.testing.assert_array_equal(record["token"], jnp.argmax(logits, axis=-1))
+    assert set(record) == ({"token", "thought"} if policy.soft else {"token"})
+
+
+@every
+def test_keys(label):
+    policy = policy_of(label)
+    logits, table = case()
+    fed, record = policy.sample(logits, table, KEY)
+    again, same = policy.sample(logits, table, KEY)
+    other, _ = policy.sample(logits, table, jax.random.key(6))
+    np.testing.assert_array_equal(fed, again)
+    jax.tree.map(np.testing.assert_array_equal, record, same)
+    assert bool(jnp.any(fed != other)) == (label != "none")
+    if policy.soft and label != "none":  # rows with equal logits differ from each other
+        fed, _ = policy.sample(jnp.broadcast_to(logits[:1, :1], logits.shape), table, KEY)
+        assert len(np.unique(np.asarray(fed).reshape(B * L, D), axis=0)) > B * L // 2
+
+
+@every
+def test_rows_by_themselves(label):
+    """A row with a key of its own is what it would be alone."""
+    policy = policy_of(label)
+    logits, table = case()
+    keys = jax.random.split(KEY, B)
+    fed, record = jax.vmap(policy.sample, (0, None, 0))(logits, table, keys)
+    alone, single = policy.sample(logits[2], table, keys[2])
+    np.testing.assert_allclose(fed[2], alone, rtol=1e-6, atol=1e-6)
+    log_prob = policy.log_prob(logits, table, record)
+    np.testing.assert_allclose(log_prob[2], policy.log_prob(logits[2], table, single), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(log_prob, jax.vmap(policy.log_prob, (0, None, 0))(logits, table, record), rtol=1e-5)
+
+
+@every
+def test_a_draw_is_data(label):
+    policy = policy_of(label)
+    logits, table = case()
+
+    def size(tree):
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))
+
+    for draw in (lambda *a: policy.sample(*a, KEY), policy.greedy):
+        slopes = jax.grad(lambda *a, draw=draw: size(draw(*a)), argnums=(0, 1))(logits, table)
+        assert all(not np.any(slope) for slope in slopes)
+    record = policy.sample(logits, table, KEY)[1]
+    floats = {k: v for k, v in record.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    for use in (lambda r: policy.log_prob(logits, table, r), lambda r: policy.feed(table, r)):
+        slopes = jax.grad(lambda f, use=use: size(use({**record, **f})))(floats)
+        assert all(not np.any(slope) for slope in slopes.values())
+
+
+@every
+def test_padding_has_no_nan(label):
+    """Records of zeros, and logits of -inf that mask a part of the vocabulary."""
+    policy = policy_of(label)
+    logits, table = case()
+    record = jax.tree.map(jnp.zeros_like, policy.sample(logits, table, KEY)[1])
+    masked = logits.at[..., 7:].set(-jnp.inf)
+    drawn = policy.sample(masked, table, KEY)[1]
+    for z, r in ((logits, record), (masked, drawn)):
+        value, slopes = jax.value_and_grad(lambda *a, r=r: jnp.sum(policy.log_prob(*a, r)), argnums=(0, 1))(z, table)
+        assert np.isfinite(value)
+        assert all(np.all(np.isfinite(slope)) for slope in slopes)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("hard", {"temperature": 0}, "config.policy temperature=0: must be positive"),
+        ("soft", {"gamma": -1}, "config.policy gamma=-1: must not be negative"),
+        ("soft", {"gamma": float("nan")}, "gamma=nan: must not be negative"),
+        ("soft", {"norm": "row"}, "norm='row': expected 'coordinate' or 'vector'"),
+        ("fuzzy", {"temperature": -1e-4}, "temperature=-0.0001: must be positive"),
+        ("none", {"gamma": 0.1}, "config.policy.gamma: unknown key"),
+        ("mts", {"count": 0}, "count=0: must be at least 1"),
+        ("mts", {"count": 1.5}, "count=1.5: expected int"),
+        ("mts", {"ratio": "mean"}, "ratio='mean': expected 'product' or 'geometric'"),
+        ("dirichlet", {"concentration": 0.0}, "concentration=0.0: must be positive"),
+        ("dirichlet", {"floor": 0.0}, "floor=0.0: must be positive"),
+        ("dirichlet", {"top_k": 1}, "top_k=1: must be at least 2"),
+        ("gumbel", {"top_k": 0}, "top_k=0: must be at least 1"),
+        ("gumbel", {"top_p": 1.1}, r"top_p=1.1: must lie in \(0, 1\]"),
+        ("gumbel", {"tau_g": 0.0}, "tau_g=0.0: must be positive"),
+        ("gumbel", {"clamp": (3.0, -1.5)}, "must be .low, high. with low < high"),
+        ("gumble", {}, "did you mean 'gumbel'"),
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    with pytest.raises(UserError, match=message):
+        thoughts.make(name, **options)
+
+
+# Limits.
+
+
+def rollout(policy, steps=8, size=7):
+    """Tokens and inputs of a greedy or sampled chain on a small recurrent network."""
+    rng = np.random.default_rng(3)
+    table, inner, outer = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((size, D), (D, D), (D, size)))
+
+    def step(x, key):
+        logits = 3 * jnp.tanh(x @ inner) @ outer
+        fed, record = policy.greedy(logits, table) if key is None else policy.sample(logits, table, key)
+        return fed, (record["token"], fed)
+
+    def run(keys):
+        x, out = jnp.asarray(rng.normal(size=(16, D)), jnp.float32), []
+        for i in range(steps):
+            x, seen = step(x, None if keys is None else keys[i])
+            out.append(seen)
+        return [np.asarray(jnp.stack(part)) for part in zip(*out, strict=True)], np.asarray(table)
+
+    return run
+
+
+def test_cold_soft_tokens_without_noise_are_greedy_tokens():
+    (tokens, fed), table = rollout(thoughts.make("hard"))(None)
+    np.testing.assert_array_equal(fed, table[tokens])
+    assert len(np.unique(tokens)) > 3
+    for cold in (
+        thoughts.make("soft", temperature=1e-6, gamma=0.0),
+        thoughts.make("soft", temperature=1e-6, gamma=1e-7),
+    ):
+        (found, near), _ = rollout(cold)(jax.random.split(KEY, 8))
+        np.testing.assert_array_equal(found, tokens)
+        np.testing.assert_allclose(near, fed, atol=2e-6)
+
+
+def test_fuzzy_greedy_is_hard_greedy_in_nearly_every_row():
+    logits, table = case(shape=(4000,), size=50, spread=8.0)
+    hard, record = thoughts.make("hard").greedy(logits, table)
+    fuzzy, shadow = thoughts.make("fuzzy").greedy(logits, table)
+    np.testing.assert_array_equal(record["token"], shadow["token"])
+    same = np.max(np.abs(hard - fuzzy), axis=-1) < 1e-5
+    assert same.mean() >= 0.999
+    near = np.argmin(np.sum((np.asarray(fuzzy)[:, None] - np.asarray(table)[None]) ** 2, -1), axis=1)
+    assert (near == record["token"]).mean() >= 0.999
+
+
+def test_no_noise_is_the_mean_embedding():
+    logits, table = case()
+    z = np.asarray(logits, np.float64)
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    still = thoughts.make("soft", temperature=1.0, gamma=0.0)
+    for name, fed in (
+        ("none", thoughts.make("none").sample(logits, table, KEY)[0]),
+        ("gamma 0", still.sample(logits, table, KEY)[0]),
+        ("greedy", thoughts.make("soft", temperature=1.0).greedy(logits, table)[0]),
+        ("many", thoughts.make("mts").greedy(logits, table)[0]),
+    ):
+        np.testing.assert_allclose(fed, p @ np.asarray(table, np.float64), rtol=1e-5, atol=1e-6, err_msg=name)
+    assert not np.any(still.log_prob(logits, table, still.sample(logits, table, KEY)[1]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [False, True])
+def test_one_token_of_many_is_a_hard_token_bit_for_bit(rows, dtype):
+    logits, table = case(dtype)
+    one, hard = thoughts.make("mts", count=1, temperature=0.7), thoughts.make("hard", temperature=0.7)
+    key = jax.random.split(KEY, B) if rows else KEY
+    draw = (lambda p: jax.vmap(p.sample, (0, None, 0))) if rows else (lambda p: p.sample)
+    (fed, record), (want, token) = draw(one)(logits, table, key), draw(hard)(logits, table, key)
+    np.testing.assert_array_equal(record["tokens"][..., 0], token["token"])
+    np.testing.assert_array_equal(fed, want)
+    found, known = one.log_prob(logits, table, record), hard.log_prob(logits, table, token)
+    np.testing.assert_allclose(found, known, rtol=1e-6)
+
+
+def test_many_tokens_approach_the_mean_as_their_root():
+    logits, table = case(shape=(64,))
+    mean = thoughts.make("none").greedy(logits, table)[0]
+    counts = (16, 256, 4096)
+    fed = [thoughts.make("mts", count=k).sample(logits, table, KEY)[0] for k in counts]
+    errors = [float(jnp.sqrt(jnp.mean((x - mean) ** 2))) for x in fed]
+    slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert abs(slope + 0.5) < 0.06
+    assert errors[-1] < 0.02
+
+
+def test_the_geometric_ratio_is_a_share_of_the_density():
+    logits, table = case()
+    full, part = (thoughts.make("mts", count=4, ratio=r) for r in ("product", "geometric"))
+    record = full.sample(logits, table, KEY)[1]
+    np.testing.assert_allclose(
+        part.log_prob(logits, table, record) * 4, full.log_prob(logits, table, record), rtol=1e-6
+    )
+
+
+# Draws follow their densities.
+
+
+@pytest.mark.parametrize("norm", ["coordinate", "vector"])
+@pytest.mark.parametrize("gamma", [0.1, 0.33, 1.0])
+def test_the_noise_is_a_share_gamma_of_the_embeddings(gamma, norm):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(200, 30)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(30, 64)) * rng.uniform(0.1, 2, size=(30, 1)), jnp.float32)
+    policy = thoughts.make("soft", gamma=gamma, norm=norm)
+    (fed, record), (mean, _) = policy.sample(logits, table, KEY), policy.greedy(logits, table)
+    norms = np.linalg.norm(np.asarray(fed - mean), axis=-1)
+    typical = np.sqrt(np.mean(np.sum(np.asarray(table) ** 2, axis=-1)))
+    want = gamma * (8 if norm == "vector" else 1)
+    assert abs(np.mean(norms) / typical / want - 1) < 0.02
+    np.testing.assert_allclose(record["scale"], want * typical / 8, rtol=1e-5)
+
+
+def test_the_density_is_that_of_what_was_fed_at_the_noise_it_was_fed_with():
+    logits, table = case(jnp.bfloat16)
+    policy = thoughts.make("soft")
+    _, record = policy.sample(logits, table, KEY)
+    z, wide = np.asarray(logits, np.float64) / 0.5, np.asarray(table, np.float64)
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    sigma = np.asarray(record["scale"], np.float64)[..., None]
+    gap = (np.asarray(record["thought"], np.float64) - p @ wide) / sigma
+    want = np.sum(-0.5 * gap**2 - np.log(sigma * np.sqrt(2 * np.pi)), axis=-1)
+    np.testing.assert_allclose(policy.log_prob(logits, table, record), want, rtol=1e-4)
+    # a table that has grown since changes the mean, not the noise that was used
+    changed = policy.log_prob(logits, 2 * table, record)
+    gap = (np.asarray(record["thought"], np.float64) - 2 * p @ wide) / sigma
+    np.testing.assert_allclose(changed, np.sum(-0.5 * gap**2 - np.log(sigma * np.sqrt(2 * np.pi)), -1), rtol=1e-4)
+
+
+def frequencies(tokens, size):
+    return np.bincount(np.asarray(tokens).ravel(), minlength=size) / np.asarray(tokens).size
+
+
+def test_tokens_are_drawn_from_the_cooled_softmax():
+    logits, table = case(shape=(1,), size=5, spread=1.0)
+    many = jnp.broadcast_to(logits, (20000, 5))
+    z = np.asarray(logits[0], np.float64) / 0.7
+    want = np.exp(z) / np.exp(z).sum()
+    hard = thoughts.make("hard", temperature=0.7).sample(many, table, KEY)[1]
+    several = thoughts.make("mts", temperature=0.7).sample(many, table, KEY)[1]
+    for found in (hard["token"], several["tokens"], several["tokens"][:, 2]):
+        np.testing.assert_allclose(frequencies(found, 5), want, atol=0.015)
+    same = np.mean(np.asarray(several["tokens"][:, 0] == several["tokens"][:, 1]))
+    assert abs(same - np.sum(want**2)) < 0.015  # independent
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_dirichlet_weights_have_their_moments(top_k):
+    logits, table = case(shape=(1,), size=5, spread=1.0)
+    policy = thoughts.make("dirichlet", concentration=3.0, floor=0.1, top_k=top_k, temperature=0.7)
+    fed, record = policy.sample(jnp.broadcast_to(logits, (20000, 5)), table, KEY)
+    support = np.argsort(-np.asarray(logits[0]))[:top_k] if top_k else np.arange(5)
+    z = np.asarray(logits[0], np.float64)[support] / 0.7
+    a = 3 * np.exp(z) / np.exp(z).sum() + 0.1
+    x = np.exp(np.asarray(record["log_shares"], np.float64))
+    np.testing.assert_allclose(x.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(x.mean(0), a / a.sum(), atol=0.01)
+    m = a / a.sum()
+    np.testing.assert_allclose(x.var(0), m * (1 - m) / (a.sum() + 1), atol=0.005)
+    np.testing.assert_allclose(fed, x @ np.asarray(table, np.float64)[support], atol=1e-5)
+    np.testing.assert_allclose(policy.greedy(logits, table)[0][0], m @ np.asarray(table)[support], atol=1e-5)
+
+
+def test_gumbel_support_noise_and_mixture():
+    p = np.array([0.5, 0.3, 0.1, 0.06, 0.04])
+    logits, table = jnp.log(jnp.asarray(p, jnp.float32)), case(size=5)[1]
+    many = jnp.broadcast_to(logits[jnp.array([3, 0, 4, 1, 2])], (20000, 5))  # 0.06, 0.5, 0.04, 0.3, 0.1
+    policy = thoughts.make("gumbel", top_k=4, top_p=0.85, tau_g=0.5)
+    fed, record = policy.sample(many, table, KEY)
+    np.testing.assert_array_equal(record["support"][0], [1, 3, 4, 0])
+    np.testing.assert_array_equal(record["kept"][0], [True, True, True, False])  # 0.8 is not enough, 0.9 is
+    log_p = np.log(p[:3] / p[:3].sum())
+    noise = np.asarray(record["perturbed"], np.float64)[:, :3] - log_p
+    np.testing.assert_allclose(noise.mean(0), np.euler_gamma, atol=0.03)
+    np.testing.assert_allclose(noise.var(0), np.pi**2 / 6, rtol=0.05)
+    y = np.exp((log_p + noise) / 0.5)
+    y /= y.sum(-1, keepdims=True)
+    np.testing.assert_allclose(fed, y @ np.asarray(table, np.float64)[np.array([1, 3, 4])], atol=1e-5)
+    want = np.sum(-noise - np.exp(-noise), axis=-1)
+    np.testing.assert_allclose(policy.log_prob(many, table, record), want, rtol=1e-4, atol=1e-4)
+    mean = thoughts.make("gumbel", top_k=4, top_p=0.85, tau_g=0.5, reduction="mean")
+    np.testing.assert_allclose(mean.log_prob(many, table, record), want / 3, rtol=1e-4, atol=1e-4)
+    whole = thoughts.make("gumbel", top_k=4, top_p=1.0).sample(many, table, KEY)[1]
+    assert np.all(whole["kept"])
+    clamped = thoughts.make("gumbel", top_k=4, top_p=0.85, clamp=(-0.5, 1.0)).sample(many, table, KEY)[1]
+    noise = np.asarray(clamped["perturbed"])[:, :3] - log_p
+    np.testing.assert_allclose([noise.min(), noise.max()], [-0.5, 1.0], atol=1e-5)
+    z = jnp.asarray([0.0, -4.0])  # the paper's mean is over tokens with log p > -3
+    rare = thoughts.make("gumbel", top_k=2, top_p=1.0, reduction="mean").sample(z, case(size=2)[1], KEY)[1]
+    eps = float(rare["perturbed"][0] + np.log1p(np.exp(-4)))
+    found = thoughts.make("gumbel", top_k=2, top_p=1.0, reduction="mean").log_prob(z, case(size=2)[1], rare)
+    np.testing.assert_allclose(found, -eps - np.exp(-eps), rtol=1e-4)
