@@ -7,20 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.rl import gate, thoughts
+from jaxcl.rl import thoughts
 from jaxcl.schema import UserError
-from jaxcl.tree import named_leaves
 
 B, L, V, D = 4, 3, 11, 6
 KEY = jax.random.key(5)
 OPTIONS = {
     "hard": {"temperature": 0.8},
     "soft": {},
-    "soft-vector": {"norm": "vector", "gamma": 0.1},
     "fuzzy": {},
     "none": {},
     "mts": {"count": 3, "temperature": 1.3},
-    "mts-geometric": {"count": 3, "ratio": "geometric"},
     "dirichlet": {"concentration": 2.0},
     "dirichlet-top": {"top_k": 4, "floor": 1e-3},
     "gumbel": {},
@@ -42,77 +39,95 @@ def case(dtype=jnp.float32, shape=(B, L), size=V, spread=2.0):
 # The contract.
 
 
+@functools.cache
+def drawer(label):
+    return jax.jit(policy_of(label).sample)
+
+
 @every
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_what_is_fed_and_recorded(label, dtype):
+def test_what_is_fed_and_recorded(label):
     policy = policy_of(label)
-    logits, table = case(dtype)
-    fed, record = jax.jit(policy.sample)(logits, table, KEY)
+    logits, table = case()
+    fed, record = drawer(label)(logits, table, KEY)
     assert policy.soft == (label != "hard") == ("thought" in record)
     assert policy.name == label.split("-")[0]
-    assert (fed.shape, fed.dtype) == ((B, L, D), dtype)
-    assert (record["token"].shape, record["token"].dtype) == ((B, L), jnp.int32)
-    for name, leaf in record.items():
-        assert leaf.shape[:2] == (B, L), name
-        assert leaf.dtype in (jnp.int32, jnp.float32, jnp.bool, dtype), name
     np.testing.assert_array_equal(fed, record["thought"] if policy.soft else table[record["token"]])
-    np.testing.assert_array_equal(fed, jax.jit(policy.feed)(table, record))
     if policy.soft:
-        np.testing.assert_array_equal(record["token"], jnp.argmax(logits, axis=-1))
-    found = jax.jit(policy.log_prob)(logits, table, record)
-    assert (found.shape, found.dtype) == ((B, L), jnp.float32)
+        np.testing.assert_array_equal(record["token"], np.argmax(logits, axis=-1))
+    again, found, (mean, still) = jax.jit(
+        lambda: (policy.feed(table, record), policy.log_prob(logits, table, record), policy.greedy(logits, table))
+    )()
+    np.testing.assert_allclose(fed, again, rtol=1e-6, atol=1e-6)
     assert np.all(np.isfinite(found))
-    fed, record = jax.jit(policy.greedy)(logits, table)
-    assert (fed.shape, fed.dtype) == ((B, L, D), dtype)
-    np.testing.assert_array_equal(record["token"], jnp.argmax(logits, axis=-1))
-    assert set(record) == ({"token", "thought"} if policy.soft else {"token"})
+    assert mean.shape == (B, L, D)
+    np.testing.assert_array_equal(still["token"], np.argmax(logits, axis=-1))
+    assert set(still) == ({"token", "thought"} if policy.soft else {"token"})
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(), (B,), (B, L)])
+def test_shapes_and_dtypes(label, dtype, shape):
+    policy = policy_of(label)
+
+    def draw(key):
+        logits, table = jnp.zeros((*shape, V), dtype), jnp.zeros((V, D), dtype)
+        fed, record = policy.sample(logits, table, key)
+        return fed, record, policy.log_prob(logits, table, record), policy.feed(table, record)
+
+    fed, record, log_prob, again = jax.eval_shape(draw, KEY)
+    assert (fed.shape, fed.dtype) == (again.shape, again.dtype) == ((*shape, D), dtype)
+    assert (log_prob.shape, log_prob.dtype) == (shape, jnp.float32)
+    assert (record["token"].shape, record["token"].dtype) == (shape, jnp.int32)
+    for name, leaf in record.items():
+        assert leaf.shape[: len(shape)] == shape, name
+        assert leaf.dtype == dtype if name == "thought" else leaf.dtype in (jnp.int32, jnp.float32, jnp.bool), name
 
 
 @every
 def test_keys(label):
-    policy = policy_of(label)
     logits, table = case()
-    fed, record = policy.sample(logits, table, KEY)
-    again, same = policy.sample(logits, table, KEY)
-    other, _ = policy.sample(logits, table, jax.random.key(6))
+    (fed, record), (again, same) = drawer(label)(logits, table, KEY), drawer(label)(logits, table, KEY)
+    other, _ = drawer(label)(logits, table, jax.random.key(6))
     np.testing.assert_array_equal(fed, again)
     jax.tree.map(np.testing.assert_array_equal, record, same)
-    assert bool(jnp.any(fed != other)) == (label != "none")
-    if policy.soft and label != "none":  # rows with equal logits differ from each other
-        fed, _ = policy.sample(jnp.broadcast_to(logits[:1, :1], logits.shape), table, KEY)
-        assert len(np.unique(np.asarray(fed).reshape(B * L, D), axis=0)) > B * L // 2
+    assert bool(np.any(np.asarray(fed) != np.asarray(other))) == (label != "none")
+    equal, _ = drawer(label)(jnp.asarray(np.broadcast_to(logits[:1, :1], logits.shape)), table, KEY)
+    if label != "none":  # rows with equal logits differ from each other
+        assert len(np.unique(np.asarray(equal).reshape(B * L, D), axis=0)) > 2
 
 
 @every
-def test_rows_by_themselves(label):
-    """A row with a key of its own is what it would be alone."""
+def test_a_row_with_a_key_of_its_own_does_not_depend_on_the_others(label):
     policy = policy_of(label)
-    logits, table = case()
+    (logits, table), order = case(), np.array([2, 0, 3, 1])
+    logits = np.asarray(logits)[:, 0]
     keys = jax.random.split(KEY, B)
-    fed, record = jax.vmap(policy.sample, (0, None, 0))(logits, table, keys)
-    alone, single = policy.sample(logits[2], table, keys[2])
-    np.testing.assert_allclose(fed[2], alone, rtol=1e-6, atol=1e-6)
-    log_prob = policy.log_prob(logits, table, record)
-    np.testing.assert_allclose(log_prob[2], policy.log_prob(logits[2], table, single), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(log_prob, jax.vmap(policy.log_prob, (0, None, 0))(logits, table, record), rtol=1e-5)
+    draw = jax.jit(jax.vmap(policy.sample, (0, None, 0)))
+    whole, moved = draw(logits, table, keys), draw(logits[order], table, keys[order])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a)[order], b), whole, moved)
 
 
 @every
 def test_a_draw_is_data(label):
     policy = policy_of(label)
     logits, table = case()
+    record = drawer(label)(logits, table, KEY)[1]
+    floats = {k: v for k, v in record.items() if jnp.issubdtype(v.dtype, jnp.floating)}
 
     def size(tree):
         return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))
 
-    for draw in (lambda *a: policy.sample(*a, KEY), policy.greedy):
-        slopes = jax.grad(lambda *a, draw=draw: size(draw(*a)), argnums=(0, 1))(logits, table)
-        assert all(not np.any(slope) for slope in slopes)
-    record = policy.sample(logits, table, KEY)[1]
-    floats = {k: v for k, v in record.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-    for use in (lambda r: policy.log_prob(logits, table, r), lambda r: policy.feed(table, r)):
-        slopes = jax.grad(lambda f, use=use: size(use({**record, **f})))(floats)
-        assert all(not np.any(slope) for slope in slopes.values())
+    def total(logits, table, floats, blind):
+        drawn = size(policy.sample(logits, table, KEY)) + size(policy.greedy(logits, table))
+        stored = {**record, **floats}
+        used = policy.log_prob(blind, table, stored) if "thought" in record else jnp.zeros(())
+        return drawn, size(used) + size(policy.feed(jax.lax.stop_gradient(table), stored))
+
+    slopes = jax.jit(jax.grad(lambda *a: total(*a, logits)[0], argnums=(0, 1)))(logits, table, floats)
+    assert all(not np.any(slope) for slope in slopes)
+    slopes = jax.jit(jax.grad(lambda f: total(logits, table, f, logits)[1]))(floats)
+    assert all(not np.any(slope) for slope in slopes.values())
 
 
 @every
@@ -120,11 +135,11 @@ def test_padding_has_no_nan(label):
     """Records of zeros, and logits of -inf that mask a part of the vocabulary."""
     policy = policy_of(label)
     logits, table = case()
-    record = jax.tree.map(jnp.zeros_like, policy.sample(logits, table, KEY)[1])
-    masked = logits.at[..., 7:].set(-jnp.inf)
-    drawn = policy.sample(masked, table, KEY)[1]
-    for z, r in ((logits, record), (masked, drawn)):
-        value, slopes = jax.value_and_grad(lambda *a, r=r: jnp.sum(policy.log_prob(*a, r)), argnums=(0, 1))(z, table)
+    masked = jnp.asarray(np.where(np.arange(V) < 7, logits, -np.inf))
+    drawn = drawer(label)(masked, table, KEY)[1]
+    empty = {name: np.zeros_like(leaf) for name, leaf in drawn.items()}
+    slope = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(policy.log_prob(*a)), argnums=(0, 1)))
+    for value, slopes in (slope(logits, table, empty), slope(masked, table, drawn)):
         assert np.isfinite(value)
         assert all(np.all(np.isfinite(slope)) for slope in slopes)
 
@@ -233,14 +248,14 @@ def test_one_token_of_many_is_a_hard_token_bit_for_bit(rows, dtype):
 
 
 def test_many_tokens_approach_the_mean_as_their_root():
-    logits, table = case(shape=(64,))
+    logits, table = case(shape=(32,))
     mean = thoughts.make("none").greedy(logits, table)[0]
-    counts = (16, 256, 4096)
-    fed = [thoughts.make("mts", count=k).sample(logits, table, KEY)[0] for k in counts]
-    errors = [float(jnp.sqrt(jnp.mean((x - mean) ** 2))) for x in fed]
+    counts = (16, 128, 1024)
+    fed = [jax.jit(thoughts.make("mts", count=k).sample)(logits, table, KEY)[0] for k in counts]
+    errors = [np.sqrt(np.mean(np.asarray(x - mean) ** 2)) for x in fed]
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert abs(slope + 0.5) < 0.06
-    assert errors[-1] < 0.02
+    assert errors[-1] < 0.04
 
 
 def test_the_geometric_ratio_is_a_share_of_the_density():
