@@ -78,7 +78,7 @@ def check(objective, theta, found):
     assert abs(float((up - down) / (2 * step) / slope) - 1) < 1e-4
 
 
-def hermite(nodes=60, least=1e-11):
+def hermite(nodes=60, least=1e-10):
     """Nodes [N, 2] and weights [N] for the mean over a standard normal plane; nodes of no weight are left out."""
     x, w = np.polynomial.hermite_e.hermegauss(nodes)
     points = np.stack(np.meshgrid(x, x), axis=-1).reshape(-1, 2)
@@ -86,17 +86,16 @@ def hermite(nodes=60, least=1e-11):
     return points[weights > least], weights[weights > least]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "gamma": 0.2, "norm": "vector"}], ids=str)
-def test_soft_by_quadrature_and_the_mutant_without_stop_gradient(options):
+def test_soft_by_quadrature_and_the_mutant_without_stop_gradient():
     with jax.enable_x64(True):
-        policy, theta = thoughts.make("soft", **options), network(5)
-        sigma = float(soft.scale_of(theta["table"], options.get("gamma", 0.33), options.get("norm", "coordinate")))
+        policy, theta = thoughts.make("soft"), network(5)
+        sigma = 0.33 * float(np.sqrt(np.mean(np.asarray(theta["table"]) ** 2)))
         eps, w = hermite()
         first, second = (jnp.asarray(np.repeat(eps, len(w), 0)), jnp.asarray(np.tile(eps, (len(w), 1))))
         weights = jnp.asarray(np.outer(w, w).ravel())
 
         def mean(theta, x):
-            return jax.nn.softmax(logits_of(theta, x) / options.get("temperature", 0.5), axis=-1) @ theta["table"]
+            return jax.nn.softmax(logits_of(theta, x) / 0.5, axis=-1) @ theta["table"]
 
         def thoughts_of(theta):
             x = mean(theta, start(weights.size)) + sigma * first
@@ -121,10 +120,13 @@ def test_soft_by_quadrature_and_the_mutant_without_stop_gradient(options):
         def ours(theta, z, thought):
             return policy.log_prob(z, theta["table"], {"thought": thought, "scale": scale[: few.size]})
 
-        size = {name: jax.grad(lambda t, f=f: surrogate(t, f))(theta) for name, f in (("no", mutant), ("yes", ours))}
+        size = {
+            name: jax.jit(jax.grad(lambda t, f=f: surrogate(t, f)))(theta)
+            for name, f in (("no", mutant), ("yes", ours))
+        }
         assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(size["no"])) < 1e-12
         fixed = jax.lax.stop_gradient(theta)
-        want = jax.grad(lambda t: few @ answer(fixed, mean(t, x) + sigma * jnp.asarray(eps)))(theta)
+        want = jax.jit(jax.grad(lambda t: few @ answer(fixed, mean(t, x) + sigma * jnp.asarray(eps))))(theta)
         assert distance(size["yes"], want) < 1e-6
 
 
@@ -163,7 +165,7 @@ def test_dirichlet_by_quadrature(top_k):
         size = 5 if top_k else 2
         policy = thoughts.make("dirichlet", concentration=4.0, floor=1.0, top_k=top_k, temperature=0.9)
         theta = network(size)
-        u = np.linspace(-32, 32, 161)
+        u = np.arange(-24, 24.1, 0.4)
         first, second = (jnp.asarray(g.ravel()) for g in np.meshgrid(u, u, indexing="ij"))
         paths = first.size
 
@@ -181,8 +183,8 @@ def test_dirichlet_by_quadrature(top_k):
             x, rows = jax.nn.sigmoid(u)[:, None], theta["table"][support]
             return x * rows[:, 0] + (1 - x) * rows[:, 1]
 
-        one = choose(logits_of(theta, start(paths)))
-        two = choose(logits_of(theta, feed(theta, one, first)))
+        one = jax.jit(lambda t: choose(logits_of(t, start(paths))))(theta)
+        two = jax.jit(lambda t: choose(logits_of(t, feed(t, one, first))))(theta)
 
         def walk(theta):
             x = feed(theta, one, first)
@@ -198,9 +200,9 @@ def test_dirichlet_by_quadrature(top_k):
             steps.append(shares | ({"support": support} if top_k else {}))
         weights = jax.jit(walk)(theta)[0]
         assert abs(float(weights.sum()) - 1) < 1e-9
-        z = logits_of(theta, start(paths))
-        mass = jnp.exp(policy.log_prob(z, theta["table"], steps[0]) + jnp.sum(steps[0]["log_shares"], axis=-1))
-        assert abs(float(jnp.sum(0.4 * mass)) / len(u) - 1) < 1e-9
+        density_of = jax.jit(lambda t: policy.log_prob(logits_of(t, start(paths)), t["table"], steps[0]))
+        mass = np.exp(density_of(theta) + np.sum(np.asarray(steps[0]["log_shares"]), axis=-1))
+        assert abs(np.sum(0.4 * mass) / len(u) - 1) < 1e-9
         check(objective, theta, score(policy, theta, steps, weights))
 
 
@@ -224,9 +226,9 @@ def test_gumbel_by_quadrature(size):
             y = jax.nn.softmax(perturb(theta) / 0.7, axis=-1)
             return weights @ answer(theta, jnp.einsum("pk,pkd->pd", y, theta["table"][support]))
 
-        record = {"support": support, "kept": jnp.ones((paths, 2), bool), "perturbed": perturb(theta)}
-        mass = jnp.exp(policy.log_prob(logits_of(theta, start(paths)), theta["table"], record))
-        assert abs(float(jnp.sum(mass)) * 0.4**2 - 1) < 1e-9
+        record = {"support": support, "kept": jnp.ones((paths, 2), bool), "perturbed": jax.jit(perturb)(theta)}
+        density_of = jax.jit(lambda t: policy.log_prob(logits_of(t, start(paths)), t["table"], record))
+        assert abs(np.sum(np.exp(density_of(theta))) * 0.4**2 - 1) < 1e-9
         check(objective, theta, score(policy, theta, [record], weights))
 
 
@@ -240,7 +242,7 @@ def test_gumbel_by_quadrature(size):
 def test_the_fused_density_and_its_gradients(name, options):
     policy, rng = thoughts.make(name, **options), np.random.default_rng(2)
     hidden, head, table = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 4, 8), (8, 30), (30, 6)))
-    record = policy.sample(jnp.einsum("bld,dv->blv", hidden, head), table, KEY)[1]
+    record = jax.jit(policy.sample)(jnp.einsum("bld,dv->blv", hidden, head), table, KEY)[1]
 
     def whole(hidden, head, table):
         return policy.log_prob(jnp.einsum("bld,dv->blv", hidden, head, precision="highest"), table, record)
@@ -251,8 +253,9 @@ def test_the_fused_density_and_its_gradients(name, options):
     cotangent = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
     (want, pull), (found, pull_fused) = (jax.vjp(jax.jit(f), hidden, head, table) for f in (whole, blocks))
     np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+    steep = 1 / options.get("temperature", 0.5)  # scores are rounded before they are divided by it
     for a, b in zip(pull_fused(cotangent), pull(cotangent), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1, float(jnp.max(jnp.abs(b)))))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(steep, float(np.max(np.abs(b)))))
     assert bool(np.any(want)) == (name != "none")
     empty = jax.tree.map(jnp.zeros_like, record)  # padding
     slopes = jax.jit(jax.grad(lambda *a: jnp.sum(policy.fused(*a, empty)), argnums=(0, 1, 2)))(hidden, head, table)
@@ -267,8 +270,9 @@ def test_fuzzy_near_a_tie_is_finite_and_right():
     rng = np.random.default_rng(0)
     logits, table = jnp.asarray(z), jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
     policy = thoughts.make("fuzzy")
-    _, record = policy.sample(logits, table, KEY)
-    value, (slope, rows) = jax.value_and_grad(lambda *a: jnp.sum(policy.log_prob(*a, record)), (0, 1))(logits, table)
+    _, record = jax.jit(policy.sample)(logits, table, KEY)
+    slopes = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(policy.log_prob(*a, record)), (0, 1)))
+    value, (slope, rows) = slopes(logits, table)
     assert np.isfinite(value)
     assert np.all(np.isfinite(slope))
     assert np.all(np.isfinite(rows))
@@ -300,11 +304,11 @@ def test_the_gate_is_its_equations():
     np.testing.assert_allclose(mixed, h, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.jit(gate.gate)(params, narrow[0], mixed), want, rtol=1e-5, atol=1e-5)
     token = jnp.asarray(rng.integers(9, size=(3, 4)), jnp.int32)
-    found = gate.log_prob(narrow[1], token, 0.5)
+    found = jax.jit(gate.log_prob)(narrow[1], token, 0.5)
     np.testing.assert_allclose(found, np.log(np.take_along_axis(p, token[..., None], -1))[..., 0], rtol=1e-5)
     # a closed gate passes the token's embedding on, and has a finite slope
     closed = {**params, "decay": jnp.full(6, 200.0)}
-    fed, slope = jax.value_and_grad(lambda q: jnp.sum(gate.gate(q, narrow[0], mixed)))(closed)
+    fed, slope = jax.jit(jax.value_and_grad(lambda q: jnp.sum(gate.gate(q, narrow[0], mixed))))(closed)
     np.testing.assert_allclose(fed, e.sum(), rtol=1e-4)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(slope))
-    assert gate.gate(params, narrow[0].astype(jnp.bfloat16), mixed).dtype == jnp.bfloat16
+    assert jax.eval_shape(gate.gate, params, narrow[0].astype(jnp.bfloat16), mixed).dtype == jnp.bfloat16
