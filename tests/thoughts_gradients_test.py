@@ -93,6 +93,9 @@ def test_soft_by_quadrature_and_the_mutant_without_stop_gradient():
         eps, w = hermite()
         first, second = (jnp.asarray(np.repeat(eps, len(w), 0)), jnp.asarray(np.tile(eps, (len(w), 1))))
         weights = jnp.asarray(np.outer(w, w).ravel())
+        drift = jax.jit(jax.value_and_grad(lambda t: soft.scale_of(t, 0.33, "coordinate")))(theta["table"])
+        assert abs(float(drift[0]) / sigma - 1) < 1e-12
+        assert not np.any(drift[1])
 
         def mean(theta, x):
             return jax.nn.softmax(logits_of(theta, x) / 0.5, axis=-1) @ theta["table"]
@@ -270,6 +273,8 @@ def test_fuzzy_near_a_tie_is_finite_and_right():
     rng = np.random.default_rng(0)
     logits, table = jnp.asarray(z), jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
     policy = thoughts.make("fuzzy")
+    exact = (z - z.max(-1, keepdims=True).astype(np.float64)) / 1e-4
+    np.testing.assert_allclose(thoughts.scores(logits, 1e-4), exact, rtol=1e-6)
     _, record = jax.jit(policy.sample)(logits, table, KEY)
     slopes = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(policy.log_prob(*a, record)), (0, 1)))
     value, (slope, rows) = slopes(logits, table)
