@@ -138,6 +138,7 @@ def test_padding_has_no_nan(label):
     masked = jnp.asarray(np.where(np.arange(V) < 7, logits, -np.inf))
     drawn = drawer(label)(masked, table, KEY)[1]
     empty = {name: np.zeros_like(leaf) for name, leaf in drawn.items()}
+    assert np.all(np.isfinite(jax.jit(policy.feed)(table, empty)))
     slope = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(policy.log_prob(*a)), argnums=(0, 1)))
     for value, slopes in (slope(logits, table, empty), slope(masked, table, drawn)):
         assert np.isfinite(value)
