@@ -1,4 +1,4 @@
-r"""The gate of HRPO: a drawn token's embedding with a share of the mean embedding that grows as training finds it useful.
+r"""The gate of HRPO: the embedding of a drawn token, and as much of the mean embedding as training finds useful.
 
     a = exp(-8 softplus(-Lambda) sigmoid(e W_r + b_r)),   i = sigmoid(e W_i + b_i)
     fed = a e + sqrt(1 - a^2) (i h),   h = p table / |p|_2

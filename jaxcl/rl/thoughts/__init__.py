@@ -27,8 +27,9 @@ class Policy(NamedTuple):
     shadow that stop phrases are looked for in). Soft ones have `thought` [..., D]: what was fed, in the table's dtype.
 
     `log_prob` and `feed` stop the gradient of the record. Both are differentiable in the table, where the density or
-    the input depends on it. A record of zeros, as in padding, has a finite density and a finite gradient. A training pass that feeds `record["thought"]` instead of `feed(table, record)` has the
+    the input depends on it. A training pass that feeds `record["thought"]` instead of `feed(table, record)` has the
     same values, and lacks the gradient through the table that mts, dirichlet and gumbel compose their input from.
+    A record of zeros, as in padding, has a finite density with a finite gradient.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Fuzzy tokens: soft tokens so cold that the mean is the embedding of the likeliest token, unless two nearly tie.
 
-Near a tie, within some ten temperatures, the gradient grows like 1 / temperature: clip it. Logits and softmax have to be
-float32; logits rounded to bfloat16 tie often.
+Near a tie, within some ten temperatures, the gradient grows like 1 / temperature: clip it. Logits have to come in
+float32: rounded to bfloat16 they tie often.
 
 Source: Butt et al. 2025, "Soft Tokens, Hard Truths", 2509.19170, section 3; see `soft`.
 """

@@ -58,17 +58,11 @@ def make(
     thoughts.demand(ordered, "clamp", clamp, "must be (low, high) with low < high, or None")
     thoughts.demand(reduction in ("sum", "mean"), "reduction", repr(reduction), "must be 'sum' or 'mean'")
 
-    def choose(logits: jax.Array) -> thoughts.Record:
-        log_p, support = jax.lax.top_k(thoughts.log_softmax(logits, temperature), min(top_k, logits.shape[-1]))
-        p = jnp.exp(log_p)
-        kept = (p > 0) if top_p == 1 else (p > 0) & (jnp.cumsum(p, axis=-1) - p < top_p)
-        return {"support": support.astype(jnp.int32), "kept": kept}
-
     def locate(logits: jax.Array, record: thoughts.Record) -> jax.Array:
-        """Returns log p over the support, 0 where a token is left out."""
-        z = thoughts.pick(thoughts.scores(logits, temperature), record["support"])
-        log_p = jax.nn.log_softmax(jnp.where(record["kept"], z, NEVER), axis=-1)
-        return jnp.where(record["kept"], log_p, 0.0)
+        return _locate(thoughts.scores(logits, temperature), record)
+
+    def choose(logits: jax.Array) -> thoughts.Record:
+        return _choose(thoughts.log_softmax(logits, temperature), top_k, top_p)
 
     def draw(logits: jax.Array, table: jax.Array, key: Key) -> thoughts.Record:
         del table
@@ -94,3 +88,18 @@ def make(
         return total if reduction == "sum" else total / jnp.maximum(jnp.sum(counted, axis=-1), 1)
 
     return thoughts.build("gumbel", draw=draw, mean=mean, log_prob=log_prob, feed=feed)
+
+
+def _choose(log_p: jax.Array, top_k: int, top_p: float) -> thoughts.Record:
+    """Returns the support of log_p [..., V]: those of the likeliest K that more likely ones leave short of top_p."""
+    log_p, support = jax.lax.top_k(log_p, min(top_k, log_p.shape[-1]))
+    p = jnp.exp(log_p)
+    kept = (p > 0) if top_p == 1 else (p > 0) & (jnp.cumsum(p, axis=-1) - p < top_p)
+    return {"support": support.astype(jnp.int32), "kept": kept}
+
+
+def _locate(scores: jax.Array, record: thoughts.Record) -> jax.Array:
+    """Returns log p [..., K], renormalised over the support of the record; 0 where a token is left out."""
+    z = thoughts.pick(scores, record["support"])
+    log_p = jax.nn.log_softmax(jnp.where(record["kept"], z, NEVER), axis=-1)
+    return jnp.where(record["kept"], log_p, 0.0)
