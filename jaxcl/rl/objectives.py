@@ -230,7 +230,9 @@ def _ratio(o: Options, c: _Columns) -> jax.Array:
     """Returns rho, [B, L]."""
     gap = (c.log_prob - c.old) / c.divisor
     if o.sequence_ratio:
-        gap = c.rows.spread(c.rows.total(jnp.where(c.rows.live, c.rows.weights * gap, 0))) / c.rows.length()
+        whole = c.rows.spread(c.rows.total(jnp.where(c.rows.live, c.rows.weights * gap, 0))) / c.rows.length()
+        # Its value with each token's own gradient: the same in all, and right where tokens differ in their divisor.
+        gap = jax.lax.stop_gradient(whole - gap) + gap
     return divergence.ratio(gap, jnp.zeros_like(gap))
 
 

@@ -64,7 +64,12 @@ def chord(rl: Pair, sft: Pair, mu: Any) -> Losses:
 
 
 def imitate(
-    log_prob: jax.Array, batch: Batch, *, phi: Literal["none", "p", "p(1-p)"] = "none", mean: Mean = "token_mean"
+    log_prob: jax.Array,
+    batch: Batch,
+    *,
+    phi: Literal["none", "p", "p(1-p)"] = "none",
+    mean: Mean = "token_mean",
+    sequences: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the negative log-likelihood of demonstrations, each token by its phi (CHORD-phi is p (1 - p)).
 
@@ -75,8 +80,9 @@ def imitate(
       batch: its `weights` are used.
       phi: weight of a token; the divisor does not have it.
       mean: see `sequences.aggregate`.
+      sequences: that a row has room for.
     """
-    rows = find(batch.weights, jnp.ones(batch.weights.shape[:1]), batch.segments, 1)
+    rows = find(batch.weights, jnp.ones(batch.weights.shape[:1]), batch.segments, sequences)
     log_prob = jnp.where(rows.live, log_prob, 0)
     p = jax.lax.stop_gradient(jnp.exp(log_prob))
     choices = {"none": jnp.ones_like(p), "p": p, "p(1-p)": p * (1 - p)}
@@ -92,6 +98,7 @@ def csft(
     thought: jax.Array,
     *,
     mean: Mean = "sequence_token_sum",
+    sequences: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the supervision of continuous thoughts by distributions; a one-hot one is cross-entropy exactly.
 
@@ -101,14 +108,15 @@ def csft(
       distributions: alpha*, [B, L, V], rows that sum to 1; anything where `thought` is False.
       thought: bool [B, L].
       mean: see `sequences.aggregate`; the paper's is the sum over steps, averaged over rows.
+      sequences: that a row has room for.
     """
     if logits.shape != distributions.shape:
         raise UserError(f"distributions of shape {list(distributions.shape)}: expected {list(logits.shape)}")
-    rows = find(batch.weights, jnp.ones(batch.weights.shape[:1]), batch.segments, 1)
+    rows = find(batch.weights, jnp.ones(batch.weights.shape[:1]), batch.segments, sequences)
     log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     wanted = jax.lax.stop_gradient(distributions).astype(log_p.dtype)
-    seen = wanted > 0
-    entropy = jnp.where(seen, wanted * jnp.log(jnp.where(seen, wanted, 1)), 0)
-    soft = jnp.sum(entropy - jnp.where(seen, wanted * log_p, 0), axis=-1)
+    wanted = jnp.where((thought & rows.live)[..., None] & (wanted > 0), wanted, 0)
+    entropy = wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))
+    soft = jnp.sum(entropy - jnp.where(wanted > 0, wanted * log_p, 0), axis=-1)
     hard = -jnp.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
     return aggregate(jnp.where(thought & rows.live, soft, hard), rows, mean)
