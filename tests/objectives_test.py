@@ -45,7 +45,7 @@ def columns_of(seed, packed=False, gap=0.3):
     else:
         columns["advantage"], columns["share"] = r.standard_normal(B), (r.uniform(size=B) < 0.8).astype(float)
     columns["dimensions"] = r.choice([1.0, 8.0], (B, L))
-    columns["truncated"] = (r.uniform(size=B) < 0.3).astype(float)
+    columns["truncated"] = (r.uniform(size=B) < (0.0 if packed else 0.3)).astype(float)
     return columns
 
 
@@ -142,28 +142,27 @@ def random_options(r):
 
 
 def test_two_hundred_random_cases_agree_with_the_transcription():
-    own = {name: objectives._own(name) for name in NAMES}
-    for seed in range(200):
+    for seed in range(40):  # options, with five batches each
         r = np.random.default_rng(seed)
         name, packed = NAMES[seed % len(NAMES)], bool(r.integers(2))
+        own = objectives._own(name)
         options = {k: v for k, v in random_options(r).items() if k in ("length", "kl_loss") or r.uniform() < 0.5}
         options["sequences"] = 1 + packed
-        if own[name].get("gain") is None and r.uniform() < 0.5:
+        if own.get("gain") is None and r.uniform() < 0.5:
             options["dual_clip"] = 1.2
-        o = {**objectives.Options._field_defaults, **own[name], **options}
-        c = columns_of(seed, packed)
-        if packed:
-            c["truncated"] = np.zeros(B)
-        entropy, direction = r.exponential(size=(B, L)), r.standard_normal((B, L))
-        lp = c["log_prob"]
+        o = {**objectives.Options._field_defaults, **own, **options}
+        cases = [columns_of(5 * seed + i, packed) for i in range(5)]
+        entropy, direction = r.exponential(size=(5, B, L)), r.standard_normal((5, B, L))
         with jax.enable_x64(True):
-            batch, h = batch_of(c), jnp.asarray(entropy)
-            surrogate = functools.partial(objectives.make(name, **options).surrogate, batch=batch, entropy=h)
-            (total, weight), slope = jax.value_and_grad(surrogate, has_aux=True)(jnp.asarray(lp))
-        np.testing.assert_allclose((total, weight), oracle(o, c, lp, lp, entropy), rtol=1e-6, atol=1e-9, err_msg=str(o))
-        ends = [oracle(o, c, lp + s * 1e-6 * direction, lp, entropy)[0] for s in (1, -1)]
-        wanted = (ends[0] - ends[1]) / 2e-6
-        np.testing.assert_allclose(np.sum(slope * direction), wanted, rtol=1e-6, atol=1e-7, err_msg=str(o))
+            batches = jax.tree.map(lambda *x: jnp.stack(x), *map(batch_of, cases))
+            lps = jnp.asarray([c["log_prob"] for c in cases])
+            loss = jax.value_and_grad(objectives.make(name, **options).surrogate, has_aux=True)
+            (totals, weights), slopes = jax.tree.map(np.asarray, jax.vmap(loss)(lps, batches, jnp.asarray(entropy)))
+        for i, c in enumerate(cases):
+            lp, close = c["log_prob"], functools.partial(np.testing.assert_allclose, rtol=1e-6, err_msg=str(o))
+            close((totals[i], weights[i]), oracle(o, c, lp, lp, entropy[i]), atol=1e-9)
+            ends = [oracle(o, c, lp + s * 1e-6 * direction[i], lp, entropy[i])[0] for s in (1, -1)]
+            close(np.sum(slopes[i] * direction[i]), (ends[0] - ends[1]) / 2e-6, atol=1e-7)
 
 
 def test_the_names_are_what_the_papers_say():
@@ -244,14 +243,17 @@ def test_the_default_divergence_is_the_reverse_and_bare_estimators_are_refused()
     assert objectives.Options._field_defaults["kl_loss"] == "rho_k3"
     with pytest.raises(UserError, match="kl_loss='k1': its expected gradient is 0; use 'rho_k1'"):
         make("grpo", kl=0.1, kl_loss="k1")
-    with pytest.raises(UserError, match="kl_loss='k3'.*forward.*'rho_k3'"):
+    with pytest.raises(UserError, match=r"kl_loss='k3'.*forward.*'rho_k3'"):
         make("grpo", kl=0.1, kl_loss="k3")
     with pytest.raises(UserError, match="did you mean 'k3_forward'"):
         make("grpo", kl_loss="k3_forwards")
 
 
-def rollout_gradient(logits, sampler, reward, **options):
-    """Returns the expected RLOO gradient over all sequences, drawn from `sampler`; logits [1 + V, V] of two tokens."""
+def rollout_gradient(logits, sampler, reward, length=2, **options):
+    """Returns the expected RLOO gradient over all pairs of tokens, drawn from `sampler`; logits [1 + V, V].
+
+    With a length of 1 the second token is not part of the objective.
+    """
     size = logits.shape[1]
     first, second = (x.ravel() for x in jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij"))
 
@@ -259,28 +261,29 @@ def rollout_gradient(logits, sampler, reward, **options):
         table = jax.nn.log_softmax(z)
         return jnp.stack([table[0, first], table[1 + first, second]], axis=1)
 
-    behaviour = log_prob(sampler)
-    columns = {"weights": jnp.ones((size**2, 2)), "segments": jnp.ones((size**2, 2), jnp.int32), "advantage": reward}
+    behaviour, weights = log_prob(sampler), jnp.ones((size**2, 2)).at[:, length:].set(0.0)
+    columns = {"weights": weights, "segments": jnp.ones((size**2, 2), jnp.int32), "advantage": reward}
     columns |= {"share": jnp.exp(behaviour.sum(1)), "behaviour": behaviour, "old": log_prob(logits)}
     surrogate = make("rloo", **options).surrogate
     return jax.grad(lambda z: surrogate(log_prob(z), batch_of(columns))[0])(logits)
 
 
-@pytest.mark.parametrize("correction", ["token", "sequence", "sequence_mask"])
-def test_truncated_importance_sampling_removes_the_bias_of_a_noisy_sampler(correction):
+@pytest.mark.parametrize(("correction", "length"), [("token", 1), ("sequence", 2), ("sequence_mask", 2)])
+def test_truncated_importance_sampling_removes_the_bias_of_a_noisy_sampler(correction, length):
     for seed in range(5):
         r = np.random.default_rng(seed)
+        reward = np.repeat(r.standard_normal(5), 5) if length == 1 else r.standard_normal(25)
         with jax.enable_x64(True):
-            logits, reward = jnp.asarray(r.standard_normal((6, 5))), jnp.asarray(r.standard_normal(25))
+            logits, reward = jnp.asarray(r.standard_normal((6, 5))), jnp.asarray(reward)
             sampler = logits + 0.05 * jnp.asarray(r.standard_normal((6, 5)))
-            exact = rollout_gradient(logits, logits, reward)
-            plain = jnp.linalg.norm(rollout_gradient(logits, sampler, reward) - exact)
-            corrected = jnp.linalg.norm(rollout_gradient(logits, sampler, reward, correction=correction) - exact)
-        if correction == "token":  # leaves out how the other token shifts
-            assert corrected < plain
-        else:
-            assert corrected < 1e-6 * plain
-        assert corrected < plain / (1 if correction == "token" else 3)
+            found = [
+                np.asarray(rollout_gradient(logits, drawn, reward, length, **options))
+                for drawn, options in ((logits, {}), (sampler, {}), (sampler, {"correction": correction}))
+            ]
+        plain, corrected = (np.linalg.norm(x - found[0]) for x in found[1:])
+        assert plain > 1e-3
+        assert corrected < plain / 3
+        assert corrected < 1e-9  # no weight reaches the cap
 
 
 def test_token_correction_of_one_token_and_of_the_current_policy():
@@ -330,34 +333,53 @@ def test_forced_tokens_and_padding_change_neither_loss_nor_gradient(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_on_either_side_and_packing_change_nothing(name):
     columns = columns_of(3)
+    columns["weights"][:, 3:], columns["segments"][:, 3:] = 0, 0
     mean, slope = value(name, columns, **ALL)
-    wide = {k: np.pad(v, ((0, 0), (2, 3))) if v.ndim == 2 else v for k, v in columns.items()}
-    padded, slope_padded = value(name, wide, **ALL)
+    rolled = {k: np.roll(v, 2, axis=1) if v.ndim == 2 else v for k, v in columns.items()}
+    padded, slope_padded = value(name, rolled, **ALL)
     np.testing.assert_allclose(padded, mean, rtol=1e-12)
-    np.testing.assert_allclose(slope_padded[:, 2:-3], slope, rtol=1e-12)
+    np.testing.assert_allclose(np.roll(slope_padded, -2, axis=1), slope, rtol=1e-12)
     full = {k: v if v.ndim == 2 else np.repeat(v[:, None], L, 1) for k, v in columns.items()}
-    packed = {k: np.concatenate([v[:2], v[2:]], axis=1) for k, v in full.items()}
-    packed["segments"] = np.repeat([[1] * L + [2] * L], 2, 0).astype(np.int32)
+    packed = {k: np.concatenate([v[:2, :3], v[2:, :3]], axis=1) for k, v in full.items()}
+    packed["segments"] = np.repeat([[1] * 3 + [2] * 3], 2, 0).astype(np.int32)
+    packed = {k: np.concatenate([v, 0 * v]) for k, v in packed.items()}  # and two rows of padding
     both, slope_both = value(name, packed, sequences=2, **ALL)
     np.testing.assert_allclose(both, mean, rtol=1e-12)
-    np.testing.assert_allclose(np.concatenate(np.split(slope_both, 2, axis=1)), slope, rtol=1e-12)
+    np.testing.assert_allclose(np.concatenate([slope_both[:2, :3], slope_both[:2, 3:]]), slope[:, :3], rtol=1e-12)
     assert np.isnan(value(name, packed, **ALL)[0])  # a row that holds more than it has room for
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "rloo", "gspo"])
-def test_microbatches_do_not_change_the_objective(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_sums_and_weights_of_rows_add_up_to_those_of_the_batch(name):
+    columns = columns_of(5)
+    whole, slope = value(name, columns, kl=0.3)
+    with jax.enable_x64(True):
+        surrogate, rows = make(name, kl=0.3).surrogate, []
+        for i in range(B):
+            row = batch_of({k: v[i : i + 1] for k, v in columns.items()})
+            lp = jnp.asarray(columns["log_prob"][i : i + 1])
+            rows.append(jax.value_and_grad(lambda x, row=row: surrogate(x, row), has_aux=True)(lp))
+    weight = sum(float(w) for (_, w), _ in rows)
+    np.testing.assert_allclose(sum(float(total) for (total, _), _ in rows) / weight, whole, rtol=1e-9)
+    np.testing.assert_allclose(np.concatenate([g for _, g in rows]) / weight, slope, rtol=1e-9)
+
+
+def test_microbatches_do_not_change_the_objective():
     columns, r = columns_of(5), np.random.default_rng(0)
-    features, objective = jnp.asarray(r.standard_normal((B, L, 3)), jnp.float32), make(name, kl=0.3)
+    features, objective = jnp.asarray(r.standard_normal((B, L, 3)), jnp.float32), make("dapo", kl=0.3)
     columns = {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in columns.items()}
     batch = batch_of(columns | {"features": features, "base": columns["log_prob"]})
 
     def losses(params, rows):
         log_prob = rows.extra["base"] + rows.extra["features"] @ params
-        return {"policy": objective.surrogate(log_prob, rows), **objective.measures(log_prob, rows)}
+        return {
+            "policy": objective.surrogate(log_prob, rows),
+            "clipped": objective.measures(log_prob, rows)["clip_fraction"],
+        }
 
     params, found = jnp.asarray([0.1, -0.2, 0.05]), {}
     for count in (1, 2, 4):
-        values, gradient = jax.jit(lambda p, b, n=count: grad.value_and_grad(losses, p, b, n))(params, batch)
+        values, gradient = grad.value_and_grad(losses, params, batch, count)
         found[count] = gradient, {k: s / w for k, (s, w) in values.items()}
     alone = grad.value_and_grad(lambda p, b: {"policy": losses(p, b)["policy"]}, params, batch)[1]
     np.testing.assert_allclose(found[1][0], alone, rtol=1e-6)  # measures add nothing
@@ -490,5 +512,5 @@ def test_shapes_and_entropy_are_checked():
     columns = columns_of(0)
     with pytest.raises(UserError, match=r"log_prob of shape \[4, 5\]: expected \[4, 6\]"):
         make("grpo").surrogate(jnp.asarray(columns["log_prob"][:, 1:]), batch_of(columns))
-    with pytest.raises(UserError, match="entropy=0.1: the surrogate was given no entropy"):
+    with pytest.raises(UserError, match=r"entropy=0\.1: the surrogate was given no entropy"):
         make("grpo", entropy=0.1).surrogate(jnp.asarray(columns["log_prob"]), batch_of(columns))

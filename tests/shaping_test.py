@@ -65,7 +65,7 @@ def test_curriculum_moves_from_the_first_reward_to_the_second():
 
 
 def test_bad_options_are_named():
-    with pytest.raises(UserError, match="first=1.5"):
+    with pytest.raises(UserError, match=r"first=1\.5"):
         shaping.cosine(0, first=1.5, last=0.0, steps=3)
     with pytest.raises(UserError, match="steps=0"):
         shaping.cosine(0, first=1.0, last=0.0, steps=0)

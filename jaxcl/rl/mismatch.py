@@ -5,8 +5,9 @@ r"""Importance weights for a sampler whose log-probabilities are not the trainer
     geometric       min((prod_t w_t)^(1/T), cap)     geometric_mask   the mean, or 0 above the cap
 
 Truncation is of Ionides 2008; its use between engines of Yao et al. 2025 ("Your efficient RL framework secretly brings
-you off-policy RL training"). Only `sequence` without the cap is unbiased for more than one token; `token` leaves
-out how the other tokens shift. Everything is detached.
+you off-policy RL training"). Below the cap `token` removes the bias of one token, `sequence` and `sequence_mask` that
+of whole sequences at more variance: with two tokens, `token` may leave as much bias as it finds, because it leaves out
+how the other token shifts what this one is worth. Everything is detached.
 """
 
 from __future__ import annotations
