@@ -49,6 +49,16 @@ def columns_of(seed, packed=False, gap=0.3):
     return columns
 
 
+def value(name, columns, **options):
+    """Returns (mean, gradient where tokens count)."""
+    with jax.enable_x64(True):
+        batch, surrogate = batch_of(columns), make(name, **options).surrogate
+        lp = jnp.asarray(columns["log_prob"])
+        total, weight = surrogate(lp, batch)
+        slope = jax.grad(lambda x: surrogate(x, batch)[0])(lp) / weight
+    return float(total / weight), np.asarray(slope)
+
+
 # --- the transcription: one sequence, one token at a time
 
 
@@ -187,10 +197,11 @@ def test_the_names_are_what_the_papers_say():
         "gspo": -((w * clipped(3e-4, 4e-4, s)).sum(1) / each).mean(),
         "cispo": -(w * np.minimum(rho, 5) * a[:, None] * lp).sum() / 5,
     }
-    columns = {"weights": w, "segments": w.astype(np.int32), "advantage": a, "share": np.ones(3), "behaviour": old}
+    columns = {"weights": w, "segments": w.astype(np.int32), "log_prob": lp, "behaviour": old}
+    columns = {k: np.pad(v, ((0, B - 3), (0, L - 2))) for k, v in columns.items()}
+    columns |= {"advantage": np.pad(a, (0, B - 3)), "share": np.ones(B)}
     for name in NAMES:
-        total, weight = make(name).surrogate(jnp.asarray(lp), batch_of(columns))
-        np.testing.assert_allclose(total / weight, wanted[name], rtol=1e-6, err_msg=name)
+        assert value(name, columns)[0] == pytest.approx(wanted[name], rel=1e-9), name
 
 
 # --- gradients by enumeration
@@ -206,7 +217,7 @@ def enumerate_kl(name, policy, reference, drawn):
     def loss(logits):
         return make("rloo", kl=0.7, kl_loss=name).surrogate(jax.nn.log_softmax(logits)[:, None], batch_of(columns))[0]
 
-    return jax.grad(loss)(policy) / 0.7
+    return jax.jit(jax.grad(loss))(policy) / 0.7
 
 
 def test_gradients_of_divergence_losses_by_enumeration():
@@ -270,16 +281,16 @@ def rollout_gradient(logits, sampler, reward, length=2, **options):
 
 @pytest.mark.parametrize(("correction", "length"), [("token", 1), ("sequence", 2), ("sequence_mask", 2)])
 def test_truncated_importance_sampling_removes_the_bias_of_a_noisy_sampler(correction, length):
+    plain_gradient = jax.jit(functools.partial(rollout_gradient, length=length))
+    corrected_gradient = jax.jit(functools.partial(rollout_gradient, length=length, correction=correction))
     for seed in range(5):
         r = np.random.default_rng(seed)
         reward = np.repeat(r.standard_normal(5), 5) if length == 1 else r.standard_normal(25)
         with jax.enable_x64(True):
             logits, reward = jnp.asarray(r.standard_normal((6, 5))), jnp.asarray(reward)
             sampler = logits + 0.05 * jnp.asarray(r.standard_normal((6, 5)))
-            found = [
-                np.asarray(rollout_gradient(logits, drawn, reward, length, **options))
-                for drawn, options in ((logits, {}), (sampler, {}), (sampler, {"correction": correction}))
-            ]
+            raw, better = plain_gradient(logits, sampler, reward), corrected_gradient(logits, sampler, reward)
+            found = [np.asarray(x) for x in (plain_gradient(logits, logits, reward), raw, better)]
         plain, corrected = (np.linalg.norm(x - found[0]) for x in found[1:])
         assert plain > 1e-3
         assert corrected < plain / 3
@@ -307,16 +318,6 @@ def dirty(columns):
 
 
 ALL = {"kl": 0.3, "correction": "token", "per_dimension": 0.5}
-
-
-def value(name, columns, **options):
-    """Returns (mean, gradient where tokens count)."""
-    with jax.enable_x64(True):
-        batch, surrogate = batch_of(columns), make(name, **options).surrogate
-        lp = jnp.asarray(columns["log_prob"])
-        total, weight = surrogate(lp, batch)
-        slope = jax.grad(lambda x: surrogate(x, batch)[0])(lp) / weight
-    return float(total / weight), np.asarray(slope)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -355,13 +356,13 @@ def test_sums_and_weights_of_rows_add_up_to_those_of_the_batch(name):
     whole, slope = value(name, columns, kl=0.3)
     with jax.enable_x64(True):
         surrogate, rows = make(name, kl=0.3).surrogate, []
-        for i in range(B):
-            row = batch_of({k: v[i : i + 1] for k, v in columns.items()})
-            lp = jnp.asarray(columns["log_prob"][i : i + 1])
-            rows.append(jax.value_and_grad(lambda x, row=row: surrogate(x, row), has_aux=True)(lp))
+        for i in range(B):  # row i and padding
+            row = {k: np.where((np.arange(B) == i).reshape([B] + [1] * (v.ndim - 1)), v, 0) for k, v in columns.items()}
+            lp = jnp.asarray(row["log_prob"])
+            rows.append(jax.value_and_grad(surrogate, has_aux=True)(lp, batch_of(row)))
     weight = sum(float(w) for (_, w), _ in rows)
     np.testing.assert_allclose(sum(float(total) for (total, _), _ in rows) / weight, whole, rtol=1e-9)
-    np.testing.assert_allclose(np.concatenate([g for _, g in rows]) / weight, slope, rtol=1e-9)
+    np.testing.assert_allclose(sum(np.asarray(g) for _, g in rows) / weight, slope, rtol=1e-9)
 
 
 def test_microbatches_do_not_change_the_objective():
@@ -379,10 +380,8 @@ def test_microbatches_do_not_change_the_objective():
 
     params, found = jnp.asarray([0.1, -0.2, 0.05]), {}
     for count in (1, 2, 4):
-        values, gradient = grad.value_and_grad(losses, params, batch, count)
+        values, gradient = jax.jit(grad.value_and_grad, static_argnums=(0, 3))(losses, params, batch, count)
         found[count] = gradient, {k: s / w for k, (s, w) in values.items()}
-    alone = grad.value_and_grad(lambda p, b: {"policy": losses(p, b)["policy"]}, params, batch)[1]
-    np.testing.assert_allclose(found[1][0], alone, rtol=1e-6)  # measures add nothing
     for count in (2, 4):
         np.testing.assert_allclose(found[count][0], found[1][0], rtol=1e-6, atol=1e-6)
         for key, mean in found[1][1].items():
@@ -398,7 +397,11 @@ def test_on_policy_all_objectives_have_the_policy_gradient(options):
     for name in NAMES:
         slope = value(name, columns, mean="token_mean", **options)[1]
         np.testing.assert_allclose(slope, wanted, rtol=1e-9, err_msg=name)
-        metrics = make(name, **options).metrics(jnp.asarray(columns["log_prob"]), batch_of(columns))
+        with jax.enable_x64(True):
+            o, lp, batch = make(name, **options), jnp.asarray(columns["log_prob"]), batch_of(columns)
+            metrics = {k: float(v) for k, v in o.metrics(lp, batch).items()}
+            pull = jax.grad(lambda x, o=o, b=batch: sum(total for total, _ in o.measures(x, b).values()))(lp)
+        assert not pull.any()  # measures may stand among the losses
         assert metrics["ratio_mean"] == metrics["ratio_max"] == 1
         assert metrics["clip_fraction"] == metrics["mismatch_k3"] == 0
 
@@ -423,14 +426,16 @@ def test_dr_grpo_is_grpo_with_another_mean_and_no_scale():
 
 def test_truncated_rows_are_masked_and_extreme_ratios_stay_finite():
     columns = columns_of(2) | {"truncated": np.array([1.0, 0.0, 0.0, 1.0]), "share": np.ones(B)}
-    kept = {k: v[1:3] for k, v in columns.items()}
+    kept = columns | {"share": np.array([0.0, 1.0, 1.0, 0.0])}
     assert value("dapo", columns, mask_truncated=True)[0] == pytest.approx(value("dapo", kept)[0], rel=1e-12)
     columns["log_prob"] = columns["old"] + 500.0
     mean, slope = value("grpo", columns, kl=0.1, clip_high=None)
     assert np.isfinite(mean)
     assert np.isfinite(slope).all()
     empty = columns | {"share": np.zeros(B)}
-    assert make("grpo").surrogate(jnp.asarray(columns["log_prob"]), batch_of(empty)) == (0, 0)
+    with jax.enable_x64(True):
+        pair = make("grpo").surrogate(jnp.asarray(columns["log_prob"]), batch_of(empty))
+    assert [float(x) for x in pair] == [0, 0]
 
 
 def test_metrics_agree_with_numpy():
@@ -453,15 +458,17 @@ def test_metrics_agree_with_numpy():
         "mismatch_max": np.exp(gap).max(),
         "mismatch_capped": np.average(np.exp(gap) > 1.1, weights=w),
     }
-    got = make("grpo", cap=1.1).metrics(jnp.asarray(columns["log_prob"]), batch_of(columns))
+    with jax.enable_x64(True):
+        got = make("grpo", cap=1.1).metrics(jnp.asarray(columns["log_prob"]), batch_of(columns))
     assert set(got) == set(wanted)
     assert 0 < wanted["clip_fraction"] < 1
     for key, x in wanted.items():
-        np.testing.assert_allclose(got[key], x, rtol=1e-4, err_msg=key)
+        np.testing.assert_allclose(got[key], x, rtol=1e-6, err_msg=key)
         assert got[key].dtype == jnp.float32
-    h = jnp.full((B, L), 2.5)
-    assert make("grpo").metrics(jnp.asarray(columns["log_prob"]), batch_of(columns), h)["entropy"] == 2.5
-    assert make("rloo").metrics(jnp.asarray(columns["log_prob"]), batch_of(columns))["clip_fraction"] == 0
+    with jax.enable_x64(True):
+        lp, batch = jnp.asarray(columns["log_prob"]), batch_of(columns)
+        assert float(make("grpo").metrics(lp, batch, jnp.full((B, L), 2.5))["entropy"]) == 2.5
+        assert float(make("rloo").metrics(lp, batch)["clip_fraction"]) == 0
 
 
 @pytest.mark.parametrize(
