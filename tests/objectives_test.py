@@ -152,7 +152,7 @@ def random_options(r):
 
 
 def test_two_hundred_random_cases_agree_with_the_transcription():
-    for seed in range(40):  # options, with five batches each
+    for seed in range(25):  # options, with eight batches each
         r = np.random.default_rng(seed)
         name, packed = NAMES[seed % len(NAMES)], bool(r.integers(2))
         own = objectives._own(name)
@@ -161,8 +161,8 @@ def test_two_hundred_random_cases_agree_with_the_transcription():
         if own.get("gain") is None and r.uniform() < 0.5:
             options["dual_clip"] = 1.2
         o = {**objectives.Options._field_defaults, **own, **options}
-        cases = [columns_of(5 * seed + i, packed) for i in range(5)]
-        entropy, direction = r.exponential(size=(5, B, L)), r.standard_normal((5, B, L))
+        cases = [columns_of(8 * seed + i, packed) for i in range(8)]
+        entropy, direction = r.exponential(size=(8, B, L)), r.standard_normal((8, B, L))
         with jax.enable_x64(True):
             batches = jax.tree.map(lambda *x: jnp.stack(x), *map(batch_of, cases))
             lps = jnp.asarray([c["log_prob"] for c in cases])
@@ -434,7 +434,7 @@ def test_truncated_rows_are_masked_and_extreme_ratios_stay_finite():
     columns = columns_of(2) | {"truncated": np.array([1.0, 0.0, 0.0, 1.0]), "share": np.ones(B)}
     kept = columns | {"share": np.array([0.0, 1.0, 1.0, 0.0])}
     assert value("dapo", columns, mask_truncated=True)[0] == pytest.approx(value("dapo", kept)[0], rel=1e-12)
-    columns["log_prob"] = columns["old"] + 500.0
+    columns["log_prob"] = columns["old"] + 5000.0
     mean, slope = value("grpo", columns, kl=0.1, clip_high=None)
     assert np.isfinite(mean)
     assert np.isfinite(slope).all()

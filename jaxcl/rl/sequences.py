@@ -65,7 +65,6 @@ def find(weights: jax.Array, share: jax.Array, segments: jax.Array, size: int) -
     share = jax.lax.stop_gradient(share).astype(dtype)
     fits = jnp.all((segments <= size) | (weights == 0))
     share = jnp.where(fits, share, jnp.nan)
-    weights = jnp.where(fits, weights, jnp.nan)
     member = None if size == 1 else segments[..., None] == jnp.arange(1, size + 1, dtype=segments.dtype)[None, None]
     return Sequences(weights, share, member)
 
