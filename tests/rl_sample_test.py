@@ -15,7 +15,9 @@ from jaxcl.rl.sample import ANSWER, FORCED, NOTHING, THOUGHT, Limits
 LENGTHS = (7, 3, 5)
 SEGMENTS = np.array([[0] * (7 - n) + [1] * n for n in LENGTHS], np.int32)
 PROMPTS = np.where(SEGMENTS > 0, np.random.default_rng(0).integers(1, 64, SEGMENTS.shape), 0).astype(np.int32)
-LIMITS = Limits(thoughts=5, answer=4, stop=((3,), (5, 9)), forced=(11, 12), late=(13,), end=tuple(range(20, 30)))
+LIMITS = Limits(
+    thoughts=5, answer=4, stop=((3,), (4,), (6,), (5, 9)), forced=(11, 12), late=(13,), end=tuple(range(20, 30))
+)
 POLICIES = ("hard", "soft", "fuzzy", "none", "mts", "dirichlet", "gumbel")
 
 
@@ -81,7 +83,7 @@ def test_rows_follow_their_phases():
             *[NOTHING] * (LIMITS.total - steps),
         ]
         chain, queue = list(token[:thoughts_]), tuple(token[thoughts_ : thoughts_ + forced])
-        hits = [t for t in range(thoughts_) if chain[t] == 3 or chain[max(t - 1, 0) : t + 1] == [5, 9]]
+        hits = [t for t in range(thoughts_) if chain[t] in (3, 4, 6) or chain[max(t - 1, 0) : t + 1] == [5, 9]]
         assert hits == ([thoughts_ - 1] if stopped else [])
         assert queue == (LIMITS.forced if stopped else LIMITS.late)
         assert stopped or thoughts_ == LIMITS.thoughts

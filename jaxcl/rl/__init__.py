@@ -1,1 +1,1 @@
-"""Reinforcement learning of hard and soft chains of thought: what is fed, its density, objectives, sampling, tasks."""
+"""Reinforcement learning with verifiable rewards, for tokens and for continuous thoughts."""

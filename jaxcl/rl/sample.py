@@ -227,6 +227,7 @@ def _drawing(policy: Policy, limits: Limits, greedy: bool, greedy_answer: bool, 
 
     def draw(output: Output, request: jax.Array, slots: Slots) -> tuple[dict[str, Any], Slots, jax.Array]:
         logits, table = output.logits, output.embedding  # [W, V]
+        assert table is not None
         keys = jax.vmap(lambda r, t: jax.random.fold_in(jax.random.fold_in(key, r), t))(request, slots["step"])
         if greedy:
             _, record = policy.greedy(logits, table)

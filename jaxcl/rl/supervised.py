@@ -1,0 +1,122 @@
+r"""Supervised losses beside the policy gradient: preferences, mixtures with demonstrations, distributions of thoughts.
+
+    dpo       -log sigmoid(beta ((log pi / ref)(chosen) / n_c - (log pi / ref)(rejected) / n_r)), n = tokens or 1
+    chord     mu SFT + (1 - mu) RL
+    imitate   -phi log p, phi = 1, p or p (1 - p), detached
+    csft      sum_t KL(alpha*_t || softmax(logits_t)) over thoughts + cross-entropy of the other tokens
+
+Sources: Rafailov et al., 2305.18290, and, length-normalised, Lambert et al., 2411.15124 (dpo); Zhang et al., 2508.11408
+(chord); Gozeten et al., 2505.23648 (csft). All return (sum, weight); no weight depends on a parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.grad import Losses
+from jaxcl.rl.sequences import Mean, aggregate, find
+from jaxcl.schema import UserError
+from jaxcl.types import Batch
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+def totals(log_prob: jax.Array, weights: jax.Array) -> Pair:
+    """Returns the log-probability of each row and its number of tokens, both [B]; tokens of weight 0 may be NaN."""
+    weights = jax.lax.stop_gradient(weights)
+    return jnp.sum(jnp.where(weights == 0, 0, weights * log_prob), axis=1), jnp.sum(weights, axis=1)
+
+
+def dpo(
+    chosen: Pair, rejected: Pair, reference: Pair, *, beta: float = 5.0, normalise: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of the pairs' losses and their number; a pair with an empty side does not count.
+
+    Args:
+      chosen, rejected: `totals` of the policy, ([N], [N]).
+      reference: log-probabilities of (chosen, rejected) by the reference, ([N], [N]).
+      beta: 5 with mean log-probabilities, 0.1 is usual with sums.
+      normalise: takes the mean over the tokens of a row instead of the sum.
+    """
+    if beta <= 0:
+        raise UserError(f"config.objective dpo beta={beta}: must be above 0")
+
+    def margin(side: Pair, anchor: jax.Array) -> jax.Array:
+        gap = side[0] - jax.lax.stop_gradient(anchor)
+        return gap / jnp.maximum(side[1], 1) if normalise else gap
+
+    weight = jax.lax.stop_gradient((chosen[1] > 0) & (rejected[1] > 0)).astype(chosen[0].dtype)
+    gap = margin(chosen, reference[0]) - margin(rejected, reference[1])
+    return jnp.sum(jnp.where(weight > 0, -jax.nn.log_sigmoid(beta * gap), 0)), jnp.sum(weight)
+
+
+def chord(rl: Pair, sft: Pair, mu: Any) -> Losses:
+    """Returns the two losses of mu SFT + (1 - mu) RL, for `jaxcl.grad.value_and_grad`, which adds up their means.
+
+    Args:
+      rl, sft: (sum, weight).
+      mu: share of supervised learning, in [0, 1]: a number, or an array of the step (see `shaping.cosine`).
+    """
+    return {"rl": ((1 - mu) * rl[0], rl[1]), "sft": (mu * sft[0], sft[1])}
+
+
+def imitate(
+    log_prob: jax.Array,
+    batch: Batch,
+    *,
+    phi: Literal["none", "p", "p(1-p)"] = "none",
+    mean: Mean = "token_mean",
+    sequences: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the negative log-likelihood of demonstrations, each token by its phi (CHORD-phi is p (1 - p)).
+
+    phi spares what the policy knows already and what it finds absurd.
+
+    Args:
+      log_prob: of the demonstration's tokens, [B, L].
+      batch: its `weights` are used.
+      phi: weight of a token; the divisor does not have it.
+      mean: see `sequences.aggregate`.
+      sequences: that a row has room for.
+    """
+    rows = find(batch.weights, jnp.ones(batch.weights.shape[:1]), batch.segments, sequences)
+    log_prob = jnp.where(rows.live, log_prob, 0)
+    p = jax.lax.stop_gradient(jnp.exp(log_prob))
+    choices = {"none": jnp.ones_like(p), "p": p, "p(1-p)": p * (1 - p)}
+    if phi not in choices:
+        raise UserError(f"config.objective phi={phi!r}: choose from {', '.join(map(repr, choices))}")
+    return aggregate(-choices[phi] * log_prob, rows, mean)
+
+
+def csft(
+    logits: jax.Array,
+    batch: Batch,
+    distributions: jax.Array,
+    thought: jax.Array,
+    *,
+    mean: Mean = "sequence_token_sum",
+    sequences: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the supervision of continuous thoughts by distributions; a one-hot one is cross-entropy exactly.
+
+    Args:
+      logits: [B, L, V].
+      batch: `weights`, and `targets` of the tokens that are no thoughts.
+      distributions: alpha*, [B, L, V], rows that sum to 1; anything where `thought` is False.
+      thought: bool [B, L].
+      mean: see `sequences.aggregate`; the paper's is the sum over steps, averaged over rows.
+      sequences: that a row has room for.
+    """
+    if logits.shape != distributions.shape:
+        raise UserError(f"distributions of shape {list(distributions.shape)}: expected {list(logits.shape)}")
+    rows = find(batch.weights, jnp.ones(batch.weights.shape[:1]), batch.segments, sequences)
+    log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    wanted = jax.lax.stop_gradient(distributions).astype(log_p.dtype)
+    wanted = jnp.where((thought & rows.live)[..., None] & (wanted > 0), wanted, 0)
+    entropy = wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))
+    soft = jnp.sum(entropy - jnp.where(wanted > 0, wanted * log_p, 0), axis=-1)
+    hard = -jnp.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
+    return aggregate(jnp.where(thought & rows.live, soft, hard), rows, mean)
