@@ -1,0 +1,1 @@
+"""Reinforcement learning with verifiable rewards, for tokens and for continuous thoughts."""
