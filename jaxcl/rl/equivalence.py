@@ -13,7 +13,8 @@ from typing import NamedTuple
 LONGEST = 300  # characters; longer texts are compared as text
 DEEPEST = 6  # sets within sets
 _PAIRS = 400  # of parts of two sets that are compared
-_SHORT = {*"mgshlLVWJ", *"cm mm km kg mg ml dl ft in yd mi lb oz hr am pm".split()}  # units, where 2x or 3ab are none
+_SHORT = re.compile("[mghslLVWJ]|[cmk]m|k?g|mg|ml|ft|in|mi|lb|oz|hr|am|pm")  # units; 2x and 3ab have none
+# units, where 2x or 3ab are none
 _LOOKS = (  # LaTeX and signs that do not change a meaning
     (re.compile(r"\\(?:left|right|bigl|bigr|displaystyle|limits)(?![A-Za-z])|\\[!,;: ]|\\?[$£€¥]|\\\(|\\\)"), ""),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
@@ -95,7 +96,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def last_box(text: str) -> str | None:
-    """Returns what is in the last `\\boxed{}` or `\\fbox{}` that is closed; braces may nest, escaped ones do not count."""
+    """Returns what is in the last `\\boxed{}` or `\\fbox{}` that is closed; escaped braces do not count."""
     opened: list[tuple[int, bool]] = []  # where the content starts, and whether it is that of a box
     begin = end = -1
     for brace in _BRACE.finditer(text):
@@ -128,7 +129,7 @@ def _number(text: str) -> Number | None:
     if match is None or not _UNIT.fullmatch(match["unit"]):
         return None
     attached, unit = match["unit"][:1].isalpha(), match["unit"].strip().rstrip(".")
-    if unit and len(unit) <= (2 if attached else 1) and unit not in _SHORT:
+    if unit and len(unit) <= (2 if attached else 1) and not _SHORT.fullmatch(unit):
         return None
     unit = "".join(unit.casefold().split())
     unit = unit[:-1] if len(unit) > 2 and unit.endswith("s") else unit

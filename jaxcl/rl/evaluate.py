@@ -14,8 +14,8 @@ from jaxcl.schema import UserError
 def pass_at(k: int, samples: np.ndarray | int, correct: np.ndarray | int) -> np.ndarray:
     """Returns the probability that one of k samples drawn without replacement is correct: 1 - C(n-c, k) / C(n, k).
 
-    It is the unbiased estimate of pass@k from n samples per problem (Chen et al. 2021, "Evaluating Large Language Models
-    Trained on Code", equation 1), as a sum of logarithms: no large binomials, no cancellation.
+    It is the unbiased estimate of pass@k from n samples per problem (Chen et al. 2021, "Evaluating Large Language
+    Models Trained on Code", equation 1), as a sum of logarithms: no large binomials, no cancellation.
 
     Args:
       k: samples that may be tried.

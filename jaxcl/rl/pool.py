@@ -143,7 +143,8 @@ class _Worker:
             start_new_session=True,  # so that its children end with it, and Ctrl-C is the training's to handle
             bufsize=0,
         )
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.source, self.sink = self.process.stdout.fileno(), self.process.stdin.fileno()
         os.set_blocking(self.source, False)
         os.set_blocking(self.sink, False)

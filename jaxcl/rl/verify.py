@@ -59,7 +59,7 @@ def function(place: str) -> Reward:
     """
     module, _, name = place.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found: Any = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a user's module raises
         raise UserError(
             f"config.verifier.name={place!r}: cannot be imported ({type(error).__name__}: {error}); "
@@ -176,7 +176,7 @@ def math(gold: str, answer: str, *, partial: float = 0.0, scale: float = 1.0) ->
       UserError: the package is missing.
     """
     try:
-        import math_verify  # noqa: PLC0415  (an extra; it loads SymPy)
+        import math_verify  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (an extra; it loads SymPy)
     except ImportError as error:
         raise UserError("config.verifier.name='math': needs math-verify; pip install 'jaxcl[rl]'") from error
     if equivalence.last_box(answer) is None:

@@ -61,10 +61,10 @@ class Problems(NamedTuple):
     answers: np.ndarray | tuple[str, ...]  # int32 [N, A] tokens; or N texts, which the verifier understands
     verifier: Verifier  # rewards an answer, a list of tokens or a text, given the right one
     thoughts: int  # T, steps between prompt and answer; 0 = as many as the run allows
+    baselines: dict[str, float]  # accuracy on these problems of guessers that do not reason
     traces: np.ndarray | None = None  # int32 [N, T]: tokens of a good chain, for discrete supervision
     targets: Targets | None = None  # of the T thoughts, for supervision by distributions (CSFT)
     worked: tuple[str, ...] = ()  # N texts: written solutions, if there are any
-    baselines: dict[str, float] = {}  # accuracy on these problems of guessers that do not reason
     licence: str | None = None
     held_out: Problems | None = None  # for evaluation: shares no problem with these
 

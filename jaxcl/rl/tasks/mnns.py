@@ -72,6 +72,7 @@ def make(
         answers=(zero + answers[:, None]).astype(np.int32),
         verifier=verify.make("tokens"),
         thoughts=count - 1,
+        baselines={},
         traces=(zero + partial[:, :-1]).astype(np.int32),
         targets=frontier(digits, zero),
         licence="generated",

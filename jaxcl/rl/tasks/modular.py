@@ -56,6 +56,7 @@ def make(
         answers=(len(SPECIAL) + running[:, -1:]).astype(np.int32),
         verifier=verify.make("tokens"),
         thoughts=count - 1,
+        baselines={},
         traces=(len(SPECIAL) + running[:, :-1]).astype(np.int32),
         licence="generated",
     )

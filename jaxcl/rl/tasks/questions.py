@@ -94,7 +94,7 @@ def make(
         | {"template": template, "verifier": options, "held_out": held_out, "problems": problems, "seed": seed},
         licence=licence,
     )
-    if not isinstance(held_out, float):
+    if isinstance(held_out, (str, list)):
         held = read(held_out)
         return _measured(everything)._replace(
             held_out=_measured(held._replace(description=everything.description, licence=licence))
@@ -194,5 +194,6 @@ def _problems(
         answers=tuple(item.answer for item in items),
         verifier=verifier,
         thoughts=0,
+        baselines={},
         worked=tuple(item.worked for item in items) if form == "marked" else (),
     )

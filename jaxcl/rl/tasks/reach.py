@@ -84,6 +84,7 @@ def make(
         answers=np.array([[first + graph.right] for graph in graphs], np.int32),
         verifier=verify.make("tokens"),
         thoughts=steps - 1,
+        baselines={},
         traces=first + np.array(traces, np.int32),
         targets=_within(levels, steps - 1, nodes, first),
         licence="generated",
