@@ -304,6 +304,7 @@ def test_multiple_choice(tmp_path):
         (GSM, {"verifier": {"name": "boxed", "part": 1}}, r"config.verifier.part: unknown key"),
         ([{"question": "x", "choices": ["a"], "answer": 0}], {"form": "choice"}, r"expected a list of 2 to 10"),
         ([{"question": "x", "choices": ["a", "b"], "answer": 2}], {"form": "choice"}, r"answer 2: expected an index"),
+        (GSM, {"verifier": {"partial": 0.1}}, r"config.verifier: expected a dict with a 'name'"),
         ([], {}, "have no question"),
     ],
 )

@@ -14,7 +14,6 @@ LONGEST = 300  # characters; longer texts are compared as text
 DEEPEST = 6  # sets within sets
 _PAIRS = 400  # of parts of two sets that are compared
 _SHORT = re.compile("[mghslLVWJ]|[cmk]m|k?g|mg|ml|ft|in|mi|lb|oz|hr|am|pm")  # units; 2x and 3ab have none
-# units, where 2x or 3ab are none
 _LOOKS = (  # LaTeX and signs that do not change a meaning
     (re.compile(r"\\(?:left|right|bigl|bigr|displaystyle|limits)(?![A-Za-z])|\\[!,;: ]|\\?[$£€¥]|\\\(|\\\)"), ""),
     (re.compile(r"\\[dt]frac"), r"\\frac"),

@@ -51,6 +51,13 @@ def make(name: str, **options: Any) -> Verifier:
     return Verifier(place, dict(options), ":" not in name and name != "math")
 
 
+def of(options: Mapping[str, Any]) -> Verifier:
+    """Returns the verifier of a configuration: `name` and options."""
+    if not isinstance(options.get("name"), str):
+        raise UserError(f"config.verifier: expected a dict with a 'name', got {dict(options)!r}")
+    return make(**options)
+
+
 def function(place: str) -> Reward:
     """Returns the function at `module:name`.
 
@@ -59,7 +66,7 @@ def function(place: str) -> Reward:
     """
     module, _, name = place.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), name)
+        found: Reward = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a user's module raises
         raise UserError(
             f"config.verifier.name={place!r}: cannot be imported ({type(error).__name__}: {error}); "

@@ -77,28 +77,20 @@ def make(
         raise UserError(f"config.task.template={template!r}: has no place for the question; write {{question}} there")
     names = [question] if isinstance(question, str) else list(question)
     fields = [*names, answer, *([choices] if form == "choice" else [])]
-    options = dict(verifier) if verifier else {"name": "choice" if form == "choice" else "boxed"}
-    if not isinstance(options.get("name"), str):
-        raise UserError(f"config.task.verifier={options!r}: expected a dict with a 'name'")
-    checked = verify.make(**options)
+    options = dict(verifier or {"name": "choice" if form == "choice" else "boxed"})
+    checked = verify.of(options)
+    description = {"name": "questions", "path": path, "form": form, "question": question, "answer": answer}
+    description |= {"template": template, "verifier": options, "held_out": held_out, "problems": problems, "seed": seed}
 
     def read(paths: str | list[str]) -> Problems:
-        items = [
-            _item(place, record, form, names, answer, choices)
-            for place, record in _records(files(paths), fields, problems)
-        ]
-        return _problems(items, tokenizer, template, checked, form, longest)
+        records = _records(files(paths), fields, problems)
+        items = [_item(place, record, form, names, answer, choices) for place, record in records]
+        made = _problems(items, tokenizer, template, checked, form, longest)
+        return made._replace(description=description, licence=licence)
 
-    everything = read(path)._replace(
-        description={"name": "questions", "path": path, "form": form, "question": question, "answer": answer}
-        | {"template": template, "verifier": options, "held_out": held_out, "problems": problems, "seed": seed},
-        licence=licence,
-    )
+    everything = read(path)
     if isinstance(held_out, (str, list)):
-        held = read(held_out)
-        return _measured(everything)._replace(
-            held_out=_measured(held._replace(description=everything.description, licence=licence))
-        )
+        return _measured(everything)._replace(held_out=_measured(read(held_out)))
     groups = np.unique(everything.prompts, axis=0, return_inverse=True)[1].ravel()  # equal questions stay together
     train, rest = split(groups, held_out, seed, field="task.held_out")
     return _measured(part(everything, train))._replace(held_out=_measured(part(everything, rest)))
