@@ -328,6 +328,7 @@ def test_hostile_answers_cost_their_reward_only(hostile, tmp_path):
         assert "\n" not in verdicts.message
         child = int((tmp_path / "child").read_text())
         assert not alive(child), "what the verifier started ends with it"
+        assert pool.rewards(["a"], ["raise"]).message == "RuntimeError: no such"
         again = pool.rewards(["x", "y"], ["x", "z"])
         assert again.rewards.tolist() == [1, 0]
         assert sum(again.events.values()) == 0
@@ -384,6 +385,23 @@ def test_nothing_is_left_when_the_program_ends(hostile, tmp_path):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.stdout.strip().isdigit(), run.stderr
     assert not alive(int(run.stdout))
+
+
+def test_a_hanging_verifier_ends_after_the_program_was_killed(hostile, tmp_path):
+    script = (
+        f"import os, sys, threading; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from jaxcl.rl import verify; from jaxcl.rl.pool import Pool\n"
+        f"pool = Pool(verify.make({hostile.place!r}), workers=1, timeout=1.0)\n"
+        "print(pool._workers[0].process.pid, flush=True)\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()\n"
+        "pool.rewards(['a'], ['hang'])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    deadline = time.monotonic() + 30
+    while alive(int(run.stdout)):
+        assert time.monotonic() < deadline, "it hangs for ever"
+        time.sleep(0.1)
 
 
 def test_cheap_verifiers_need_no_process(monkeypatch):

@@ -171,7 +171,9 @@ class _Worker:
     def reply(self) -> dict[str, Any] | None:
         """Returns the reply if it is there, or the event that keeps it from ever being there; else None."""
         if self.received.endswith(b"\n"):
-            return json.loads(self.received)
+            with contextlib.suppress(ValueError):
+                return json.loads(self.received)
+            self.broken = True
         if self.broken:
             return {"event": "crash", "message": "the verifier ended its process"}
         if time.monotonic() >= self.deadline:

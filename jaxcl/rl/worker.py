@@ -21,6 +21,8 @@ from typing import Any
 
 from jaxcl.rl import verify
 
+_GRACE = 2  # seconds beyond the time that the pool gives an answer
+
 
 def main() -> None:
     """Serves until the input ends."""
@@ -42,7 +44,7 @@ def main() -> None:
     for line in requests:
         # If the training process dies, nobody ends a verifier that hangs: the kernel does.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(math.ceil(setup["seconds"]) + 10)
+        signal.alarm(math.ceil(setup["seconds"]) + _GRACE)
         reply = rewarded(function, json.loads(line), setup["options"])
         signal.alarm(0)
         _say(replies, reply)
@@ -62,7 +64,7 @@ def rewarded(function: verify.Reward, request: Mapping[str, Any], options: Mappi
     except MemoryError:
         return {"event": "memory"}
     except (Exception, SystemExit) as error:
-        return {"event": "error", "message": f"{type(error).__name__}: {error}"[:200]}
+        return {"event": "error", "message": " ".join(f"{type(error).__name__}: {error}"[:200].split())}
     return {"reward": reward} if math.isfinite(reward) else {"event": "value", "message": f"reward {reward}"}
 
 
