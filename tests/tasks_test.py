@@ -157,6 +157,7 @@ def test_reach_equals_matrix_powers(steps):
 def test_reach_cannot_be_guessed():
     problems = tasks.make({"name": "reach", "problems": 1000})
     assert all(value < 0.56 for value in problems.baselines.values()), problems.baselines
+    assert problems.baselines["place"] == problems.held_out.baselines["place"] == 0.5
     keys = []
     for part in (problems, problems.held_out):
         found = (parsed(part, i) for i in range(len(part.prompts)))

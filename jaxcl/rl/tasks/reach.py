@@ -89,7 +89,8 @@ def make(
         targets=_within(levels, steps - 1, nodes, first),
         licence="generated",
     )
-    train, held = split(np.arange(len(graphs)), held_out, seed, field="task.held_out")
+    pairs = np.arange(len(graphs)) // 2  # of which one has the right target first
+    train, held = split(pairs, held_out, seed, field="task.held_out")
 
     def measured(rows: np.ndarray) -> Problems:
         return part(everything, rows)._replace(baselines=_baselines([graphs[i] for i in rows]))
@@ -124,10 +125,10 @@ def path(edges: Iterable[Edge], root: int, target: int) -> list[int]:
 
 
 def _draw(nodes: int, steps: int, problems: int, seed: int) -> list[Graph]:
-    """Returns different graphs."""
+    """Returns different graphs; every second one has the right target first."""
     draws, found = generator("reach", seed), {}
     for _ in range(PATIENCE * problems):
-        graph = _graph(draws, nodes, steps)
+        graph = _graph(draws, nodes, steps, right_first=len(found) % 2 == 0)
         if graph is not None:
             found.setdefault((frozenset(graph.edges), graph.root, frozenset(graph.targets)), graph)
         if len(found) == problems:
@@ -135,7 +136,7 @@ def _draw(nodes: int, steps: int, problems: int, seed: int) -> list[Graph]:
     raise UserError(f"config.task.problems={problems}: found {len(found)} graphs of nodes={nodes}, steps={steps}")
 
 
-def _graph(draws: np.random.Generator, nodes: int, steps: int) -> Graph | None:
+def _graph(draws: np.random.Generator, nodes: int, steps: int, *, right_first: bool) -> Graph | None:
     """Returns a graph, or None if this one has no two targets at the right distance.
 
     Nodes come one after the other and hang on earlier ones. Their side is that of one root, of the other, or both;
@@ -161,7 +162,7 @@ def _graph(draws: np.random.Generator, nodes: int, steps: int) -> Graph | None:
     if not all(far):
         return None
     right, wrong = (int(names[draws.choice(side)]) for side in far)
-    targets = (right, wrong) if draws.random() < 0.5 else (wrong, right)
+    targets = (right, wrong) if right_first else (wrong, right)
     shuffled = draws.permutation(np.array(edges))
     return Graph(tuple((int(names[a]), int(names[b])) for a, b in shuffled), int(names[0]), targets, right)
 
