@@ -1,0 +1,191 @@
+"""Questions of files, in JSON lines or Parquet: GSM8K, SVAMP, multiple choice, and others of these forms.
+
+  form     answer in the record                                      verifier
+  marked   a worked solution that ends in `#### 42` (GSM8K)          boxed
+  plain    a number or a short text (SVAMP: question=["Body", "Question"], answer="Answer")    boxed
+  choice   index, letter or text of one of `choices`                 choice
+
+The prompt is a template with the question; the answer asked for is `\\boxed{...}`, or a letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.sources import files, jsonl, parquet
+from jaxcl.data.sources.records import Record
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.rl import verify
+from jaxcl.rl.tasks import Problems, guess, padded, part, split
+from jaxcl.schema import UserError
+
+TEMPLATE = "Question: {question}\nThink step by step, then write the result as \\boxed{result}.\nReasoning:"
+CHOICE_TEMPLATE = "Question: {question}\nThink step by step, then write the letter as \\boxed{letter}.\nReasoning:"
+_READERS = {".jsonl": jsonl.read, ".jsonl.gz": jsonl.read, ".jsonl.zst": jsonl.read, ".parquet": parquet.read}
+
+
+class _Item(NamedTuple):
+    """One checked record."""
+
+    place: str  # file:line
+    question: str
+    answer: str
+    worked: str
+
+
+def make(
+    tokenizer: Tokenizer,
+    *,
+    path: str | list[str],
+    form: Literal["marked", "plain", "choice"] = "marked",
+    question: str | list[str] = "question",
+    answer: str = "answer",
+    choices: str = "choices",
+    template: str | None = None,
+    verifier: Mapping[str, Any] | None = None,
+    held_out: float | str | list[str] = 0.1,
+    longest: int | None = None,
+    problems: int | None = None,
+    licence: str | None = None,
+    seed: int = 0,
+) -> Problems:
+    """Returns the problems of files; they have as many thoughts as the run allows.
+
+    Args:
+      tokenizer: encodes the prompts, each after its bos.
+      path: .jsonl, .jsonl.gz, .jsonl.zst or .parquet: file, glob pattern, or a list of them.
+      form: of the answers.
+      question: field of the question, or several whose texts are joined by a space.
+      answer: field of the answer.
+      choices: field of the choices: a list of texts, or {"text": [...], "label": [...]}.
+      template: of the prompt, in which {question} is replaced.
+      verifier: `name` and options, see `jaxcl.rl.verify.make`; by default that of the form.
+      held_out: share of the questions, or other files.
+      longest: tokens that a prompt may have.
+      problems: the first so many questions; None for all.
+      licence: recorded in the run.
+      seed: of the split.
+
+    Raises:
+      UserError: no such file or field, an answer that does not fit the form, or a prompt that is too long.
+    """
+    template = template or (CHOICE_TEMPLATE if form == "choice" else TEMPLATE)
+    if "{question}" not in template:
+        raise UserError(f"config.task.template={template!r}: has no place for the question; write {{question}} there")
+    names = [question] if isinstance(question, str) else list(question)
+    fields = [*names, answer, *([choices] if form == "choice" else [])]
+    options = dict(verifier or {"name": "choice" if form == "choice" else "boxed"})
+    checked = verify.of(options)
+    description = {"name": "questions", "path": path, "form": form, "question": question, "answer": answer}
+    description |= {"template": template, "verifier": options, "held_out": held_out, "problems": problems, "seed": seed}
+
+    def read(paths: str | list[str]) -> Problems:
+        records = _records(files(paths), fields, problems)
+        items = [_item(place, record, form, names, answer, choices) for place, record in records]
+        made = _problems(items, tokenizer, template, checked, form, longest)
+        return made._replace(description=description, licence=licence)
+
+    everything = read(path)
+    if isinstance(held_out, (str, list)):
+        return _measured(everything)._replace(held_out=_measured(read(held_out)))
+    groups = np.unique(everything.prompts, axis=0, return_inverse=True)[1].ravel()  # equal questions stay together
+    train, rest = split(groups, held_out, seed, field="task.held_out")
+    return _measured(part(everything, train))._replace(held_out=_measured(part(everything, rest)))
+
+
+def _measured(problems: Problems) -> Problems:
+    return problems._replace(baselines={"majority": guess(problems.answers)})
+
+
+def _records(paths: Sequence[str], fields: Sequence[str], most: int | None) -> Iterator[tuple[str, Record]]:
+    """Yields place and record, all fields there."""
+    count = 0
+    for path in paths:
+        reader = next((read for end, read in _READERS.items() if path.lower().endswith(end)), None)
+        if reader is None:
+            raise UserError(f"{path}: its name does not tell what it is; rename it to end in {', '.join(_READERS)}")
+        for place, record in reader(path, fields):
+            if count == most:
+                return
+            for field in fields:
+                if record.get(field) is None:
+                    raise UserError(f"{place}: has no field {field!r}; it has {', '.join(map(str, record))}")
+            count += 1
+            yield place, record
+
+
+def _item(place: str, record: Record, form: str, names: Sequence[str], answer: str, choices: str) -> _Item:
+    """Returns a checked record."""
+    text, given = " ".join(str(record[name]).strip() for name in names), record[answer]
+    if form == "choice":
+        listed, labels = _choices(place, record[choices])
+        lines = [f"({letter}) {choice}" for letter, choice in zip(verify.LETTERS, listed, strict=False)]
+        return _Item(place, "\n".join([text, *lines]), _letter(place, given, listed, labels), "")
+    if not isinstance(given, (str, int, float)) or isinstance(given, bool):
+        raise UserError(f"{place}: {answer}={given!r}: expected a text or a number")
+    given = f"{given:.12g}" if isinstance(given, float) else str(given)
+    if form == "plain":
+        return _Item(place, text, given.strip(), "")
+    worked, marker, result = given.rpartition("####")
+    if not marker or not result.strip():
+        raise UserError(f"{place}: {answer} has no result behind '####'; set form='plain' if it is the result itself")
+    return _Item(place, text, result.strip(), worked.strip())
+
+
+def _choices(place: str, given: Any) -> tuple[list[str], list[str]]:
+    """Returns the texts of the choices and their labels."""
+    listed = given.get("text") if isinstance(given, Mapping) else given
+    if not isinstance(listed, (list, tuple)) or not 2 <= len(listed) <= len(verify.LETTERS):
+        raise UserError(f"{place}: choices={given!r}: expected a list of 2 to {len(verify.LETTERS)} texts")
+    labels = given.get("label") if isinstance(given, Mapping) else None
+    return [str(choice) for choice in listed], [str(label) for label in labels or verify.LETTERS[: len(listed)]]
+
+
+def _letter(place: str, given: Any, listed: list[str], labels: list[str]) -> str:
+    """Returns the letter of the right choice."""
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(listed):
+        return verify.LETTERS[given]
+    for names in (labels, listed):
+        if isinstance(given, str) and names.count(given.strip()) == 1:
+            return verify.LETTERS[names.index(given.strip())]
+    raise UserError(f"{place}: answer {given!r}: expected an index from 0, a label or one of {listed}")
+
+
+def _problems(
+    items: Sequence[_Item],
+    tokenizer: Tokenizer,
+    template: str,
+    verifier: verify.Verifier,
+    form: str,
+    longest: int | None,
+) -> Problems:
+    """Returns the problems of checked records."""
+    if not items:
+        raise UserError("config.task.path: its files have no question")
+    texts = [template.replace("{question}", item.question) for item in items]
+    rows = [[tokenizer.bos, *map(int, tokens)] for tokens in tokenizer.encode_many(texts)]
+    for item, row in zip(items, rows, strict=True):
+        if longest is not None and len(row) > longest:
+            raise UserError(
+                f"{item.place}: prompt of {len(row)} tokens; config.task.longest={longest}: raise it or remove the line"
+            )
+    pad = tokenizer.eos if tokenizer.pad is None else tokenizer.pad
+    prompts, segments = padded(rows, pad)
+    return Problems(
+        description={},
+        vocab=tokenizer.vocab,
+        names=(),
+        pad=pad,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        prompts=prompts,
+        segments=segments,
+        answers=tuple(item.answer for item in items),
+        verifier=verifier,
+        thoughts=0,
+        baselines={},
+        worked=tuple(item.worked for item in items) if form == "marked" else (),
+    )
