@@ -101,6 +101,7 @@ entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 %body (s: (s32[], bf16[1,8])) -> (s32[], bf16[1,8]) {
   %f.1 = bf16[16,8]{1,0} fusion(%x), kind=kLoop, calls=%gather
   %f.2 = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%gather.clone
+  %f.3 = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%meanwhile
   %attention_forward.3 = (f32[4]{0}, f32[4]{0}) custom-call(%f.1), custom_call_target="tpu_custom_call"
   ROOT %t = (s32[], bf16[1,8]) tuple(%i, %x)
 }
@@ -109,12 +110,21 @@ entry_computation_layout={(f32[8]{0})->f32[8]{0}}
   ROOT %all-gather.8 = bf16[16,8]{1,0:T(8,128)} all-gather(%p), channel_id=5, dimensions={0}
 }
 
+%meanwhile (p: bf16[1,8]) -> bf16[4,8] {
+  ROOT %all-gather.9 = bf16[4,8]{1,0:T(8,128)} all-gather(%p), channel_id=6, dimensions={0}
+}
+
+%start (p: bf16[1,8]) -> bf16[4,8] {
+  ROOT %all-gather.10 = bf16[4,8]{1,0:T(8,128)} all-gather(%p), channel_id=6, dimensions={0}
+}
+
 %condition (s: (s32[], bf16[1,8])) -> pred[] {
   %c = s32[]{:T(128)} constant(24)
   ROOT %lt = pred[] compare(%i, %c), direction=LT
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {
+  %f.4 = bf16[4,8]{1,0} fusion(%a), kind=kCustom, calls=%start
   %while.1 = (s32[]{:T(128)}, bf16[1,8]{1,0}) while(%t), condition=%condition, body=%body
   %r = (f32[10]{0}, f32[6]{0}) all-reduce(%a, %b), channel_id=9, to_apply=%add
   %g = (f32[2]{0}, f32[32]{0}) all-gather-start(%a), channel_id=11
@@ -126,7 +136,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 def test_loops_multiply_what_is_in_them_and_one_channel_counts_once():
     found = hlo.read(MODULE)
     assert found["collectives"] == {
-        "all-gather": {"sites": 2, "times": 25, "bytes": 24 * 16 * 8 * 2 + 32 * 4},
+        "all-gather": {"sites": 3, "times": 26, "bytes": 24 * 16 * 8 * 2 + 4 * 8 * 2 + 32 * 4},
         "all-reduce": {"sites": 1, "times": 1, "bytes": 64},
     }
     assert found["pallas"] == {"attention_forward": 24}

@@ -264,20 +264,24 @@ def cross_entropy_backward(
     d_logp: jax.Array,
     d_lse: jax.Array,
     *,
+    d_head: Any = None,
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the cotangents of (hidden, head) in their dtypes, given what `cross_entropy` returned."""
+    """Returns the cotangents of (hidden, head), given what `cross_entropy` returned.
+
+    They have the dtypes of these, but for that of head if the dtype `d_head` is given.
+    """
     launch, width = _launch(hidden, head, tiles, interpret), head.shape[0]
     flat = hidden.reshape(-1, width)
     operands = [("token", flat), ("column", head)]
     operands += [("token", x.reshape(-1, 1)) for x in (targets, lse, d_logp, d_lse - d_logp)]
     result = ("token", flat.shape, hidden.dtype)
-    (d_hidden,) = launch(_d_hidden, operands, [result], [(launch.tiles.tokens, width)], products=[width] * 2)
-    result = ("column", head.shape, head.dtype)
+    (of_hidden,) = launch(_d_hidden, operands, [result], [(launch.tiles.tokens, width)], products=[width] * 2)
+    result = ("column", head.shape, head.dtype if d_head is None else d_head)
     scratch = [(width, launch.tiles.columns)]
-    (d_head,) = launch(_d_head, operands, [result], scratch, products=[width] * 2, columns_first=True)
-    return d_hidden.reshape(hidden.shape), d_head
+    (of_head,) = launch(_d_head, operands, [result], scratch, products=[width] * 2, columns_first=True)
+    return of_hidden.reshape(hidden.shape), of_head
 
 
 def _launch(hidden: jax.Array, head: jax.Array, tiles: Tiles | None, interpret: Any, extra: int = 0) -> _Launch:
