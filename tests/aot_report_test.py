@@ -152,6 +152,17 @@ def test_changes_are_tried_together_until_they_are_enough(capsys):
     assert "none of these is enough" not in out
 
 
+def test_a_search_tries_only_what_the_rows_can_be_cut_into(capsys):
+    session = aot_test.Fake(topology.parse("v5e:2x4"), jax.devices(), "c", [])
+    found = session.search(aot_test.config(microbatches=2), "batch")["search"]
+    assert found["best"] == 32
+    assert not [batch for batch in found["needed_gib"] if batch % (8 * 2)]  # shards x microbatches
+    rows = aot_test.config()["stream"] | {"batch": 96}
+    found = session.search(aot_test.config(stream=rows), "microbatches")["search"]
+    assert found["best"] == 6
+    assert not [passes for passes in found["needed_gib"] if 96 // 8 % passes]
+
+
 @pytest.mark.parametrize(("text", "options"), [
     ("v4:2x2x4", {"platform": "tpu", "topology_name": "v4:2x2x4", "chip_config_name": "megacore"}),
     ("v5p:8x8x4", {"platform": "tpu", "topology_name": "v5p:8x8x4"}),
