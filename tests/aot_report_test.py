@@ -152,6 +152,18 @@ def test_changes_are_tried_together_until_they_are_enough(capsys):
     assert "none of these is enough" not in out
 
 
+def test_the_facts_of_a_step_are_those_of_its_config():
+    rows = aot_test.config()["stream"] | {"batch": 16}
+    config = aot_test.config(stream=rows, microbatches=2, tokenizer={"name": "hf", "path": "/no"})
+    plain = abstract.make(config, jax.devices()).facts()
+    wanted = {"rows_per_step": 16, "length": 256, "microbatches": 2, "tokens_per_step": 16 * 256, "devices": 8}
+    assert {key: plain[key] for key in wanted} == wanted
+    assert plain["mesh"] == {"data": 4, "fsdp": 2}
+    cut = abstract.make(config | {"adapter": "lora"}, jax.devices()).facts()
+    assert cut["trained_parameters"] < plain["trained_parameters"] == plain["parameters"]
+    assert cut["flops_per_step"] < plain["flops_per_step"]  # frozen matrices have no gradient
+
+
 def test_a_search_tries_only_what_the_rows_can_be_cut_into(capsys):
     session = aot_test.Fake(topology.parse("v5e:2x4"), jax.devices(), "c", [])
     found = session.search(aot_test.config(microbatches=2), "batch")["search"]
