@@ -45,3 +45,14 @@ def test_machine_code_of_the_other_widths_has_no_spills_and_no_atomics(width, tm
     for listing in listings:
         assert "HGMMA" in listing
         assert not re.search(r"\b(RED|ATOM|ATOMG)\.|\bHMMA\b", listing)
+
+
+def test_keys_without_gradient_are_visited_by_nobody():
+    """512 tokens, of which the first 256 and the last 128 are frozen: neither their tiles nor their queries count."""
+    place = np.arange(512)[None]
+    live = jnp.asarray((place >= 256) & (place < 384))
+    first, last = gpu.reachable(1, 512, None, None, True)
+    last = jnp.where(live, last, 0)
+    begin, end = np.asarray(gpu_backward._visitors(first, last, live, 128))[0]
+    assert (end - begin).tolist() == [0, 0, 2, 0]
+    assert (begin[2], end[2]) == (4, 6)
