@@ -101,7 +101,7 @@ def make(config: Mapping[str, Any], devices: Sequence[Any]) -> Step:
     program.check_options(pieces["schedule"], pieces["optim"], chosen, len(sources))
     model, batch = pieces.pop("model"), pieces["stream"].get("batch")
     text = {key: pieces.pop(key, None) for key in ("tokenizer", "packing", "adapter")}
-    of = _images if domains.of_tables(_kinds(sources), **text) else _text
+    of = _tabular if domains.of_tables(_kinds(sources), **text) else _text
     network, table, length, notes = of(model, max(batch, 1) if isinstance(batch, int) else 1, **text)
     made = plan.make(mesh, network, **pieces)(dict.fromkeys(sources, table))
     ready = program.compiled(made)
@@ -128,7 +128,7 @@ def _text(model: Mapping[str, Any], count: int, *, tokenizer: Any, packing: Any,
     return networks.make(model, words, length, adapter), blank(length, count), length, notes
 
 
-def _images(model: Mapping[str, Any], count: int, **_: None) -> Known:
+def _tabular(model: Mapping[str, Any], count: int, **_: None) -> Known:
     """Returns what is known of a classifier and its rows, whose features are as many as the model's `inputs`."""
     size = model.get("inputs")
     if "checkpoint" not in model and not (isinstance(size, int) and size > 0):
