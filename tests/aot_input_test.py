@@ -5,17 +5,20 @@ import os
 import re
 import signal
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import aot_test
 import jax
 import numpy as np
 import pytest
 
-from jaxcl import program, train
+from jaxcl import main, program, train
 from jaxcl.aot import __main__ as command
 from jaxcl.aot import abstract, knobs, show, topology
 from jaxcl.data.sources import Table, images
 from jaxcl.kernels import attention
+from jaxcl.models import transformer
 from jaxcl.schema import UserError
 
 FLAGS = ["--topology=v5e:2x4", "--config=configs/quickstart.py", "--config.mesh.data=8"]
@@ -101,6 +104,7 @@ def test_where_to_write_is_checked_before_anything_is_compiled(out, words, tmp_p
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.json", "old")]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the loader of ml_collections
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -151,8 +155,7 @@ def test_a_search_ends_soon_near_the_limit(limit, base):
 
     found = knobs.largest(share, 4)
     assert limit * 15 / 17 <= found <= limit
-    assert len(asked) == len(set(asked)) <= 22
-    assert base or len(asked) <= 12
+    assert len(asked) == len(set(asked)) <= 12
 
 
 def test_a_search_survives_a_jump_that_was_too_far():
@@ -181,11 +184,12 @@ class Stuck(aot_test.Fake):
 
 @pytest.fixture
 def stuck(monkeypatch):
+    monkeypatch.setattr(main, "read", lambda argv, usage: (aot_test.config(), ""))
     monkeypatch.setattr(command, "Session", type("Stuck", (Stuck,), {}))
     return command.Session
 
 
-@pytest.mark.parametrize(("flags", "key"), [(["--search"], "search"), (["--config.stream.batch=800"], "knobs")])
+@pytest.mark.parametrize(("flags", "key"), [(["--search"], "search"), ([], "knobs")])
 def test_what_was_found_before_an_interruption_is_written(flags, key, stuck, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main([*FLAGS, *flags, f"--out={tmp_path / 'a.json'}"])
@@ -193,9 +197,8 @@ def test_what_was_found_before_an_interruption_is_written(flags, key, stuck, tmp
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["interrupted"] is True
     assert len(found["search"]["needed_gib"]) == 2 if key == "search" else len(found["knobs"]) == 1
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert err == f"interrupted; {tmp_path / 'a.json'} has what was found until then\n"
-    assert ("does not fit" in out) == (key == "knobs")
 
 
 def test_an_interruption_before_the_first_program_writes_nothing(stuck, tmp_path, capsys):
@@ -210,7 +213,7 @@ def test_errors_of_the_thread_are_those_of_the_command():
     def fail():
         raise UserError("x")
 
-    with pytest.raises(UserError, match="^x$"):
+    with pytest.raises(UserError, match=r"^x$"):
         command.patiently(fail)
 
 
@@ -238,16 +241,19 @@ def test_a_kernel_that_is_taken_needs_no_reason():
 
 
 def test_the_reason_is_shown():
-    step = abstract.make(aot_test.config(), jax.devices())
-    assert step.no_kernel("tpu") == "config.model: heads of width 8; they take 64, 128, 256"
-    wide = aot_test.config()
-    wide["model"] |= {"head_dim": 64}
-    assert abstract.make(wide, jax.devices()).no_kernel("tpu") is None
-    assert abstract.make(classifier(), jax.devices()).no_kernel("tpu") == "no attention in the model"
+    def reason(shape):
+        plan: Any = SimpleNamespace(network=SimpleNamespace(shape=shape))
+        return abstract.Step(plan, *[None] * 5).no_kernel("tpu")
+
+    narrow = reason(transformer.shape(preset="tiny", vocab=264))
+    assert narrow == "config.model: heads of width 8; they take 64, 128, 256"
+    assert reason(transformer.shape(preset="tiny", vocab=264, head_dim=64)) is None
+    assert "'tiles' takes none" in reason(transformer.shape(preset="tiny", vocab=264, head_dim=64, attention="tiles"))
+    assert reason(None) == "no attention in the model"
     sizes = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "peak"), 0.0)
     known = {"memory_gib": sizes, "collectives": {}, "pallas": {}, "donation": {"aliased_inputs": 1, "state_leaves": 1}}
     whole = {**aot_test.RESULT, **known, "needed_gib": 1e-6, "available_gib": 4.0, "fits": True}
-    lines = show.table({**whole, "no_kernel": step.no_kernel("tpu"), "floors": {"compute_s": 3.2e-6}})
+    lines = show.table({**whole, "no_kernel": narrow, "floors": {"compute_s": 3.2e-6}})
     assert "  Pallas kernels  none: config.model: heads of width 8; they take 64, 128, 256" in lines
     assert "  floor           3.20 us a step from arithmetic at peak" in lines
     assert lines[-1] == "fits: 1.0 KiB of 4.00 GiB (less than 1%), 4.00 GiB free"

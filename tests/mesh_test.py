@@ -1,6 +1,7 @@
 """Meshes, shardings of whole states, and rows that reach the device that asked for them."""
 
 import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np

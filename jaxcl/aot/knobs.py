@@ -80,8 +80,8 @@ def together(config: Mapping[str, Any], mesh: Mapping[str, int]) -> list[Knob]:
 def largest(share: Callable[[int], float], start: int) -> int:
     """Returns a number that fits, such that one larger by a part of PARTS, or by 1, does not; 0 if 1 does not fit.
 
-    Multiplied by powers of two until it does not fit, then bisected: so it is a round multiple of `start`. A number
-    that takes a small share is multiplied by as much as would still fit if the need grew in proportion.
+    Multiplied by powers of two until it does not fit, then bisected: so it is a round multiple of `start`. The power is
+    the largest that would still fit if the need went on growing as it did, in a straight line.
 
     Args:
       share: number -> need as a share of what there is; it fits up to 1.
@@ -90,12 +90,14 @@ def largest(share: Callable[[int], float], start: int) -> int:
     Raises:
       UserError: the search does not end.
     """
-    low, high = 0, max(start, 1)
+    low, before, high = 0, 0.0, max(start, 1)
     for _ in range(MAX_PROBES):
         found = share(high)
         if found > 1:
             return _bisect(share, low, high)
-        low, high = high, high * 2 ** max(1, min(math.floor(-math.log2(found or 1)), MAX_JUMP))
+        free, growth = 1 - found, (found - before) / (high - low) * high  # of one more `high`
+        doublings = math.floor(math.log2(1 + free / growth)) if growth > 0 else 1
+        low, before, high = high, found, high * 2 ** max(1, min(doublings, MAX_JUMP))
     raise UserError(f"--search: {low} still fits; that is more than any machine needs")
 
 
