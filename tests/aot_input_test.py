@@ -242,12 +242,12 @@ def test_a_kernel_that_is_taken_needs_no_reason():
 
 def test_the_reason_is_shown():
     def reason(shape):
-        plan: Any = SimpleNamespace(network=SimpleNamespace(shape=shape))
-        return abstract.Step(plan, *[None] * 5).no_kernel("tpu")
+        step: Any = SimpleNamespace(plan=SimpleNamespace(network=SimpleNamespace(shape=shape)))
+        return abstract.Step.no_kernel(step, "tpu") or ""
 
     narrow = reason(transformer.shape(preset="tiny", vocab=264))
     assert narrow == "config.model: heads of width 8; they take 64, 128, 256"
-    assert reason(transformer.shape(preset="tiny", vocab=264, head_dim=64)) is None
+    assert reason(transformer.shape(preset="tiny", vocab=264, head_dim=64)) == ""
     assert "'tiles' takes none" in reason(transformer.shape(preset="tiny", vocab=264, head_dim=64, attention="tiles"))
     assert reason(None) == "no attention in the model"
     sizes = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "peak"), 0.0)
