@@ -36,7 +36,8 @@ def images_of_zeros(*, dataset: str, labels: list | None = None, data_dir: str |
     """A source of rows of six features."""
     ints = np.zeros(20, np.int32)
     rows = {"inputs": np.zeros((20, 6), np.float32), "targets": ints, "segments": ints, "positions": ints}
-    return Table({"name": "images"}, *[rows | {"weights": np.ones(20, np.float32)}] * 2)
+    rows["weights"] = np.ones(20, np.float32)
+    return Table({"name": "images"}, rows, rows)
 
 
 def classifier(**changes):
