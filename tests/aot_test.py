@@ -44,7 +44,7 @@ def test_a_missing_compiler_is_one_line_and_names_the_extra(monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(topology, "_installed", lambda module: False)
     for text in ("v5e:2x2", "h200:8"):
-        with pytest.raises(UserError, match=r"pip install 'jaxcl\[aot\]'"):
+        with pytest.raises(UserError, match=r"pip install -e '\.\[aot\]'"):
             topology.devices(topology.parse(text))
 
 
@@ -180,12 +180,12 @@ def test_knobs_that_are_turned_already_are_left_out():
 def test_the_search_finds_the_largest_that_fits(limit, start):
     asked = []
 
-    def fits(number):
+    def share(number):
         asked.append(number)
-        return number <= limit
+        return number / limit if limit else 2.0
 
-    assert knobs.largest(fits, start) == limit
-    assert len(asked) == len(set(asked)) <= 14
+    assert knobs.largest(share, start) in range(limit - limit // 16, limit + 1)
+    assert len(asked) == len(set(asked)) <= 10
 
 
 def test_the_search_finds_the_fewest_passes():
@@ -195,7 +195,7 @@ def test_the_search_finds_the_fewest_passes():
         assert knobs.fewest(lambda n, limit=limit: n >= limit, choices) == limit
     assert knobs.fewest(lambda n: False, choices) is None
     with pytest.raises(UserError, match="still fits"):
-        knobs.largest(lambda n: True, 1)
+        knobs.largest(lambda n: 0.9, 1)
 
 
 class Fake(command.Session):
@@ -349,7 +349,7 @@ def test_the_command_line_complains_in_one_line():
 SMALL = ("--topology=v5e:2x2", "--config=configs/quickstart.py", "--config.model.preset=tiny", "--config.mesh.data=4")
 
 
-@pytest.mark.skipif(not topology._installed("libtpu"), reason="needs libtpu: pip install 'jaxcl[aot]'")
+@pytest.mark.skipif(not topology._installed("libtpu"), reason="needs libtpu: pip install -e '.[aot]'")
 def test_a_step_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
     run = call(*SMALL, f"--out={tmp_path / 'a.json'}")
     assert run.returncode == 0, run.stderr
@@ -364,7 +364,7 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
     assert run.stderr == ""
 
 
-@pytest.mark.skipif(not topology._installed("libtpu"), reason="needs libtpu: pip install 'jaxcl[aot]'")
+@pytest.mark.skipif(not topology._installed("libtpu"), reason="needs libtpu: pip install -e '.[aot]'")
 def test_what_is_too_large_is_refused_with_the_shortfall():
     run = call(*SMALL, "--config.packing.length=512", "--config.stream.batch=16384", "--quick")
     assert run.returncode == 1, run.stderr

@@ -102,6 +102,29 @@ def attention(
     return found if return_lse else found[0]
 
 
+def refused(platform: str, width: int, dtype: str, *, bias: bool = False, implementation: str = "auto") -> str | None:
+    """Returns why the kernel of a platform does not take attention with these arguments; None if it does.
+
+    Args:
+      platform: a key of KERNELS, or another, which has no kernel.
+      width: K of a head.
+      dtype: name of that of queries, keys and values.
+      bias, implementation: see `attention`.
+    """
+    kernel = KERNELS.get(platform)
+    if kernel is None:
+        return f"there is none for {platform}"
+    if implementation == "tiles":
+        return "implementation 'tiles' takes none; 'auto' or 'kernel' do"
+    if not kernel.auto and implementation != "kernel":
+        return f"that for {platform} has never run, so that 'auto' does not take it; implementation 'kernel' does"
+    if width not in WIDTHS:
+        return f"heads of width {width}; they take {', '.join(map(str, WIDTHS))}"
+    if dtype not in kernel.dtypes:
+        return f"{dtype}; that for {platform} takes {' or '.join(kernel.dtypes)}"
+    return "there is a bias, which they do not take" if bias else None
+
+
 Whole = jax.Array | None
 
 
@@ -121,11 +144,10 @@ class _How(NamedTuple):
 
 def _kernels(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, bias: Whole) -> Mapping[str, Kernel]:
     """Returns those of `KERNELS` that are asked for and take these arguments."""
-    if bias is not None or q.shape[-1] not in WIDTHS or len({x.dtype for x in (q, k, v)}) > 1 or not how.scale > 0:
+    if len({x.dtype for x in (q, k, v)}) > 1 or not how.scale > 0:
         return {}
-    wanted = {name: kernel for name, kernel in KERNELS.items() if kernel.auto or how.implementation == "kernel"}
-    fits = {name: kernel for name, kernel in wanted.items() if q.dtype.name in kernel.dtypes}
-    return {} if how.implementation == "tiles" else fits
+    asked = {"bias": bias is not None, "implementation": how.implementation}
+    return {n: kernel for n, kernel in KERNELS.items() if not refused(n, q.shape[-1], q.dtype.name, **asked)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
