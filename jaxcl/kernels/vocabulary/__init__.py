@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def cross_entropy(
     Raises:
       ValueError: shapes that do not fit together, targets that are not integers, a chunk without columns.
     """
-    _check(hidden, head)
+    _check(hidden, head, "cross_entropy")
     if targets.shape != hidden.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
         found = f"{targets.dtype}{list(targets.shape)}"
         raise ValueError(f"targets {found}: expected integers of the shape {list(hidden.shape[:-1])} of the tokens")
@@ -81,10 +82,12 @@ def mixture(
     Raises:
       ValueError: shapes that do not fit together, a temperature that is not positive, a chunk without columns.
     """
-    _check(hidden, head)
+    _check(hidden, head, "mixture")
     if embedding.ndim != 2 or embedding.shape[0] != head.shape[1]:
         raise ValueError(f"embedding {list(embedding.shape)}: expected one row for each of {head.shape[1]} columns")
-    if isinstance(temperature, int | float) and not temperature > 0:
+    if jnp.shape(temperature) != ():
+        raise ValueError(f"temperature of shape {jnp.shape(temperature)}: expected one number for all tokens")
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < float(temperature) < math.inf:
         raise ValueError(f"temperature={temperature}: expected a positive number; for the limit 0 use a small one")
     width = min(width_of(head, chunk) or head.shape[1], head.shape[1])
     inverse = 1 / jnp.asarray(temperature, jnp.float32)
@@ -100,9 +103,12 @@ def width_of(head: jax.Array, chunk: int | None) -> int | None:
     return chunk if chunk < head.shape[1] else None
 
 
-def _check(hidden: jax.Array, head: jax.Array) -> None:
+def _check(hidden: jax.Array, head: jax.Array, name: str) -> None:
+    sharded.check(hidden, name)
     if head.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != head.shape[0]:
         raise ValueError(f"hidden {list(hidden.shape)} and head {list(head.shape)}: expected [..., D] and [D, V]")
+    if not head.size:
+        raise ValueError(f"head {list(head.shape)}: expected at least one column, and D of at least 1")
 
 
 def _fits(kernel: bool | None, *operands: jax.Array) -> Cut:
@@ -172,7 +178,6 @@ def _platform(fast: Any, plain: Any, *operands: jax.Array) -> Any:
     return jax.lax.platform_dependent(*operands, tpu=fast, default=plain)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def kl(width: int, scale: float, student: chunked.Pair, teacher: chunked.Pair) -> jax.Array:
     """Returns KL(teacher || student) of softmax(scale * logits) in nats, float32 [...]; no gradient for the teacher.
 
@@ -181,7 +186,23 @@ def kl(width: int, scale: float, student: chunked.Pair, teacher: chunked.Pair) -
       scale: 1 / temperature.
       student: (hidden [..., D], head [D, V]).
       teacher: the same with a D of its own.
+
+    Raises:
+      ValueError: shapes that do not fit together, a width or a scale out of range.
     """
+    for hidden, head in (student, teacher):
+        _check(hidden, head, "kl")
+    (hidden, head), (other, shown) = student, teacher
+    if head.shape[1] != shown.shape[1] or hidden.shape[:-1] != other.shape[:-1]:
+        found = f"student {list(hidden.shape)} {list(head.shape)}, teacher {list(other.shape)} {list(shown.shape)}"
+        raise ValueError(f"{found}: expected the same tokens and the same vocabulary")
+    if not 1 <= width <= head.shape[1] or not 0 < scale < math.inf:
+        raise ValueError(f"width={width}, scale={scale}: expected 1 to {head.shape[1]} columns and a positive number")
+    return _kl(width, scale, student, teacher)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kl(width: int, scale: float, student: chunked.Pair, teacher: chunked.Pair) -> jax.Array:
     return _kl_fwd(width, scale, student, teacher)[0]
 
 
@@ -195,4 +216,4 @@ def _kl_bwd(width: int, scale: float, saved: Any, cotangent: jax.Array) -> tuple
     return chunked.kl_backward(width, scale, student, teacher, lse_q, lse_p, cotangent), None
 
 
-kl.defvjp(_kl_fwd, _kl_bwd)
+_kl.defvjp(_kl_fwd, _kl_bwd)

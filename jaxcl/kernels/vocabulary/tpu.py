@@ -154,8 +154,10 @@ def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     )
 
 
-def _absorb(place: _Place, top: Any, total: Any, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Updates the running maximum and sum; returns what old sums shrink by and exp(logits - maximum)."""
+def _absorb(
+    place: _Place, top: Any, total: Any, logits: jax.Array, scale: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Updates the running maximum and sum; returns what old sums shrink by and exp(scale * (logits - maximum))."""
 
     @pl.when(place.first)
     def _() -> None:
@@ -163,7 +165,7 @@ def _absorb(place: _Place, top: Any, total: Any, logits: jax.Array) -> tuple[jax
         total[...] = jnp.zeros_like(total)
 
     new = jnp.maximum(top[...], jnp.max(logits, axis=1, keepdims=True))
-    shrink, e = jnp.exp(top[...] - new), jnp.exp(logits - new)
+    shrink, e = jnp.exp(scale * (top[...] - new)), jnp.exp(scale * (logits - new))
     top[...], total[...] = new, total[...] * shrink + jnp.sum(e, axis=1, keepdims=True)
     return shrink, e
 
@@ -303,15 +305,15 @@ def _mixture(
     total: Any,
     mixed: Any,
 ) -> None:
-    scores = inverse[0, 0] * _dot(hidden[...], head[...], 1, 0)
-    shrink, e = _absorb(place, top, total, place.inside(scores, 1, "column", NEVER))
+    scores = place.inside(_dot(hidden[...], head[...], 1, 0), 1, "column", NEVER)
+    shrink, e = _absorb(place, top, total, scores, inverse[0, 0])
     e = e.astype(embedding.dtype)
     _gather(place, mixed, 1, lambda at: _dot(e, place.inside(embedding[:, at], 0, "column"), 1, 0), shrink)
 
     @pl.when(place.last)
     def _() -> None:
         mean[...] = mixed[...] / total[...]
-        lse[...] = top[...] + jnp.log(total[...])
+        lse[...] = inverse[0, 0] * top[...] + jnp.log(total[...])
 
 
 def mixture(
