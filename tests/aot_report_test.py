@@ -201,7 +201,7 @@ def test_the_compiler_is_asked_for_the_machine_that_was_named(text, options, mon
 def test_the_exit_status_says_whether_it_fits(batch, status, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(topology, "ENVIRONMENT", {})
     monkeypatch.setattr(topology, "devices", lambda target: jax.devices())
-    monkeypatch.setattr(main, "read", lambda argv: ({}, None))
+    monkeypatch.setattr(main, "read", lambda argv, usage: ({}, None))
     wanted = aot_test.config()["stream"] | {"batch": batch}
     monkeypatch.setattr(abstract, "one_run", lambda config, variant: (aot_test.config(stream=wanted), []))
     monkeypatch.setattr(command, "Session", aot_test.Fake)

@@ -67,25 +67,17 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}")
+    numbers: dict[str, Any] = {"soft_cap": soft_cap, "scale": scale, "window": window}
     own = kv_segments is None and kv_positions is None and q.shape[1] == k.shape[1]
     if not own:
-        return reference.attention(
-            q,
-            k,
-            v,
-            segments=segments,
-            kv_segments=kv_segments,
-            positions=positions,
-            kv_positions=kv_positions,
-            causal=causal,
-            window=window,
-            soft_cap=soft_cap,
-            bias=bias,
-            scale=scale,
-            frozen=frozen,
-            return_lse=return_lse,
-        )
-    numbers = {"soft_cap": soft_cap, "scale": scale, "window": window}
+        places = {
+            "segments": segments,
+            "positions": positions,
+            "kv_segments": kv_segments,
+            "kv_positions": kv_positions,
+        }
+        options = {"causal": causal, "bias": bias, "frozen": frozen, "return_lse": return_lse}
+        return reference.attention(q, k, v, **places, **options, **numbers)
     reference.check(q, k, v, bias=bias, frozen=frozen, segments=segments, positions=positions, **numbers)
     sharded.check(q, "attention")
     if not q.size:
@@ -142,9 +134,9 @@ class _How(NamedTuple):
         return {"causal": self.causal, "scale": self.scale, "soft_cap": self.soft_cap}
 
 
-def _kernels(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, bias: Whole) -> Mapping[str, Kernel]:
+def _kernels(how: _How, q: jax.Array, bias: Whole) -> Mapping[str, Kernel]:
     """Returns those of `KERNELS` that are asked for and take these arguments."""
-    if len({x.dtype for x in (q, k, v)}) > 1 or not how.scale > 0:
+    if not how.scale > 0:
         return {}
     asked = {"bias": bias is not None, "implementation": how.implementation}
     return {n: kernel for n, kernel in KERNELS.items() if not refused(n, q.shape[-1], q.dtype.name, **asked)}
@@ -174,7 +166,7 @@ def _packed_fwd(
     frozen: Whole,
     bias: Whole,
 ) -> tuple[Any, Any]:
-    own = {name: partial(kernel.forward, **how.options) for name, kernel in _kernels(how, q, k, v, bias).items()}
+    own = {name: partial(kernel.forward, **how.options) for name, kernel in _kernels(how, q, bias).items()}
     tiled = partial(cpu.forward, bias=bias, **how.options)
     mixed, lse = jax.lax.platform_dependent(q, k, v, segments, window, **own, default=tiled)
     return (mixed, lse), (q, k, v, segments, window, frozen, mixed, lse, bias)
@@ -182,8 +174,8 @@ def _packed_fwd(
 
 def _packed_bwd(how: _How, saved: Any, d: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     *saved, bias = saved
-    q, k, v = saved[:3]
-    own = {name: partial(kernel.backward, **how.options) for name, kernel in _kernels(how, q, k, v, bias).items()}
+    q = saved[0]
+    own = {name: partial(kernel.backward, **how.options) for name, kernel in _kernels(how, q, bias).items()}
     tiled = partial(cpu.backward, bias=bias, **how.options)
     grads = jax.lax.platform_dependent(*saved, *d, **own, default=tiled)
     return *grads[:3], None, None, None, None if bias is None else grads[3]

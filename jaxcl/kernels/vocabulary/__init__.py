@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AxisType
 
 from jaxcl.kernels import sharded
@@ -87,7 +88,7 @@ def mixture(
         raise ValueError(f"embedding {list(embedding.shape)}: expected one row for each of {head.shape[1]} columns")
     if jnp.shape(temperature) != ():
         raise ValueError(f"temperature of shape {jnp.shape(temperature)}: expected one number for all tokens")
-    if not isinstance(temperature, jax.core.Tracer) and not 0 < float(temperature) < math.inf:
+    if not isinstance(temperature, Tracer) and not 0 < float(temperature) < math.inf:
         raise ValueError(f"temperature={temperature}: expected a positive number; for the limit 0 use a small one")
     width = min(width_of(head, chunk) or head.shape[1], head.shape[1])
     inverse = 1 / jnp.asarray(temperature, jnp.float32)
