@@ -81,8 +81,8 @@ def make(
     """Returns a decoder as a Model; whatever is not None overrides the preset.
 
     `apply(params, batch, cache=None)` takes tokens or embeddings as `batch.inputs`. `cache` is None, a Cache, or an
-    int: the number of slots of a new cache that the batch is written to (prefill). `batch.extra["frozen"]`, bool [B, L],
-    marks tokens (a prompt, a replayed row) that no gradient of an attention reaches: their tiles are skipped.
+    int: the number of slots of a new cache that the batch is written to (prefill). `batch.extra["frozen"]`, a bool
+    [B, L], marks tokens (a prompt, a replayed row) that no gradient of an attention reaches; their tiles are skipped.
 
     Args:
       preset: name of a shape in `jaxcl.models.presets`.
