@@ -38,12 +38,8 @@ def make(
             "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
         )
     made = {name: source_of(name, options) for name, options in sources.items()}
-    if kinds := [name for name, source in made.items() if isinstance(source, Table)]:
-        if text := [name for name in made if name not in kinds]:
-            raise UserError(f"config.sources: {kinds[0]} is a table and {text[0]} is text; train on one kind")
-        for key, value in (("tokenizer", tokenizer), ("packing", packing), ("adapter", adapter)):
-            if value:
-                raise UserError(f"config.{key}: config.sources are tables, which have no use for it; leave it out")
+    kinds = {name: isinstance(source, Table) for name, source in made.items()}
+    if of_tables(kinds, tokenizer=tokenizer, packing=packing, adapter=adapter):
         corpora = {name: tabular.corpus(table) for name, table in made.items()}
         example = next(tables.batches(next(iter(corpora.values())).train, size=1))
         return networks.classifier(model, example, tabular.classes(made.values())), lambda: corpora
@@ -52,6 +48,26 @@ def make(
     words = networks.tokenizer_of(tokenizer, model)
     network = networks.make(model, words, packed.length, adapter)
     return network, lambda: _packed(made, words, packed)
+
+
+def of_tables(kinds: Mapping[str, bool], **sections: Any) -> bool:
+    """Returns whether the domains are tables.
+
+    Args:
+      kinds: domain -> whether it is a table.
+      **sections: of the config, those that only text has a use for.
+
+    Raises:
+      UserError: some are tables and some are text, or they are tables and a section is given.
+    """
+    if len(set(kinds.values())) > 1:
+        table, text = (next(name for name, kind in kinds.items() if kind is wanted) for wanted in (True, False))
+        raise UserError(f"config.sources: {table} is a table and {text} is text; train on one kind")
+    tables = any(kinds.values())
+    for key, value in sections.items():
+        if tables and value:
+            raise UserError(f"config.{key}: config.sources are tables, which have no use for it; leave it out")
+    return tables
 
 
 def of_text(

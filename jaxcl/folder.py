@@ -17,10 +17,11 @@ import jax
 
 from jaxcl.schema import UserError
 
-# What may differ between two starts of one run. The rows of past stages are checked against the checkpoint itself.
+# What may differ between two starts of one run. The rows of past stages are checked against the checkpoint itself; the
+# implementations of attention compute the same, and the machine that a run goes on with may need another.
 FREE = (
     *("label", "checkpoint", "rollback", "tensorboard", "wandb"),
-    *("stream.stages", "stream.steps", "packing.directory"),
+    *("stream.stages", "stream.steps", "packing.directory", "model.attention"),
 )
 LOCK = "lock"  # held by the process that trains in the folder; the operating system frees it when that ends
 BRANCH = "branch.json"  # in the folder of a run that goes on from another: where it came from

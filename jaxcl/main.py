@@ -36,8 +36,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read(argv: list[str]) -> tuple[dict[str, Any], str]:
-    """Returns config and workdir of a command line.
+def read(argv: list[str], usage: str = USAGE) -> tuple[dict[str, Any], str]:
+    """Returns config and workdir of a command line; `usage` is what messages end with.
 
     Raises:
       UserError: whatever is wrong with it, in one line.
@@ -52,11 +52,11 @@ def read(argv: list[str]) -> tuple[dict[str, Any], str]:
     except Exception as error:  # a config file is a program: it can fail in any way
         last = str(error).strip().rsplit("\n", 1)[-1]  # absl puts a traceback before what a config file says
         text = " ".join(last.removeprefix("ValueError: ").split()) or type(error).__name__
-        raise UserError(f"command line: {text}; {USAGE}") from error
+        raise UserError(f"command line: {text}; {usage}") from error
     if rest:
         raise UserError(f"command line: {rest[0]!r} is not a flag; options are written --config.KEY=VALUE")
     if config is None:
-        raise UserError(f"--config: missing; {USAGE}")
+        raise UserError(f"--config: missing; {usage}")
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(f"--config: get_config() must return a ConfigDict, not {type(config).__name__}")
     whole = plain(config)

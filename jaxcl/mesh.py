@@ -107,9 +107,23 @@ def _sizes(wanted: Sequence[int | None], count: int) -> tuple[int, ...]:
         raise UserError(f"config.mesh: {shown}: only one axis may be left open; give a size to the others")
     rest, remainder = divmod(count, math.prod(fixed))
     if remainder or rest < 1 or (not open_axes and rest != 1):
-        remedy = "must divide" if open_axes else "must multiply to"
-        raise UserError(f"config.mesh: {shown}: the sizes {remedy} the number of devices, which is {count}")
+        fault = "must divide" if open_axes else "must multiply to"
+        remedy = _remedy(wanted, count)
+        raise UserError(f"config.mesh: {shown}: the sizes {fault} the number of devices, which is {count}; {remedy}")
     return tuple(rest if i in open_axes else int(size or 1) for i, size in enumerate(wanted))
+
+
+def _remedy(wanted: Sequence[int | None], count: int) -> str:
+    """Returns a change of one size that fits `count` devices, as it is written on the command line."""
+    is_open = any(size is None or size == -1 for size in wanted)
+    sizes = {axis: size if size and size > 0 else 1 for axis, size in zip(AXES, wanted, strict=True)}
+    for axis in ("fsdp", "data", "tensor", "replica", "context", "expert"):
+        others = math.prod(sizes.values()) // sizes[axis]
+        if count % others == 0 and not is_open:
+            return f"give one of them what is left, e.g. --config.mesh.{axis}=-1"
+        if count % others == 0 and sizes[axis] > 1:
+            return f"e.g. --config.mesh.{axis}={math.gcd(sizes[axis], count // others)}"
+    return f"use divisors of {count}, and -1 for one of them"
 
 
 def _shown(sizes: Sequence[int | None]) -> str:

@@ -38,16 +38,26 @@ def make(package: str, options: Mapping[str, Any], *args: Any, field: str) -> An
     Raises:
       UserError: unknown name, unknown key, missing key or value of the wrong type.
     """
+    rest = {key: value for key, value in options.items() if key != "name"} if isinstance(options, Mapping) else {}
+    return call(maker(package, options, field=field), rest, *args, field=field)
+
+
+def maker(package: str, options: Mapping[str, Any], *, field: str) -> Callable[..., Any]:
+    """Returns `{package}.{options['name']}.make`.
+
+    Raises:
+      UserError: no or an unknown name.
+    """
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise UserError(f"config.{field}: expected a dict with a 'name', got {options!r}")
-    name, rest = options["name"], {key: value for key, value in options.items() if key != "name"}
+    name = options["name"]
     names = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
     if name not in names:
         raise UserError(f"config.{field}.name={name!r}: no such module in {package}{nearest(name, names)}")
     module = importlib.import_module(f"{package}.{name}")
     if not hasattr(module, "make"):
         raise UserError(f"config.{field}.name={name!r}: {package}.{name} has no make()")
-    return call(module.make, rest, *args, field=field)
+    return module.make
 
 
 def call(function: Callable[..., Any], options: Mapping[str, Any], *args: Any, field: str) -> Any:

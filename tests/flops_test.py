@@ -71,6 +71,8 @@ def test_flops_of_models_without_attention_and_without_names():
     assert flops.of_model(model.axes, jax.eval_shape(model.init, jax.random.key(0)), 1) == 6 * (5 * 7 + 7 * 3 + 3 * 2)
     params = {"w": jnp.ones((4, 5)), "scale": jnp.ones(5), "gain": jnp.ones(())}
     assert flops.of_model({"w": (None, None), "scale": (None,), "gain": ()}, params, 8) == 6 * 20
+    both, names = {"v": jnp.ones((3, 5)), "w": jnp.ones((4, 5))}, {"v": (None, None), "w": (None, None)}
+    assert flops.of_model(names, both, 8, {"v": True, "w": False}) == 6 * 15 + 4 * 20  # no gradient of the frozen one
     tables = {"positions": jnp.ones((9, 4)), "tokens": jnp.ones((11, 4)), "head": jnp.ones((4, 11))}
     axes = {"positions": ("length", "embed"), "tokens": ("vocab", "embed"), "head": ("embed", "vocab")}
     assert flops.of_model(axes, tables, 8) == 6 * 44

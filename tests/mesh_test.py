@@ -1,5 +1,7 @@
 """Meshes, shardings of whole states, and rows that reach the device that asked for them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,30 @@ def test_a_mesh_always_has_all_axes_and_fills_the_open_one():
 def test_an_impossible_mesh_names_the_sizes_and_the_devices(sizes, words):
     with pytest.raises(UserError, match=words):
         meshes.make(**sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 1},
+        {"data": 1, "tensor": 3},
+        {"tensor": 3},
+        {"data": 2, "fsdp": 2},
+        {"fsdp": 16},
+        {"tensor": 16},
+        {"expert": 6},
+    ],
+)
+def test_the_remedy_of_an_impossible_mesh_is_one(sizes):
+    with pytest.raises(UserError) as error:
+        meshes.make(**sizes)
+    axis, size = re.search(r"e\.g\. --config\.mesh\.(\w+)=(-?\d+)$", str(error.value)).groups()
+    assert meshes.make(**sizes | {axis: int(size)}).size == 8
+
+
+def test_a_mesh_that_takes_two_changes_says_what_its_sizes_must_be():
+    with pytest.raises(UserError, match="use divisors of 8, and -1 for one of them"):
+        meshes.make(fsdp=3, tensor=5)
 
 
 def test_state_follows_its_parameters():

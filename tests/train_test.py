@@ -396,6 +396,14 @@ def test_a_run_may_be_renamed(folder, straight, tmp_path):
     assert json.loads((workdir / "report.json").read_text())["label"] == "another name"
 
 
+def test_a_run_may_go_on_with_another_implementation_of_attention(folder, straight, tmp_path):
+    assert stopped_at(folder, tmp_path / "run", 10) == 0
+    assert go_on(folder, tmp_path / "run", small.config(folder, model__attention="tiles")) == 0
+    assert small.outcome(tmp_path / "run") == small.outcome(straight)
+    with pytest.raises(UserError, match=r"config\.model\.layers=1, not 2"):
+        go_on(folder, tmp_path / "run", small.config(folder, model__layers=2))
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(folder, tmp_path, capsys, monkeypatch):
     def full(*rest):
         raise OSError(28, "No space left on device")

@@ -25,6 +25,8 @@ PROGRAMS = {
     "8b_v5p": ("--topology=v5p:8x8x4", f"{POD}8b"),
     "70b_v5p": ("--topology=v5p:8x8x4", f"{POD}70b"),
     "1b_h200": ("--topology=h200:8", f"{POD}1b"),
+    "1b_h200_kernel": ("--topology=h200:8", f"{POD}1b", "--config.model.attention=kernel"),
+    "8b_h200": ("--topology=h200:32", f"{POD}8b"),
     "oversize_v5e": (
         *("--topology=v5e:16x16", f"{POD}8b", "--config.packing.length=8192", "--config.stream.batch=1024"),
         *("--config.model.remat=none", "--quick"),
@@ -40,6 +42,8 @@ def row(name: str) -> str:
     if not path.exists():
         return f"| {name} | not compiled | | | | | | | | |"
     found = json.loads(path.read_text())
+    if found.get("interrupted"):
+        return f"| {name} | interrupted | | | | | | | | |"
     shape = f"{found['parameters'] / 1e9:.2f} B, {found['rows_per_step']:,} x {found['length']:,}"
     need = f"{found['needed_gib']:.2f} of {found['available_gib']:.2f}"
     if "memory_gib" not in found:

@@ -1,7 +1,8 @@
 """Command line: python -m jaxcl.aot --topology=v5p:8x8x4 --config=FILE [--config.KEY=VALUE ...].
 
 Compiles the train step of a config for machines that are not here, and says whether it fits, what it needs and what it
-does. Nothing runs; neither data nor weights are read. Exit status: 0 it fits, 1 it does not, 2 something is wrong.
+does. Nothing runs; neither data nor weights are read. Exit status: 0 it fits, 1 it does not, 2 something is wrong,
+130 interrupted (then --out has what was found until then).
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +22,94 @@ from jaxcl import console
 from jaxcl.aot import knobs, show, topology
 from jaxcl.schema import UserError
 
+USAGE = "usage: python -m jaxcl.aot --topology=KIND:SIZES --config=FILE [--config.KEY=VALUE ...]"
+INTERRUPTED = 130
+SEARCH = (
+    "find the largest stream.batch (or the fewest microbatches) that fits: compiles up to about ten programs, and ends "
+    "when the batch is known to 1 part in 16"
+)
+
 
 def main(argv: list[str]) -> None:
     """Runs the command.
 
     Raises:
       UserError: whatever is wrong with the command line or the config.
-      SystemExit: with status 1 if the program does not fit.
+      SystemExit: with status 1 if the program does not fit, with 130 after Ctrl-C.
     """
     parser = console.Parser(prog="python -m jaxcl.aot", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--topology", required=True, help=f"KIND:SIZES; {topology.EXAMPLES}")
     parser.add_argument("--config", required=True, help="file with get_config(), as for jaxcl.main")
     parser.add_argument("--variant", help="of a sweep; default: the first")
-    parser.add_argument(
-        "--search", choices=("batch", "microbatches"), nargs="?", const="batch", help="largest that fits"
-    )
+    parser.add_argument("--search", choices=("batch", "microbatches"), nargs="?", const="batch", help=SEARCH)
     parser.add_argument("--quick", action="store_true", help="do not try what would make a program fit")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", help="JSON file to write; must not exist")
     options, rest = parser.parse_known_args(argv)
+    if any(re.match(r"--?workdir(=|$)", arg) for arg in rest):
+        raise UserError("--workdir: nothing is trained here; leave it out, or name a file for the results with --out")
+    out = None if options.out is None else writable(options.out)
     target = topology.parse(options.topology)
     os.environ.update(topology.ENVIRONMENT)  # before JAX is imported
     from jaxcl import main as flags  # noqa: PLC0415
 
-    config, _ = flags.read(["jaxcl.aot", f"--config={options.config}", *rest])
-    if options.out and not options.out.parent.is_dir():
-        raise UserError(f"--out={options.out}: no folder {options.out.parent}; make it first")
+    config, _ = flags.read(["jaxcl.aot", f"--config={options.config}", *rest], USAGE)
     devices = topology.devices(target)
     from jaxcl.aot import abstract  # noqa: PLC0415
 
     one, notes = abstract.one_run(config, options.variant)
     session = Session(target, devices, options.config, notes)
     run = session.search if options.search else session.report
-    result = run(one, options.search or options.quick)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        result = patiently(lambda: run(one, options.search or options.quick))
+    except KeyboardInterrupt:
+        result = session.partial and session.partial | {"interrupted": True}
+    if out and result:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if result is None or "interrupted" in result:
+        kept = f"{out} has what was found until then" if out and result else "nothing was written"
+        print(f"interrupted; {kept}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     sys.exit(0 if result["fits"] else 1)
+
+
+def writable(text: str) -> Path:
+    """Returns the file of --out.
+
+    Raises:
+      UserError: it exists, or cannot be written.
+    """
+    path = Path(text)
+    if not text or path.is_dir():
+        raise UserError(f"--out={text}: {'is a folder' if text else 'empty'}; name a JSON file")
+    if path.exists():
+        raise UserError(f"--out={text}: exists; write to another --out, or remove it")
+    if not path.parent.is_dir():
+        raise UserError(f"--out={text}: no folder {path.parent}; make it first")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--out={text}: cannot be written ({error.strerror}); choose another folder") from error
+    return path
+
+
+def patiently(run: Callable[[], Any]) -> Any:
+    """Returns `run()`, called in a thread: the main one would hear Ctrl-C only when the compiler is done."""
+    done: list[Any] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            done.append(run())
+        except BaseException as error:  # the main thread raises it
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if raised:
+        raise raised[0]
+    return done[0]
 
 
 class Session:
@@ -60,6 +117,7 @@ class Session:
 
     def __init__(self, target: topology.Topology, devices: list[Any], name: str, notes: list[str]):
         self.target, self.devices, self.name, self.notes = target, devices, name, notes
+        self.partial: dict[str, Any] | None = None  # what is known while `report` or `search` goes on
 
     def compile(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what is known of the train step of a config, as it is written to JSON.
@@ -81,6 +139,7 @@ class Session:
             **step.facts(),
             "floors": examine.floors(step, self.target, verdict),
             **verdict.details,
+            "no_kernel": step.no_kernel(self.target.platform),
             "notes": [*self.notes, *step.notes],
             "seconds": round(verdict.seconds, 1),
             "versions": topology.versions(self.target),
@@ -93,7 +152,10 @@ class Session:
         if result["fits"]:
             return result
         print("what would help:", flush=True)
-        tried = [self.attempt(knob, quick) for knob in knobs.single(config, result["mesh"])]
+        tried: list[dict[str, Any]] = []
+        self.partial = result | {"knobs": tried}
+        for knob in knobs.single(config, result["mesh"]):
+            tried.append(self.attempt(knob, quick))
         if quick or not any(found.get("fits") for found in tried):
             for knob in knobs.together(config, result["mesh"]):
                 tried.append(self.attempt(knob, quick))
@@ -123,31 +185,47 @@ class Session:
         shards, rows = math.prod(sizes[axis] for axis in mesh.BATCH), config["stream"]["batch"]
         key = {"batch": "stream.batch", "microbatches": "microbatches"}[what]
         unit = shards * config.get("microbatches", 1) if what == "batch" else 1
+        pick = max if what == "batch" else min
         seen: dict[int, dict[str, Any]] = {}
 
-        def fits(number: int) -> bool:
-            knob = knobs.changed(config, what, {key: number * unit})
-            seen[number] = self.compile(knob.config)
-            need, has = seen[number]["needed_gib"], seen[number]["available_gib"]
-            verdict = "fits" if seen[number]["fits"] else "does not fit"
-            print(show.line(f"{what}={number * unit}", f"{verdict}: {show.gib(need)} of {show.gib(has)}"), flush=True)
-            return seen[number]["fits"]
+        def share(number: int) -> float:
+            found = self.compile(knobs.changed(config, what, {key: number * unit}).config)
+            seen[number] = found
+            need, has, verdict = (
+                found["needed_gib"],
+                found["available_gib"],
+                "fits" if found["fits"] else "does not fit",
+            )
+            text = f"{verdict}: {show.gib(need)} of {show.gib(has)}, {found['seconds']:.0f} s"
+            print(show.line(f"{what}={number * unit}", text), flush=True)
+            fitting = [n for n, other in seen.items() if other["fits"]]
+            best = pick(fitting) if fitting else None  # so far
+            # What nearly fits is worth showing if nothing does.
+            shown = seen[best or (min(seen) if what == "batch" else max(seen))]
+            tried = {n * unit: other["needed_gib"] for n, other in sorted(seen.items())}
+            self.partial = shown | {"search": {"key": key, "best": best and best * unit, "needed_gib": tried}}
+            return need / has if found["fits"] else math.inf
 
         if what == "batch":
-            best = knobs.largest(fits, max(rows // unit, 1)) or None
+            knobs.largest(share, max(rows // unit, 1))
         else:
-            best = knobs.fewest(fits, knobs.divisors(max(rows // shards, 1)))
-        tried = {number * unit: found["needed_gib"] for number, found in sorted(seen.items())}
-        shown = seen[best or (min(seen) if what == "batch" else max(seen))]
-        print("\n".join(show.table(shown)), flush=True)
-        if best:
-            print(f"{'largest batch' if what == 'batch' else 'fewest microbatches'}: --config.{key}={best * unit}")
-        return shown | {"search": {"key": key, "best": best and best * unit, "needed_gib": tried}}
+            knobs.fewest(lambda number: share(number) <= 1, knobs.divisors(max(rows // shards, 1)))
+        assert self.partial
+        print("\n".join(show.table(self.partial)), flush=True)
+        if best := self.partial["search"]["best"]:
+            print(f"{'largest batch' if what == 'batch' else 'fewest microbatches'}: --config.{key}={best}")
+        return self.partial
 
 
 def cli() -> None:
-    """Entry point."""
-    console.cli(main)
+    """Entry point. After Ctrl-C the process ends at once: the compiler may be in the middle of its work."""
+    try:
+        console.cli(main)
+    except SystemExit as ended:
+        if ended.code != INTERRUPTED:
+            raise
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

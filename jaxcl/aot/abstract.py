@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from jaxcl import mesh as meshes
 from jaxcl import network as networks
 from jaxcl.data import rows as tables
 from jaxcl.data import tokenizer as tokenizers
+from jaxcl.data.sources import Table
 from jaxcl.hf import read
+from jaxcl.kernels import attention
 from jaxcl.models import transformer
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, TrainState
@@ -31,6 +34,13 @@ class Step(NamedTuple):
     run: Any  # the jitted step: (state, batch) -> (state, metrics)
     length: int  # L
     notes: tuple[str, ...]  # what was assumed
+
+    def no_kernel(self, platform: str) -> str | None:
+        """Returns why the attention of the model is no Pallas kernel on a platform; None if it is one."""
+        if (shape := self.plan.network.shape) is None:
+            return "no attention in the model"
+        found = attention.refused(platform, shape.head_dim, shape.compute_dtype, implementation=shape.attention)
+        return found and f"config.model: {found}"
 
     def facts(self) -> dict[str, Any]:
         """Returns the sizes that the program follows from."""
@@ -83,25 +93,58 @@ def make(config: Mapping[str, Any], devices: Sequence[Any]) -> Step:
       UserError: what a run of the config would say, as far as that does not take its data.
     """
     pieces = train.split(config)[1]
-    sources, packing = pieces.pop("sources"), pieces.pop("packing")
+    sources = pieces.pop("sources")
     if not sources:
         raise UserError("config.sources: empty; name at least one, although it is not read here")
     mesh = schema.call(meshes.make, {**(pieces.pop("mesh", None) or {}), "devices": list(devices)}, field="mesh")
     chosen = schema.call(program.Evaluation, pieces.pop("evaluation", None) or {}, field="evaluation")
     program.check_options(pieces["schedule"], pieces["optim"], chosen, len(sources))
-    packed = schema.call(domains.Packing, packing, field="packing")
-    model, adapter = pieces.pop("model"), pieces.pop("adapter", None)
-    words, notes = _words(pieces.pop("tokenizer", None), model)
-    network = networks.make(model, words, packed.length, adapter)
-    batch = pieces["stream"].get("batch")
-    table = blank(packed.length, batch if isinstance(batch, int) else 1)
+    model, batch = pieces.pop("model"), pieces["stream"].get("batch")
+    text = {key: pieces.pop(key, None) for key in ("tokenizer", "packing", "adapter")}
+    of = _tabular if domains.of_tables(_kinds(sources), **text) else _text
+    network, table, length, notes = of(model, max(batch, 1) if isinstance(batch, int) else 1, **text)
     made = plan.make(mesh, network, **pieces)(dict.fromkeys(sources, table))
     ready = program.compiled(made)
     cut = meshes.batch_sharding(mesh)
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), made.setting.example)
     params = jax.eval_shape(network.model.init, jax.eval_shape(lambda: jax.random.key(0)))
     notes += meshes.explain(mesh, network.model.axes, params)
-    return Step(made, ready["abstract"], rows, ready["step"], packed.length, tuple(notes))
+    return Step(made, ready["abstract"], rows, ready["step"], length, tuple(notes))
+
+
+def _kinds(sources: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns for every domain whether it is a table, by what its source says it returns."""
+    made = {name: schema.maker("jaxcl.data.sources", x, field=f"sources.{name}") for name, x in sources.items()}
+    return {name: typing.get_type_hints(make).get("return") is Table for name, make in made.items()}
+
+
+Known = tuple[networks.Network, tables.Rows, int, list[str]]  # the model, blank rows for it, L, notes
+
+
+def _text(model: Mapping[str, Any], count: int, *, tokenizer: Any, packing: Any, adapter: Any) -> Known:
+    """Returns what is known of a language model and its rows."""
+    length = schema.call(domains.Packing, packing or {}, field="packing").length
+    words, notes = _words(tokenizer, model)
+    return networks.make(model, words, length, adapter), blank(length, count), length, notes
+
+
+def _tabular(model: Mapping[str, Any], count: int, **_: None) -> Known:
+    """Returns what is known of a classifier and its rows, whose features are as many as the model's `inputs`."""
+    size = model.get("inputs")
+    if "checkpoint" not in model and not (isinstance(size, int) and size > 0):
+        raise UserError(
+            f"config.model.inputs={size!r}: of tables, which are not read here, the number of features must be known; "
+            "give it, to a model that has this option, such as 'mlp'"
+        )
+
+    def fetch(index: np.ndarray) -> tables.Columns:
+        whole = {name: np.zeros(len(index), np.int32) for name in ("targets", "segments", "positions")}
+        features = np.zeros((len(index), size or 1), np.float32)
+        return {"inputs": features, "weights": np.ones(len(index), np.float32), **whole}
+
+    rows = tables.Rows(np.ones(count, np.int64), fetch, "blank")
+    network = networks.classifier(model, next(tables.batches(rows, size=1)), classes=1)
+    return network, rows, 1, [f"rows of {size:,} features are assumed, in one dimension"]
 
 
 def blank(length: int, count: int) -> tables.Rows:
@@ -110,7 +153,7 @@ def blank(length: int, count: int) -> tables.Rows:
     def words(index: np.ndarray) -> np.ndarray:
         return np.zeros((len(index), tables.width(length)), np.uint32)
 
-    numbers = np.ones(max(count, 1), np.int64)
+    numbers = np.ones(count, np.int64)
     return tables.Rows(numbers, lambda index: tables.unpack(words(index), length), "blank", words=words)
 
 

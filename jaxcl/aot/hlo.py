@@ -32,7 +32,7 @@ def read(text: str) -> dict[str, Any]:
 
     Loops are counted: what stands in the body of a loop runs as often as the loop does, as far as its condition
     compares with a constant. A collective that the compiler spreads over several fusions has one channel and counts
-    once.
+    once, even if it is under way during a loop.
 
     Returns:
       `collectives`: kind -> `sites` in the text, `times` per step, `bytes` per step and device (of the results);
@@ -47,11 +47,11 @@ def read(text: str) -> dict[str, Any]:
         count = times[computation]
         for line in lines:
             kind = line.op.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and count:
                 channel = re.search(r"channel_id=(\d+)", line.rest)
                 site = (kind, channel.group(1) if channel else f"{computation}/{line.name}")
                 moved = (count, count * size(line.shape, largest=line.op.endswith("-start")))
-                seen[site] = max(seen.get(site, (0, 0)), moved)
+                seen[site] = min(seen.get(site, moved), moved)
             elif line.op == "custom-call" and count:
                 target = re.search(r'custom_call_target="([^"]*)"', line.rest)
                 name = target.group(1) if target else "unknown"
@@ -61,10 +61,9 @@ def read(text: str) -> dict[str, Any]:
                     other[name] += count
     collectives: dict[str, dict[str, int]] = {}
     for (kind, _), (count, moved) in sorted(seen.items()):
-        if count:
-            total = collectives.setdefault(kind, {"sites": 0, "times": 0, "bytes": 0})
-            for key, value in (("sites", 1), ("times", count), ("bytes", moved)):
-                total[key] += value
+        total = collectives.setdefault(kind, {"sites": 0, "times": 0, "bytes": 0})
+        for key, value in (("sites", 1), ("times", count), ("bytes", moved)):
+            total[key] += value
     return {"collectives": collectives, "pallas": dict(pallas), "custom_calls": dict(other), "aliased": _aliased(text)}
 
 

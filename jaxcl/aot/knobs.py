@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from jaxcl.schema import UserError
 
-MAX_PROBES = 24  # doublings of a search
+MAX_PROBES = 24  # steps of a search upwards
+MAX_JUMP = 8  # doublings in one of them
+PARTS = 16  # a search ends when it knows the number to one part of so many
 SHORTEST = 256  # tokens: shorter rows are not cut in half
 
 
@@ -59,8 +61,9 @@ def single(config: Mapping[str, Any], mesh: Mapping[str, int]) -> list[Knob]:
         out.append(changed(config, "microbatches", {"microbatches": most}))
     if transformer and model.get("compute_dtype", "float32") != "bfloat16":
         out.append(changed(config, "bfloat16", {"model.compute_dtype": "bfloat16"}))
-    if config["packing"]["length"] >= SHORTEST:
-        out.append(changed(config, "length", {"packing.length": config["packing"]["length"] // 2}))
+    length = (config.get("packing") or {}).get("length", 0)  # of tables there is none
+    if length >= SHORTEST:
+        out.append(changed(config, "length", {"packing.length": length // 2}))
     return out
 
 
@@ -74,26 +77,36 @@ def together(config: Mapping[str, Any], mesh: Mapping[str, int]) -> list[Knob]:
     return out
 
 
-def largest(fits: Callable[[int], bool], start: int) -> int:
-    """Returns the largest n >= 0 that fits, if all below it do: doubled until one does not, then bisected.
+def largest(share: Callable[[int], float], start: int) -> int:
+    """Returns a number that fits, such that one larger by a part of PARTS, or by 1, does not; 0 if 1 does not fit.
+
+    Multiplied by powers of two until it does not fit, then bisected: so it is a round multiple of `start`. The power is
+    the largest that would still fit if the need went on growing as it did, in a straight line.
+
+    Args:
+      share: number -> need as a share of what there is; it fits up to 1.
+      start: the number that is tried first.
 
     Raises:
       UserError: the search does not end.
     """
-    low, high = 0, max(start, 1)
+    low, before, high = 0, 0.0, max(start, 1)
     for _ in range(MAX_PROBES):
-        if fits(high):
-            low, high = high, high * 2
-        else:
-            return _bisect(fits, low, high)
+        found = share(high)
+        if found > 1:
+            return _bisect(share, low, high)
+        free, growth = 1 - found, (found - before) / (high - low) * high  # of one more `high`
+        doublings = math.floor(math.log2(1 + free / growth)) if growth > 0 else 1
+        low, before, high = high, found, high * 2 ** max(1, min(doublings, MAX_JUMP))
     raise UserError(f"--search: {low} still fits; that is more than any machine needs")
 
 
-def _bisect(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """Returns the largest number that fits, between one that does (or 0) and one that does not."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+def _bisect(share: Callable[[int], float], low: int, high: int) -> int:
+    """Returns a number that fits, between one that does (or 0) and one that does not."""
+    while high - low > max(1, low // PARTS):
+        octaves = (high // low).bit_length() - 1 if low else 0
+        middle = low << (octaves // 2) if octaves > 1 else (low + high) // 2
+        low, high = (middle, high) if share(middle) <= 1 else (low, middle)
     return low
 
 

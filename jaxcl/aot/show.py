@@ -9,8 +9,19 @@ WIDTH = 15
 
 
 def gib(value: float) -> str:
-    """Returns GiB with a precision that fits their size."""
-    return f"{value:,.2f} GiB" if value >= 0.1 or value == 0 else f"{value * 1024:,.1f} MiB"
+    """Returns GiB in the unit that fits their size."""
+    for factor, unit, digits in ((1, "GiB", 2), (2**10, "MiB", 1), (2**20, "KiB", 1)):
+        if value * factor >= 0.1:
+            return f"{value * factor:,.{digits}f} {unit}"
+    return f"{value * 2**30:,.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds in the unit that fits their size."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:,.2f} {unit}"
+    return f"{seconds * 1e9:,.2f} ns"
 
 
 def count(value: float) -> str:
@@ -33,23 +44,18 @@ def table(result: Mapping[str, Any]) -> list[str]:
         f"{result['config']} on {result['topology']}: {result['devices']} x {result['device']}",
         line("model", f"{count(result['parameters'])} parameters, {count(result['trained_parameters'])} trained"),
         line("mesh", mesh),
-        line(
-            "step",
-            f"{result['rows_per_step']:,} rows of {result['length']:,} tokens in {result['microbatches']} passes: "
-            f"{count(result['tokens_per_step'])} tokens, {result['flops_per_step']:.3g} FLOPs",
-        ),
+        line("step", _step(result)),
     ]
     out += _program(result) if "memory_gib" in result else []
     for name, seconds in result["floors"].items():
-        out.append(line("floor", f"{seconds * 1e3:,.2f} ms a step from {WORDS[name]}"))
+        out.append(line("floor", f"{duration(seconds)} a step from {WORDS[name]}"))
     out += [line("note", note) for note in result["notes"]]
     out.append(line("compiler", f"{result['seconds']:.0f} s" if "memory_gib" in result else "refuses the program"))
     if result["fits"]:
         left = result["available_gib"] - result["needed_gib"]
         share = result["needed_gib"] / result["available_gib"]
-        out.append(
-            f"fits: {gib(result['needed_gib'])} of {gib(result['available_gib'])} ({share:.0%}), {gib(left)} free"
-        )
+        part = f"{share:.0%}" if share >= 0.01 else "less than 1%"
+        out.append(f"fits: {gib(result['needed_gib'])} of {gib(result['available_gib'])} ({part}), {gib(left)} free")
     else:
         missing = result["needed_gib"] - result["available_gib"]
         out.append(
@@ -62,6 +68,14 @@ def table(result: Mapping[str, Any]) -> list[str]:
 WORDS = {"compute_s": "arithmetic at peak", "hbm_s": "reading inputs and writing outputs once"}
 
 
+def _step(result: Mapping[str, Any]) -> str:
+    """Returns what one step takes in; a row of a table is one token."""
+    rows, length, passes = result["rows_per_step"], result["length"], result["microbatches"]
+    text = f"{rows:,} rows" if length == 1 else f"{rows:,} rows of {length:,} tokens"
+    total = "" if length == 1 else f"{count(result['tokens_per_step'])} tokens, "
+    return f"{text} in {passes} {'pass' if passes == 1 else 'passes'}: {total}{result['flops_per_step']:.3g} FLOPs"
+
+
 def _program(result: Mapping[str, Any]) -> list[str]:
     """Returns the lines of what the compiler made."""
     memory = result["memory_gib"]
@@ -72,7 +86,7 @@ def _program(result: Mapping[str, Any]) -> list[str]:
     for kind, found in result["collectives"].items():
         out.append(line(kind, f"{found['times']:,} a step at {found['sites']} places, {gib(found['bytes'] / 2**30)}"))
     kernels = ", ".join(f"{name} x {times}" for name, times in result["pallas"].items())
-    out.append(line("Pallas kernels", kernels or "none"))
+    out.append(line("Pallas kernels", kernels or f"none: {result.get('no_kernel') or 'the compiler left none'}"))
     donated = result["donation"]
     whole = donated["aliased_inputs"] >= donated["state_leaves"]
     text = "the whole state" if whole else "NOT the whole state"

@@ -12,11 +12,10 @@ import re
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxcl import schema
 from jaxcl.schema import UserError
 
-EXAMPLES = "examples: v4:2x2x4, v5e:16x16, v5p:8x8x4, v6e:8x8, tpu7x:4x4x4, h200:32"
-INSTALL = "pip install 'jaxcl[aot]'"
+EXAMPLES = "examples: v4:2x2x4, v5e:16x16, v5p:8x8x4, v6e:8x8, v7x:4x4x4, h200:32"
+INSTALL = "pip install -e '.[aot]'"
 HOST = 8  # GPUs that share a host
 # Read by libtpu and JAX when they start: compile for chips that are elsewhere, and leave alone those that are here.
 ENVIRONMENT = MappingProxyType(
@@ -57,6 +56,9 @@ CHIPS = MappingProxyType(
 )
 
 
+ALIASES = MappingProxyType({"v7x": "tpu7x"})  # as people say -> as libtpu does
+
+
 class Topology(NamedTuple):
     """Chips of one kind."""
 
@@ -82,8 +84,10 @@ def parse(text: str) -> Topology:
       UserError: there is no such kind, or the sizes do not fit it.
     """
     kind, _, rest = text.strip().lower().partition(":")
+    kind = ALIASES.get(kind, kind)
     if kind not in CHIPS:
-        raise UserError(f"--topology={text}: unknown kind of chip{schema.nearest(kind, list(CHIPS))}; {EXAMPLES}")
+        known = ", ".join((*CHIPS, *ALIASES))
+        raise UserError(f"--topology={text}: unknown kind of chip; choose from {known}; {EXAMPLES}")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest):
         raise UserError(f"--topology={text}: sizes are missing or malformed; {EXAMPLES}")
     sizes = tuple(int(size) for size in rest.split("x"))
@@ -93,6 +97,12 @@ def parse(text: str) -> Topology:
         raise UserError(f"--topology={text}: {kind} takes {shape}; {EXAMPLES}")
     if not wanted and sizes[0] > HOST and sizes[0] % HOST:
         raise UserError(f"--topology={text}: more than {HOST} GPUs must be a multiple of {HOST}; {EXAMPLES}")
+    if wanted and any(size % 2 for size in sizes[:2]) and math.prod(sizes) > 1:
+        low = [max(size - size % 2, 2) for size in sizes[:2]]
+        high = [size + size % 2 for size in sizes[:2]]
+        near = dict.fromkeys(f"{kind}:{'x'.join(map(str, (*pair, *sizes[2:])))}" for pair in (low, high))
+        fault = "the first two sizes must be even, as a host has 2x2 chips, or all sizes 1"
+        raise UserError(f"--topology={text}: {fault}; nearby: {', '.join(near)}")
     return Topology(text, kind, sizes)
 
 

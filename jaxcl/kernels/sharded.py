@@ -3,15 +3,16 @@
 The idea. A program runs under `jax.sharding.use_abstract_mesh` (see `jaxcl.mesh.on`); models and methods stay as they
 are written, for global arrays. A custom kernel is opaque to the partitioner, which would gather its operands; but
 attention is independent between rows and between heads. So the call is put inside `jax.shard_map`: rows over the
-batch axes, heads over the tensor axis, and every device runs the kernel on its own part, without communication.
-Without a mesh, or on one device, nothing is wrapped.
+batch axes, heads over the tensor axis, and every device runs the kernel on its own part, without communication. A
+softmax over the vocabulary is independent between tokens: rows over the batch axes, positions over all others, the head
+whole on every device and its gradient summed. Without a mesh, or on one device, nothing is wrapped.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,49 @@ def attention(f: Callable[..., Any], *, lse: bool = False) -> Callable[..., Any]
         return cut(q, k, v, *rest)
 
     return run
+
+
+class Tokens(NamedTuple):
+    """How devices share tokens [B] or [B, L].
+
+    Attributes:
+      mesh: None if there is nothing to share.
+      axes: for each dimension of the tokens the mesh axes that it is cut over.
+    """
+
+    mesh: AbstractMesh | None = None
+    axes: tuple[tuple[str, ...], ...] = ()
+
+    def cut(
+        self, f: Callable[..., Sequence[jax.Array]], inputs: Sequence[bool], outputs: Sequence[bool]
+    ) -> Callable[..., tuple[jax.Array, ...]]:
+        """Returns `f` with every device at its own tokens; it is not differentiated.
+
+        Args:
+          f: a function of arrays that knows no mesh.
+          inputs: for each argument whether its first dimensions are those of the tokens; others are copied.
+          outputs: likewise; others are summed over the devices that have different tokens.
+        """
+        if self.mesh is None:
+            return lambda *x: tuple(f(*x))
+        taken = tuple(name for names in self.axes for name in names)
+
+        def own(*x: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(y if token else jax.lax.psum(y, taken) for y, token in zip(f(*x), outputs, strict=True))
+
+        def places(kinds: Sequence[bool]) -> tuple[PartitionSpec, ...]:
+            return tuple(PartitionSpec(*self.axes) if token else PartitionSpec() for token in kinds)
+
+        return jax.shard_map(own, mesh=self.mesh, in_specs=places(inputs), out_specs=places(outputs), check_vma=False)
+
+
+def tokens(shape: Sequence[int]) -> Tokens | None:
+    """Returns how tokens of this shape are shared on the mesh that is set, or None if the rows cannot be cut evenly."""
+    mesh = current()
+    if mesh is None or not shape or shape[0] % math.prod(mesh.shape[name] for name in BATCH):
+        return None
+    others = [name for name in mesh.axis_names if name not in BATCH]
+    return Tokens(mesh, (BATCH, *(_divisors(mesh, others, size) for size in shape[1:2])))
 
 
 def _heads(parts: int, heads: int, groups: int) -> tuple[str | None, int]:

@@ -46,6 +46,7 @@ class Rows(NamedTuple):
     positions: jax.Array  # int32 [B, L]
     cos: jax.Array  # float32 [B, L, 1, K / 2]
     sin: jax.Array  # float32 [B, L, 1, K / 2]
+    frozen: jax.Array | None = None  # bool [B, L]: tokens that no gradient of the attention reaches
     past: Cache | None = None  # slots to attend to; its keys and values are passed by layer
 
 
@@ -80,8 +81,9 @@ def make(
     """Returns a decoder as a Model; whatever is not None overrides the preset.
 
     `apply(params, batch, cache=None)` takes tokens or embeddings as `batch.inputs`; beside tokens it takes, where
-    `extra["soft"]` [B, L] holds, the embeddings `extra["thought"]` [B, L, D] in their place. `cache` is None, a Cache,
-    or an int: the number of slots of a new cache that the batch is written to (prefill).
+    `extra["soft"]` [B, L] holds, the embeddings `extra["thought"]` [B, L, D] in their place. `extra["frozen"]`, a bool
+    [B, L], marks tokens (a prompt, a replayed row) that no gradient of an attention reaches; their tiles are skipped.
+    `cache` is None, a Cache, or an int: the number of slots of a new cache that the batch is written to (prefill).
 
     Args:
       preset: name of a shape in `jaxcl.models.presets`.
@@ -185,7 +187,8 @@ class Attention(nn.Module):
         k = project("key", c.kv_heads, "kv_heads")
         v = project("value", c.kv_heads, "kv_heads")
         if rows.past is None:
-            mixed = attention(q, k, v, segments=rows.segments, window=window, implementation=c.attention)
+            how = {"window": window, "frozen": rows.frozen, "implementation": c.attention}
+            mixed = attention(q, k, v, segments=rows.segments, **how)
         else:
             at = (0, 0, rows.past.index, 0)
             k, v = (jax.lax.dynamic_update_slice(p, x.swapaxes(1, 2), at) for p, x in zip(past, (k, v), strict=True))
@@ -274,12 +277,12 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(batch.positions, frequencies, getattr(c.rope_scaling, "attention_factor", 1.0))
         if cache is None or isinstance(cache, int):
             # A new cache: the batch attends to itself, as without one, and is written to it afterwards.
-            context = Rows(batch.segments, batch.positions, cos, sin)
+            context = Rows(batch.segments, batch.positions, cos, sin, batch.extra.get("frozen"))
             x, new = self._stack(cache is not None)(x, None, _windows(c), context)
             store = None if cache is None else _filled(c, batch, slots, *new)
         else:
             store = _note(cache, batch)
-            x, new = self._steps(x, store, Rows(batch.segments, batch.positions, cos, sin, store))
+            x, new = self._steps(x, store, Rows(batch.segments, batch.positions, cos, sin, past=store))
             x = jnp.where(store.index + length <= slots, x, jnp.nan)  # a full cache must not pass unnoticed
             store = dataclasses.replace(store, keys=new[0], values=new[1], index=store.index + length)
         x = rms_norm(x, _weight(self, "final_norm", (c.embed,), ("embed",), None), c.norm_eps)

@@ -67,25 +67,17 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}")
+    numbers: dict[str, Any] = {"soft_cap": soft_cap, "scale": scale, "window": window}
     own = kv_segments is None and kv_positions is None and q.shape[1] == k.shape[1]
     if not own:
-        return reference.attention(
-            q,
-            k,
-            v,
-            segments=segments,
-            kv_segments=kv_segments,
-            positions=positions,
-            kv_positions=kv_positions,
-            causal=causal,
-            window=window,
-            soft_cap=soft_cap,
-            bias=bias,
-            scale=scale,
-            frozen=frozen,
-            return_lse=return_lse,
-        )
-    numbers = {"soft_cap": soft_cap, "scale": scale, "window": window}
+        places = {
+            "segments": segments,
+            "positions": positions,
+            "kv_segments": kv_segments,
+            "kv_positions": kv_positions,
+        }
+        options = {"causal": causal, "bias": bias, "frozen": frozen, "return_lse": return_lse}
+        return reference.attention(q, k, v, **places, **options, **numbers)
     reference.check(q, k, v, bias=bias, frozen=frozen, segments=segments, positions=positions, **numbers)
     sharded.check(q, "attention")
     if not q.size:
@@ -100,6 +92,29 @@ def attention(
         bias = bias.astype(jnp.promote_types(q.dtype, jnp.float32))
         found = _packed(how, q, k, v, segments, window, frozen, bias)
     return found if return_lse else found[0]
+
+
+def refused(platform: str, width: int, dtype: str, *, bias: bool = False, implementation: str = "auto") -> str | None:
+    """Returns why the kernel of a platform does not take attention with these arguments; None if it does.
+
+    Args:
+      platform: a key of KERNELS, or another, which has no kernel.
+      width: K of a head.
+      dtype: name of that of queries, keys and values.
+      bias, implementation: see `attention`.
+    """
+    kernel = KERNELS.get(platform)
+    if kernel is None:
+        return f"there is none for {platform}"
+    if implementation == "tiles":
+        return "implementation 'tiles' takes none; 'auto' or 'kernel' do"
+    if not kernel.auto and implementation != "kernel":
+        return f"that for {platform} has never run, so that 'auto' does not take it; implementation 'kernel' does"
+    if width not in WIDTHS:
+        return f"heads of width {width}; they take {', '.join(map(str, WIDTHS))}"
+    if dtype not in kernel.dtypes:
+        return f"{dtype}; that for {platform} takes {' or '.join(kernel.dtypes)}"
+    return "there is a bias, which they do not take" if bias else None
 
 
 Whole = jax.Array | None
@@ -119,13 +134,12 @@ class _How(NamedTuple):
         return {"causal": self.causal, "scale": self.scale, "soft_cap": self.soft_cap}
 
 
-def _kernels(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, bias: Whole) -> Mapping[str, Kernel]:
+def _kernels(how: _How, q: jax.Array, bias: Whole) -> Mapping[str, Kernel]:
     """Returns those of `KERNELS` that are asked for and take these arguments."""
-    if bias is not None or q.shape[-1] not in WIDTHS or len({x.dtype for x in (q, k, v)}) > 1 or not how.scale > 0:
+    if not how.scale > 0:
         return {}
-    wanted = {name: kernel for name, kernel in KERNELS.items() if kernel.auto or how.implementation == "kernel"}
-    fits = {name: kernel for name, kernel in wanted.items() if q.dtype.name in kernel.dtypes}
-    return {} if how.implementation == "tiles" else fits
+    asked = {"bias": bias is not None, "implementation": how.implementation}
+    return {n: kernel for n, kernel in KERNELS.items() if not refused(n, q.shape[-1], q.dtype.name, **asked)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -152,7 +166,7 @@ def _packed_fwd(
     frozen: Whole,
     bias: Whole,
 ) -> tuple[Any, Any]:
-    own = {name: partial(kernel.forward, **how.options) for name, kernel in _kernels(how, q, k, v, bias).items()}
+    own = {name: partial(kernel.forward, **how.options) for name, kernel in _kernels(how, q, bias).items()}
     tiled = partial(cpu.forward, bias=bias, **how.options)
     mixed, lse = jax.lax.platform_dependent(q, k, v, segments, window, **own, default=tiled)
     return (mixed, lse), (q, k, v, segments, window, frozen, mixed, lse, bias)
@@ -160,8 +174,8 @@ def _packed_fwd(
 
 def _packed_bwd(how: _How, saved: Any, d: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     *saved, bias = saved
-    q, k, v = saved[:3]
-    own = {name: partial(kernel.backward, **how.options) for name, kernel in _kernels(how, q, k, v, bias).items()}
+    q = saved[0]
+    own = {name: partial(kernel.backward, **how.options) for name, kernel in _kernels(how, q, bias).items()}
     tiled = partial(cpu.backward, bias=bias, **how.options)
     grads = jax.lax.platform_dependent(*saved, *d, **own, default=tiled)
     return *grads[:3], None, None, None, None if bias is None else grads[3]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def attention(
@@ -127,7 +128,7 @@ def check_operands(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
 def check_numbers(soft_cap: float | None, scale: float | None, window: jax.Array | int | None) -> None:
     """Raises ValueError for a soft cap or scale that is no number, and a window that is no integer of 32 bits."""
     for name, number, least in (("soft_cap", soft_cap, 0.0), ("scale", scale, -math.inf)):
-        if isinstance(number, jax.core.Tracer):
+        if isinstance(number, Tracer):
             raise ValueError(f"{name} is traced: it is part of the program; give a number")
         if number is not None and not least < number < math.inf:
             raise ValueError(f"{name}={number}: give a finite number{' above 0' * (least == 0)}, or None")

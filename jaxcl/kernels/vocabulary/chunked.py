@@ -24,6 +24,7 @@ def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 def hits(targets: jax.Array, start: jax.Array | int, width: int) -> jax.Array:
     """Returns whether column start + j is the target, bool [..., width]."""
+    targets = targets.astype(jnp.promote_types(targets.dtype, jnp.int32))  # a narrow type would count the columns twice
     columns = jax.lax.broadcasted_iota(targets.dtype, (*targets.shape, width), targets.ndim)
     return columns == (targets - start)[..., None]
 
@@ -56,10 +57,15 @@ def _fold(
     return carry if rest == size else visit(carry, rest, tuple(h[:, rest:] for h in heads))
 
 
-def _absorb(top: jax.Array, total: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns the new running maximum, the new sum, what old sums shrink by, and exp(logits - maximum)."""
+def _absorb(
+    top: jax.Array, total: jax.Array, logits: jax.Array, scale: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the new running maximum, the new sum, what old sums shrink by, and exp(scale * (logits - maximum)).
+
+    The difference is taken before it is scaled: that of two large numbers, of which one is rounded, would be off.
+    """
     new = jnp.maximum(top, jnp.max(logits, axis=-1))
-    shrink, e = jnp.exp(top - new), jnp.exp(logits - new[..., None])
+    shrink, e = jnp.exp(scale * (top - new)), jnp.exp(scale * (logits - new[..., None]))
     return new, total * shrink + jnp.sum(e, axis=-1), shrink, e
 
 
@@ -121,15 +127,15 @@ def kl(width: int, scale: float, student: Pair, teacher: Pair) -> tuple[jax.Arra
 
     def visit(carry: Any, start: Any, blocks: tuple[jax.Array, ...]) -> Any:
         top_q, sum_q, top_p, sum_p, gap = carry
-        q, p = scale * project(student[0], blocks[0]), scale * project(teacher[0], blocks[1])
-        top_q, sum_q, _, _ = _absorb(top_q, sum_q, q)
-        top_p, sum_p, shrink, e = _absorb(top_p, sum_p, p)
-        return top_q, sum_q, top_p, sum_p, gap * shrink + jnp.sum(e * (p - q), axis=-1)
+        q, p = project(student[0], blocks[0]), project(teacher[0], blocks[1])
+        top_q, sum_q, _, _ = _absorb(top_q, sum_q, q, scale)
+        top_p, sum_p, shrink, e = _absorb(top_p, sum_p, p, scale)
+        return top_q, sum_q, top_p, sum_p, gap * shrink + jnp.sum(e * (scale * (p - q)), axis=-1)
 
     zero = jnp.zeros(student[0].shape[:-1], jnp.float32)
     start = (zero + NEVER, zero, zero + NEVER, zero, zero)
     top_q, sum_q, top_p, sum_p, gap = _fold(width, (student[1], teacher[1]), visit, start)
-    lse_q, lse_p = top_q + jnp.log(sum_q), top_p + jnp.log(sum_p)
+    lse_q, lse_p = scale * top_q + jnp.log(sum_q), scale * top_p + jnp.log(sum_p)
     return gap / sum_p + (lse_q - lse_p), lse_q, lse_p  # sum_v p (log p - log q)
 
 
@@ -146,8 +152,8 @@ def kl_backward(
     hidden, head = student
 
     def visit(carry: Any, start: Any, blocks: tuple[jax.Array, ...]) -> Any:
-        q = jnp.exp(scale * project(hidden, blocks[0]) - lse_q[..., None])
-        p = jnp.exp(scale * project(teacher[0], blocks[1]) - lse_p[..., None])
+        q = jnp.exp(jnp.minimum(scale * project(hidden, blocks[0]) - lse_q[..., None], 0.0))
+        p = jnp.exp(jnp.minimum(scale * project(teacher[0], blocks[1]) - lse_p[..., None], 0.0))
         return _accumulate(carry, start, hidden, blocks[0], (q - p) * (scale * cotangent)[..., None])
 
     d_hidden, d_head = _fold(width, (head, teacher[1]), visit, _empty(hidden, head))
@@ -169,14 +175,14 @@ def mixture(
 
     def visit(carry: Any, start: Any, blocks: tuple[jax.Array, ...]) -> Any:
         top, total, mean = carry
-        top, total, shrink, e = _absorb(top, total, inverse * exact(hidden, blocks[0]))
+        top, total, shrink, e = _absorb(top, total, exact(hidden, blocks[0]), inverse)
         rows = _rows(embedding, start, blocks[0].shape[1])
         return top, total, mean * shrink[..., None] + exact(e.astype(rows.dtype), rows)
 
     zero = jnp.zeros(hidden.shape[:-1], jnp.float32)
     mean = jnp.zeros((*zero.shape, embedding.shape[1]), jnp.float32)
     top, total, mean = _fold(width, (head,), visit, (zero + NEVER, zero, mean))
-    return mean / total[..., None], top + jnp.log(total)
+    return mean / total[..., None], inverse * top + jnp.log(total)
 
 
 def mixture_backward(
@@ -202,7 +208,7 @@ def mixture_backward(
         d_hidden, d_head, d_embedding, slope = carry
         size = blocks[0].shape[1]
         rows = _rows(embedding, start, size)
-        gap = inverse * exact(hidden, blocks[0]) - lse[..., None]  # log p
+        gap = jnp.minimum(inverse * exact(hidden, blocks[0]) - lse[..., None], 0.0)  # log p
         p = jnp.exp(gap)
         d_scores = p * (exact(narrow, rows.T) + shift[..., None])
         # sum_v dz_v z_v about the logsumexp: z itself is large at low temperatures, and sum_v dz_v is d_lse.

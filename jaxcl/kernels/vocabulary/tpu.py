@@ -154,8 +154,10 @@ def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     )
 
 
-def _absorb(place: _Place, top: Any, total: Any, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Updates the running maximum and sum; returns what old sums shrink by and exp(logits - maximum)."""
+def _absorb(
+    place: _Place, top: Any, total: Any, logits: jax.Array, scale: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Updates the running maximum and sum; returns what old sums shrink by and exp(scale * (logits - maximum))."""
 
     @pl.when(place.first)
     def _() -> None:
@@ -163,7 +165,7 @@ def _absorb(place: _Place, top: Any, total: Any, logits: jax.Array) -> tuple[jax
         total[...] = jnp.zeros_like(total)
 
     new = jnp.maximum(top[...], jnp.max(logits, axis=1, keepdims=True))
-    shrink, e = jnp.exp(top[...] - new), jnp.exp(logits - new)
+    shrink, e = jnp.exp(scale * (top[...] - new)), jnp.exp(scale * (logits - new))
     top[...], total[...] = new, total[...] * shrink + jnp.sum(e, axis=1, keepdims=True)
     return shrink, e
 
@@ -264,20 +266,24 @@ def cross_entropy_backward(
     d_logp: jax.Array,
     d_lse: jax.Array,
     *,
+    d_head: Any = None,
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the cotangents of (hidden, head) in their dtypes, given what `cross_entropy` returned."""
+    """Returns the cotangents of (hidden, head), given what `cross_entropy` returned.
+
+    They have the dtypes of these, but for that of head if the dtype `d_head` is given.
+    """
     launch, width = _launch(hidden, head, tiles, interpret), head.shape[0]
     flat = hidden.reshape(-1, width)
     operands = [("token", flat), ("column", head)]
     operands += [("token", x.reshape(-1, 1)) for x in (targets, lse, d_logp, d_lse - d_logp)]
     result = ("token", flat.shape, hidden.dtype)
-    (d_hidden,) = launch(_d_hidden, operands, [result], [(launch.tiles.tokens, width)], products=[width] * 2)
-    result = ("column", head.shape, head.dtype)
+    (of_hidden,) = launch(_d_hidden, operands, [result], [(launch.tiles.tokens, width)], products=[width] * 2)
+    result = ("column", head.shape, head.dtype if d_head is None else d_head)
     scratch = [(width, launch.tiles.columns)]
-    (d_head,) = launch(_d_head, operands, [result], scratch, products=[width] * 2, columns_first=True)
-    return d_hidden.reshape(hidden.shape), d_head
+    (of_head,) = launch(_d_head, operands, [result], scratch, products=[width] * 2, columns_first=True)
+    return of_hidden.reshape(hidden.shape), of_head
 
 
 def _launch(hidden: jax.Array, head: jax.Array, tiles: Tiles | None, interpret: Any, extra: int = 0) -> _Launch:
@@ -299,15 +305,15 @@ def _mixture(
     total: Any,
     mixed: Any,
 ) -> None:
-    scores = inverse[0, 0] * _dot(hidden[...], head[...], 1, 0)
-    shrink, e = _absorb(place, top, total, place.inside(scores, 1, "column", NEVER))
+    scores = place.inside(_dot(hidden[...], head[...], 1, 0), 1, "column", NEVER)
+    shrink, e = _absorb(place, top, total, scores, inverse[0, 0])
     e = e.astype(embedding.dtype)
     _gather(place, mixed, 1, lambda at: _dot(e, place.inside(embedding[:, at], 0, "column"), 1, 0), shrink)
 
     @pl.when(place.last)
     def _() -> None:
         mean[...] = mixed[...] / total[...]
-        lse[...] = top[...] + jnp.log(total[...])
+        lse[...] = inverse[0, 0] * top[...] + jnp.log(total[...])
 
 
 def mixture(

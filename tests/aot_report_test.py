@@ -1,0 +1,239 @@
+"""Ahead of time, what is told: memory by name, floors, loops, exit status, topologies, committed results."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import aot_test
+import jax
+import pytest
+from jax.experimental import topologies
+
+from jaxcl import main
+from jaxcl.aot import __main__ as command
+from jaxcl.aot import abstract, examine, hlo, show, topology
+from jaxcl.schema import UserError
+
+RESULTS = Path(__file__).parent.parent / "experiments" / "aot" / "results"
+
+
+def test_every_part_of_the_memory_has_its_own_name():
+    known = examine.memory(aot_test.stats(argument=10, output=9, alias=8, temp=4, generated_code=2, peak=3))
+    assert known == {
+        "arguments": 10, "outputs": 9, "aliased": 8, "temporaries": 4, "code": 2, "peak": 3, "needed": 17,
+    }  # fmt: skip
+
+
+def step_of(compile_):
+    """A step as far as `examine` looks at it: eight chips of v5e."""
+    device = SimpleNamespace(device_kind="TPU v5 lite")
+    lowered = SimpleNamespace(lower=lambda: SimpleNamespace(compile=compile_))
+    return SimpleNamespace(
+        facts=lambda: {"flops_per_step": 3e15, "devices": 8},
+        plan=SimpleNamespace(mesh=SimpleNamespace(devices=SimpleNamespace(flat=[device]))),
+        run=SimpleNamespace(trace=lambda *x: lowered),
+        state=[1, 2, 3],
+        batch=None,
+    )
+
+
+def test_floors_are_the_peak_of_all_chips_and_the_bandwidth_of_each():
+    chips = topology.parse("v5e:2x4")
+    verdict = examine.Verdict(5.0, 16.0, {"memory_gib": {"arguments": 3.0, "outputs": 1.0, "temporaries": 9.0}}, 1.0)
+    found = examine.floors(step_of(None), chips, verdict)
+    assert found == pytest.approx({"compute_s": 3e15 / (8 * 197e12), "hbm_s": 4 * 2**30 / 0.819e12})
+    assert examine.floors(step_of(None), chips, verdict._replace(details={})).keys() == {"compute_s"}
+
+
+def test_a_program_that_is_refused_for_its_size_has_a_verdict_and_any_other_refusal_is_an_error():
+    def refuse(text):
+        def compile_():
+            raise RuntimeError(text)
+
+        return step_of(compile_)
+
+    chips = topology.parse("v5e:2x4")
+    found = examine.examine(refuse("Used 40.00G of 15.75G hbm"), chips)
+    assert (found.fits, found.needed, found.available, found.short) == (False, 40.0, 15.75, 24.25)
+    with pytest.raises(examine.Failed, match="cannot be compiled, whatever the memory: Mosaic failed"):
+        examine.examine(refuse("Mosaic failed"), chips)
+
+    compiled = SimpleNamespace(
+        as_text=lambda: aot_test.MODULE, memory_analysis=lambda: aot_test.stats(argument=9, temp=9)
+    )
+    found = examine.examine(step_of(lambda: compiled), chips)
+    assert (found.fits, found.needed, found.available) == (False, 18, 15.75)
+    assert found.details["donation"] == {"state_leaves": 3, "aliased_inputs": 2}
+    assert found.details["pallas"] == {"attention_forward": 24}
+
+
+BRANCHES = """\
+HloModule jit_run
+
+%inner (s: s32[]) -> s32[] {
+  ROOT %r = f32[4]{0} all-reduce(%x), to_apply=%add
+}
+
+%outer (s: s32[]) -> s32[] {
+  %w = s32[] while(%i), condition=%unknown, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %again = s32[] while(%w), condition=%unknown, body=%inner
+}
+
+%yes (s: s32[]) -> s32[] {
+  ROOT %p = bf16[2,2]{1,0} all-to-all(%x)
+}
+
+%no (s: s32[]) -> s32[] {
+  ROOT %q = pred[8]{0} collective-permute(%x)
+}
+
+%never (s: s32[]) -> s32[] {
+  ROOT %z = pred[8]{0} all-gather(%x)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = s32[] while(%i), condition=%unknown, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %c = s32[] conditional(%k, %a, %b), branch_computations={%yes, %no}
+}
+"""
+
+
+def test_loops_in_loops_and_branches_are_counted():
+    assert hlo.read(BRANCHES)["collectives"] == {
+        "all-reduce": {"sites": 1, "times": 5 * (3 + 1), "bytes": 5 * (3 + 1) * 16},
+        "all-to-all": {"sites": 1, "times": 1, "bytes": 8},
+        "collective-permute": {"sites": 1, "times": 1, "bytes": 8},
+    }
+
+
+PROGRAM = {
+    "memory_gib": examine.memory(aot_test.stats(argument=10, output=9, alias=9, temp=2)),
+    "collectives": {"all-gather": {"sites": 2, "times": 25, "bytes": 2**30}},
+    "pallas": {"attention_forward": 24},
+    "donation": {"state_leaves": 3, "aliased_inputs": 3},
+}
+
+
+def test_the_table_says_what_is_left_and_what_is_not_donated():
+    result = {**aot_test.RESULT, **PROGRAM, "needed_gib": 12.0, "available_gib": 16.0, "fits": True}
+    text = "\n".join(show.table(result))
+    assert "fits: 12.00 GiB of 16.00 GiB (75%), 4.00 GiB free" in text
+    assert "the whole state: 3 of 3 arrays" in text
+    assert "NOT" not in text
+    assert "25 a step at 2 places, 1.00 GiB" in text
+    assert "attention_forward x 24" in text
+    short = show.table(result | {"donation": {"state_leaves": 3, "aliased_inputs": 2}})
+    assert any("NOT the whole state: 2 of 3 arrays" in line for line in short)
+    tried = {"name": "remat", "flags": "--x", "fits": False, "needed_gib": 20.0, "available_gib": 16.0}
+    assert "4.00 GiB short" in show.knob(tried)
+    assert "-4" not in show.knob(tried)
+
+
+class Narrow(aot_test.Fake):
+    """A session that needs one row at a time and bfloat16; full rematerialisation cannot be compiled by itself."""
+
+    def compile(self, config):
+        narrow = config["model"]["compute_dtype"] == "bfloat16"
+        if config["model"]["remat"] == "full" and not narrow:
+            raise UserError("no such remat")
+        need = (1 if narrow else 2) * (3.0 if config["stream"]["batch"] // 8 == config.get("microbatches", 1) else 4.0)
+        return {**aot_test.RESULT, "needed_gib": need, "available_gib": 3.5, "fits": need <= 3.5}
+
+
+def test_changes_are_tried_together_until_they_are_enough(capsys):
+    session = Narrow(topology.parse("v5e:2x4"), jax.devices(), "c", [])
+    found = session.report(aot_test.config(), quick=False)
+    tried = {knob["name"]: knob.get("fits") for knob in found["knobs"]}
+    assert list(tried)[-1] == "remat + fsdp + microbatches + bfloat16"  # and not shorter rows as well
+    assert [name for name, fits in tried.items() if fits] == list(tried)[-1:]
+    assert found["knobs"][0]["failed"] == "no such remat"
+    out = capsys.readouterr().out
+    assert "fails: no such remat" in out
+    assert "none of these is enough" not in out
+
+
+def test_the_facts_of_a_step_are_those_of_its_config():
+    rows = aot_test.config()["stream"] | {"batch": 16}
+    config = aot_test.config(stream=rows, microbatches=2, tokenizer={"name": "hf", "path": "/no"})
+    plain = abstract.make(config, jax.devices()).facts()
+    wanted = {"rows_per_step": 16, "length": 256, "microbatches": 2, "tokens_per_step": 16 * 256, "devices": 8}
+    assert {key: plain[key] for key in wanted} == wanted
+    assert plain["mesh"] == {"data": 4, "fsdp": 2}
+    cut = abstract.make(config | {"adapter": "lora"}, jax.devices()).facts()
+    assert cut["trained_parameters"] < plain["trained_parameters"] == plain["parameters"]
+    assert cut["flops_per_step"] < plain["flops_per_step"]  # frozen matrices have no gradient
+
+
+def test_a_search_tries_only_what_the_rows_can_be_cut_into(capsys):
+    session = aot_test.Fake(topology.parse("v5e:2x4"), jax.devices(), "c", [])
+    found = session.search(aot_test.config(microbatches=2), "batch")["search"]
+    assert found["best"] == 32
+    assert not [batch for batch in found["needed_gib"] if batch % (8 * 2)]  # shards x microbatches
+    rows = aot_test.config()["stream"] | {"batch": 96}
+    found = session.search(aot_test.config(stream=rows), "microbatches")["search"]
+    assert found["best"] == 6
+    assert not [passes for passes in found["needed_gib"] if 96 // 8 % passes]
+
+
+@pytest.mark.parametrize(("text", "options"), [
+    ("v4:2x2x4", {"platform": "tpu", "topology_name": "v4:2x2x4", "chip_config_name": "megacore"}),
+    ("v5p:8x8x4", {"platform": "tpu", "topology_name": "v5p:8x8x4"}),
+    ("v5e:1x1", {"platform": "tpu", "topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)}),
+    ("h200:32", {"platform": "cuda", "topology": "1x4x8"}),
+    ("h200:4", {"platform": "cuda", "topology": "1x1x4"}),
+])  # fmt: skip
+def test_the_compiler_is_asked_for_the_machine_that_was_named(text, options, monkeypatch):
+    asked = {}
+
+    def describe(**given):
+        asked.update(given)
+        return SimpleNamespace(devices=[1])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    monkeypatch.setattr(topology, "_installed", lambda module: True)
+    assert topology.devices(topology.parse(text)) == [1]
+    target = asked.pop("target_config", "")
+    assert asked == options
+    assert ("major: 9" in target) == (options["platform"] == "cuda")
+
+
+@pytest.mark.parametrize(("batch", "status"), [(16, 0), (64, 1)])
+def test_the_exit_status_says_whether_it_fits(batch, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(topology, "ENVIRONMENT", {})
+    monkeypatch.setattr(topology, "devices", lambda target: jax.devices())
+    monkeypatch.setattr(main, "read", lambda argv, usage: ({}, None))
+    wanted = aot_test.config()["stream"] | {"batch": batch}
+    monkeypatch.setattr(abstract, "one_run", lambda config, variant: (aot_test.config(stream=wanted), []))
+    monkeypatch.setattr(command, "Session", aot_test.Fake)
+    out = tmp_path / "a.json"
+    with pytest.raises(SystemExit) as error:
+        command.main(["--topology=v5e:2x4", "--config=configs/pod.py", f"--out={out}"])
+    assert error.value.code == status
+    assert json.loads(out.read_text())["fits"] == (status == 0)
+    assert ("short" in capsys.readouterr().out) == (status == 1)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_whole_and_of_the_chips_as_they_are_known(path):
+    found = json.loads(path.read_text())
+    chip = topology.parse(found["topology"]).chip
+    assert found["available_gib"] == pytest.approx(chip.hbm, abs=0.01)
+    assert found["fits"] == ("memory_gib" in found and found["needed_gib"] <= found["available_gib"])
+    assert found["versions"].keys() >= {"jax", "jaxlib"}
+    if not found["fits"]:
+        assert found["needed_gib"] > found["available_gib"]
+        assert {knob["name"] for knob in found["knobs"]} >= {"remat", "microbatches", "length"}
+        return
+    assert examine.memory(bytes_of(found["memory_gib"]))["needed"] == pytest.approx(found["needed_gib"])
+    assert found["donation"]["aliased_inputs"] == found["donation"]["state_leaves"]
+    assert found["floors"]["compute_s"] > 0
+    if not path.stem.endswith("_plain"):
+        layers = found["pallas"]["attention_d_queries"]
+        assert found["pallas"] == {
+            "attention_forward": 2 * layers, "attention_d_queries": layers, "attention_d_keys": layers,
+        }  # fmt: skip
+
+
+def bytes_of(known):
+    names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
+    return aot_test.stats(generated_code=known["code"], peak=known["peak"], **{v: known[k] for k, v in names.items()})
