@@ -50,6 +50,14 @@ class Rows(NamedTuple):
     past: Cache | None = None  # slots to attend to; its keys and values are passed by layer
 
 
+class Columns(NamedTuple):
+    """What a transformer reads of `batch.extra`, if it is there."""
+
+    soft: jax.Array | None = None  # bool [B, L]: where `thought` is fed in place of the token
+    thought: jax.Array | None = None  # [B, L, D] embeddings of no token
+    frozen: jax.Array | None = None  # bool [B, L]: tokens that no gradient of an attention reaches; skips their tiles
+
+
 def make(
     *,
     preset: str | None = None,
@@ -80,9 +88,7 @@ def make(
 ) -> Model:
     """Returns a decoder as a Model; whatever is not None overrides the preset.
 
-    `apply(params, batch, cache=None)` takes tokens or embeddings as `batch.inputs`; beside tokens it takes, where
-    `extra["soft"]` [B, L] holds, the embeddings `extra["thought"]` [B, L, D] in their place. `extra["frozen"]`, a bool
-    [B, L], marks tokens (a prompt, a replayed row) that no gradient of an attention reaches; their tiles are skipped.
+    `apply(params, batch, cache=None)` takes tokens or embeddings as `batch.inputs`, and the columns of `Columns`.
     `cache` is None, a Cache, or an int: the number of slots of a new cache that the batch is written to (prefill).
 
     Args:
@@ -270,14 +276,15 @@ class Transformer(nn.Module):
         tokens = jnp.issubdtype(batch.inputs.dtype, jnp.integer)
         # The padding is cut off before the lookup, where a token beyond the vocabulary must become NaN.
         x = (lookup(table[: c.vocab], batch.inputs) if tokens else batch.inputs).astype(dtype)
-        if tokens and "thought" in batch.extra:  # embeddings of no token, at some places
-            x = jnp.where(batch.extra["soft"][..., None], batch.extra["thought"].astype(dtype), x)
+        extra = Columns(**{name: batch.extra.get(name) for name in Columns._fields})
+        if extra.soft is not None and extra.thought is not None:
+            x = jnp.where(extra.soft[..., None], extra.thought.astype(dtype), x)
         x = sharded.rows(x)  # [B, L, D]
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rope_tables(batch.positions, frequencies, getattr(c.rope_scaling, "attention_factor", 1.0))
         if cache is None or isinstance(cache, int):
             # A new cache: the batch attends to itself, as without one, and is written to it afterwards.
-            context = Rows(batch.segments, batch.positions, cos, sin, batch.extra.get("frozen"))
+            context = Rows(batch.segments, batch.positions, cos, sin, extra.frozen)
             x, new = self._stack(cache is not None)(x, None, _windows(c), context)
             store = None if cache is None else _filled(c, batch, slots, *new)
         else:

@@ -85,73 +85,92 @@ def sample(
       greedy_answer: whether answers are the likeliest tokens.
       temperature: of the answers that are drawn.
     """
-    count, length = prompts.shape
-    requests = count * group
-    width = min(slots or requests, requests)
-    ring = length + limits.total
-    first = _prefill(model, params, prompts, segments, length)
-    draw = _drawing(policy, limits, greedy, greedy_answer, temperature, key)
+    first = _prefill(model, params, prompts, segments)
     lengths = jnp.sum(segments > 0, axis=1)  # [N]
+    size = _Size(
+        len(prompts) * group, group, min(slots or len(prompts) * group, len(prompts) * group), prompts.shape[1]
+    )
+    draw = _drawing(policy, limits, greedy, greedy_answer, temperature, key)
+
+    def feed(drawn: dict[str, Any], request: jax.Array, step: jax.Array, cache: Any) -> Output:
+        place = lengths[jnp.clip(request, 0) // group] + step
+        return _feed(model, params, drawn, request >= 0, place, cache)
 
     def begin(state: dict[str, Any]) -> dict[str, Any]:
-        """Gives the next requests to the slots that are free."""
-        free = state["request"] < 0
-        new = state["next"] + jnp.cumsum(free) - 1
-        taken = free & (new < requests)
-        request = jnp.where(taken, new, state["request"])
-        source = jnp.clip(request, 0) // group
-        cache = _insert(state["cache"], first.cache, source, taken, length)
-        hidden = jnp.where(taken[:, None], first.hidden[source, -1], state["hidden"])
-        fresh = {name: _where(taken, value, state["slots"][name]) for name, value in _fresh(limits, width).items()}
-        moved = {"request": request, "next": state["next"] + jnp.sum(taken), "slots": fresh}
-        return state | moved | {"cache": cache, "hidden": hidden}
+        return _begin(state, first, limits, size)
 
     def advance(state: dict[str, Any]) -> dict[str, Any]:
-        waiting = jnp.any(state["request"] < 0) & (state["next"] < requests)
-        state = jax.lax.cond(waiting, begin, lambda state: state, state)
-        request, live = state["request"], state["request"] >= 0
-        output = Output(state["hidden"], first.head, None, first.embedding)
-        drawn, after, done = draw(output, request, state["slots"])
-        drawn["kind"] = jnp.where(live, drawn["kind"], NOTHING).astype(jnp.int8)
-        # What a free slot draws goes to row R, which is not there.
-        at = (jnp.where(live, request, requests), state["slots"]["step"])
-        out = jax.tree.map(lambda all_, x: all_.at[at].set(x.astype(all_.dtype), mode="drop"), state["out"], drawn)
-        place = lengths[jnp.clip(request, 0) // group] + state["slots"]["step"]
-        cache = dataclasses.replace(state["cache"], index=state["cache"].index % ring)
-        fed = _feed(model, params, drawn, live, place, cache)
-        flags = {name: old.at[at[0]].set(after[name], mode="drop") for name, old in state["flags"].items()}
-        return state | {
-            "cache": fed.cache,
-            "hidden": fed.hidden[:, -1],
-            "request": jnp.where(done, -1, request),
-            "slots": after,
-            "out": out,
-            "flags": flags,
-            "steps": state["steps"] + 1,
-        }
+        waiting = jnp.any(state["request"] < 0) & (state["next"] < size.requests)
+        return _advance(jax.lax.cond(waiting, begin, lambda state: state, state), first, draw, feed, size)
 
     def going(state: dict[str, Any]) -> jax.Array:
-        return jnp.any(state["request"] >= 0) | (state["next"] < requests)
+        return jnp.any(state["request"] >= 0) | (state["next"] < size.requests)
 
-    state = _initial(first, draw, limits, requests, width, ring)
-    final = jax.lax.while_loop(going, advance, begin(state))
-    out = final["out"]
-    kind, token, log_prob = (out.pop(name) for name in ("kind", "token", "log_prob"))
-    flags = final["flags"]
-    return Rollouts(kind, token, log_prob, {**out["record"]}, flags["stopped"], flags["ended"], final["steps"])
+    final = jax.lax.while_loop(going, advance, begin(_initial(first, draw, limits, size)))
+    out, flags = final["out"], final["flags"]
+    kind, token, log_prob = (out[name] for name in ("kind", "token", "log_prob"))
+    return Rollouts(kind, token, log_prob, out["record"], flags["stopped"], flags["ended"], final["steps"])
 
 
-def _prefill(model: Model, params: Params, prompts: jax.Array, segments: jax.Array, length: int) -> Output:
+class _Size(NamedTuple):
+    requests: int  # R
+    group: int  # G
+    slots: int  # W
+    prompt: int  # P
+
+
+def _begin(state: dict[str, Any], first: Output, limits: Limits, size: _Size) -> dict[str, Any]:
+    """Gives the next requests to the slots that are free."""
+    free = state["request"] < 0
+    new = state["next"] + jnp.cumsum(free) - 1
+    taken = free & (new < size.requests)
+    request = jnp.where(taken, new, state["request"])
+    source = jnp.clip(request, 0) // size.group
+    fresh = {name: _where(taken, x, state["slots"][name]) for name, x in _fresh(limits, size.slots).items()}
+    return state | {
+        "request": request,
+        "next": state["next"] + jnp.sum(taken),
+        "slots": fresh,
+        "cache": _insert(state["cache"], first.cache, source, taken, size.prompt),
+        "hidden": jnp.where(taken[:, None], first.hidden[source, -1], state["hidden"]),
+    }
+
+
+def _advance(state: dict[str, Any], first: Output, draw: Any, feed: Any, size: _Size) -> dict[str, Any]:
+    """Draws once in every slot and feeds it."""
+    request, slots, cache = state["request"], state["slots"], state["cache"]
+    live = request >= 0
+    drawn, after, done = draw(first._replace(hidden=state["hidden"], cache=None), request, slots)
+    drawn["kind"] = jnp.where(live, drawn["kind"], NOTHING).astype(jnp.int8)
+    row = jnp.where(live, request, size.requests)  # what a free slot draws goes to row R, which is not there
+    out = jax.tree.map(lambda old, x: old.at[row, slots["step"]].set(x, mode="drop"), state["out"], drawn)
+    flags = {name: old.at[row].set(after[name], mode="drop") for name, old in state["flags"].items()}
+    cache = dataclasses.replace(cache, index=cache.index % cache.segments.shape[1])
+    fed = feed(drawn, request, slots["step"], cache)
+    return state | {
+        "cache": fed.cache,
+        "hidden": fed.hidden[:, -1],
+        "request": jnp.where(done, -1, request),
+        "slots": after,
+        "out": out,
+        "flags": flags,
+        "steps": state["steps"] + 1,
+    }
+
+
+def _prefill(model: Model, params: Params, prompts: jax.Array, segments: jax.Array) -> Output:
     """Returns what the model says of the prompts, with a cache of their length."""
     used = (segments > 0).astype(jnp.int32)
     places = jnp.maximum(jnp.cumsum(used, axis=1) - 1, 0)
     task = jnp.zeros(prompts.shape[:1], jnp.int32)
-    output = model.apply(params, Batch(prompts, prompts, used.astype(jnp.float32), used, places, task), cache=length)
+    batch = Batch(prompts, prompts, used.astype(jnp.float32), used, places, task)
+    output = model.apply(params, batch, cache=prompts.shape[1])
     return output._replace(hidden=output.hidden[:, -1:])
 
 
-def _initial(first: Output, draw: Any, limits: Limits, requests: int, width: int, ring: int) -> dict[str, Any]:
+def _initial(first: Output, draw: Any, limits: Limits, size: _Size) -> dict[str, Any]:
     """Returns the state with all slots free."""
+    requests, width, ring = size.requests, size.slots, size.prompt + limits.total
 
     def ring_of(x: jax.Array) -> jax.Array:  # [N, G, P, K]
         return jnp.zeros((width, x.shape[1], ring, x.shape[3]), x.dtype)
