@@ -29,9 +29,24 @@ print(json.dumps([calls, done.memory_analysis().temp_size_in_bytes]))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxcl[tpu]'")
-def test_compiles_for_a_tpu():
-    """In a process of its own, as the compiler reads its settings from the environment when it is loaded."""
+BOTH = """
+import json, jax, jax.numpy as jnp
+from jaxcl.aot import topology
+from jaxcl.kernels.attention import attention
+
+found = {}
+for name in ("v5p:1x1x1", "h200:1"):
+    chip = jax.sharding.SingleDeviceSharding(topology.devices(topology.parse(name))[0])
+    q = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16, sharding=chip)
+    run = jax.jit(lambda q, k, v: attention(q, k, v, implementation="kernel"))
+    text = run.trace(q, q, q).lower().compile().as_text()
+    found[name] = [text.count('custom_call_target="' + call) for call in ("tpu_custom_call", "mosaic_gpu")]
+print(json.dumps(found))
+"""
+
+
+def compiled(script):
+    """Runs in a process of its own, as the compilers read their settings from the environment when they are loaded."""
     settings = {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -40,8 +55,26 @@ def test_compiles_for_a_tpu():
     }
     root = Path(__file__).parent.parent
     environment = {**os.environ, **settings, "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    kernels, temporaries = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def missing(*modules):
+    return any(importlib.util.find_spec(name) is None for name in modules)
+
+
+@pytest.mark.skipif(missing("libtpu"), reason="needs libtpu: pip install -e '.[aot]'")
+def test_compiles_for_a_tpu():
+    kernels, temporaries = compiled(SCRIPT)
     assert kernels == 3
     assert temporaries < 12 * 512 * 2 * 128 * 4  # a few arrays of the size of q in float32, no scores
+
+
+@pytest.mark.skipif(missing("libtpu", "jax_cuda13_plugin"), reason="needs both compilers: pip install -e '.[aot]'")
+def test_one_process_compiles_the_kernels_of_both_platforms():
+    tpu, gpu = compiled(BOTH).values()
+    assert tpu[0] == 1
+    assert tpu[1] == 0
+    assert gpu[0] == 0
+    assert gpu[1] >= 1
