@@ -185,9 +185,11 @@ class Stuck(aot_test.Fake):
 
 @pytest.fixture
 def stuck(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     monkeypatch.setattr(main, "read", lambda argv, usage: (aot_test.config(), ""))
     monkeypatch.setattr(command, "Session", type("Stuck", (Stuck,), {}))
-    return command.Session
+    yield command.Session
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("flags", "key"), [(["--search"], "search"), ([], "knobs")])
