@@ -23,6 +23,7 @@ class Setting(NamedTuple):
     tasks: int  # number of tasks in the stream: storage per task is preallocated
     loss: Callable[[Output, Batch], tuple[jax.Array, jax.Array]]  # (sum, weight) of the rows
     microbatches: int = 1
+    score: Callable[[Output, Batch], jax.Array] | None = None  # [B, L] log-probability of what was drawn, of rollouts
 
 
 class Taken(NamedTuple):

@@ -1,16 +1,20 @@
-"""From `config.sources` to the rows of every domain, and to the model that fits them: text or tables."""
+"""From `config.sources` to the rows of every domain, and to the model that fits them: text, tables or problems."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxcl import network as networks
+from jaxcl import practice as practices
 from jaxcl import schema
 from jaxcl.data import clean, prepare, tabular
 from jaxcl.data import rows as tables
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.data.sources import Source, Table
+from jaxcl.rl import tasks
+from jaxcl.rl.tasks import Problems
 from jaxcl.schema import UserError
 
 
@@ -22,32 +26,103 @@ class Packing(NamedTuple):
     directory: str = "~/.cache/jaxcl"  # folder of packed rows
 
 
+class Domains(NamedTuple):
+    """What a run is trained on."""
+
+    network: networks.Network
+    pack: Callable[[], dict[str, prepare.Corpus]]  # tokenises and packs text, so that all else can be checked before
+    practice: practices.Practice | None  # of problems alone
+
+
 def make(
     sources: Mapping[str, Mapping[str, Any]],
     packing: Mapping[str, Any],
     tokenizer: Mapping[str, Any] | None,
     model: Mapping[str, Any],
     adapter: str | Mapping[str, Any] | None,
-) -> tuple[networks.Network, Callable[[], dict[str, prepare.Corpus]]]:
-    """Returns the model, and what gives the rows of every domain: text for a language model, tables for a classifier.
+    stages: Sequence[Mapping[str, Any]] = (),
+    options: practices.Options | None = None,
+) -> Domains:
+    """Returns the domains of a config: text for a language model, tables for a classifier, problems to be solved.
 
-    Text is tokenised and packed when the function is called, so that all else can be checked before.
+    Args:
+      sources: `config.sources`.
+      packing, tokenizer, model, adapter: sections of the config.
+      stages: of `config.stream`; problems are learned from as they say.
+      options: of problems alone.
     """
     if not sources:
         raise UserError(
             "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
         )
-    made = {name: source_of(name, options) for name, options in sources.items()}
+    if practising(sources):
+        return _of_problems(sources, packing, tokenizer, model, adapter, stages, options or practices.Options())
+    refuse_practice(stages, options or practices.Options())
+    made = {name: source_of(name, one) for name, one in sources.items()}
     kinds = {name: isinstance(source, Table) for name, source in made.items()}
     if of_tables(kinds, tokenizer=tokenizer, packing=packing, adapter=adapter):
         corpora = {name: tabular.corpus(table) for name, table in made.items()}
         example = next(tables.batches(next(iter(corpora.values())).train, size=1))
-        return networks.classifier(model, example, tabular.classes(made.values())), lambda: corpora
+        return Domains(networks.classifier(model, example, tabular.classes(made.values())), lambda: corpora, None)
     packed = schema.call(Packing, packing, field="packing")
     model = networks.based(model, adapter)
     words = networks.tokenizer_of(tokenizer, model)
     network = networks.make(model, words, packed.length, adapter)
-    return network, lambda: _packed(made, words, packed)
+    return Domains(network, lambda: _packed(made, words, packed), None)
+
+
+def practising(sources: Mapping[str, Any]) -> bool:
+    """Returns whether the sources are problems.
+
+    Raises:
+      UserError: some are and some are not.
+    """
+    known = {module.name for module in pkgutil.iter_modules(tasks.__path__)}
+    kinds = {name: isinstance(one, Mapping) and one.get("name") in known for name, one in sources.items()}
+    if len(set(kinds.values())) > 1:
+        problems, rest = (next(name for name, kind in kinds.items() if kind is wanted) for wanted in (True, False))
+        raise UserError(f"config.sources: {problems} has problems and {rest} has none; train on one kind")
+    return any(kinds.values())
+
+
+def refuse_practice(stages: Sequence[Mapping[str, Any]], options: practices.Options) -> None:
+    """Raises UserError for what only problems have a use for."""
+    for key, value in options._asdict().items():
+        if value:
+            raise UserError(f"config.{key}: of problems, as dict(name='mnns'); config.sources has none, leave it out")
+    for i, stage in enumerate(stages):
+        if isinstance(stage, Mapping) and stage.get("learn"):
+            raise UserError(f"config.stream.stages[{i}].learn: of problems; config.sources has none, leave it out")
+
+
+def _of_problems(
+    sources: Mapping[str, Mapping[str, Any]],
+    packing: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | None,
+    model: Mapping[str, Any],
+    adapter: str | Mapping[str, Any] | None,
+    stages: Sequence[Mapping[str, Any]],
+    options: practices.Options,
+) -> Domains:
+    if packing:
+        raise UserError("config.packing: of text; config.sources are problems, leave it out")
+    words, model = None, networks.based(model, adapter)
+    if any(one.get("name") == "questions" for one in sources.values()):
+        words = networks.tokenizer_of(tokenizer, model)
+    elif tokenizer or "checkpoint" in model:
+        field = "tokenizer" if tokenizer else "model.checkpoint"
+        raise UserError(f"config.{field}: generated problems make their own vocabulary; leave it out")
+    problems = {name: problems_of(name, one, words) for name, one in sources.items()}
+    practice = practices.make(problems, words, stages, options)
+    network = networks.make(model, practice.words, practice.length, adapter)
+    if network.shape is None:
+        raise UserError(f"config.model.name={model.get('name')!r}: thoughts are fed to a transformer; choose that")
+    return Domains(network, practice.corpora, practice)
+
+
+def problems_of(name: str, options: Mapping[str, Any], words: tokenizers.Tokenizer | None) -> Problems:
+    """Returns the problems of a domain."""
+    return tasks.make(options, words, field=f"sources.{name}")
 
 
 def of_tables(kinds: Mapping[str, bool], **sections: Any) -> bool:

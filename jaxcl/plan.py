@@ -17,8 +17,10 @@ from jaxcl import optim as optimisers
 from jaxcl.data import stream as streams
 from jaxcl.data.rows import Rows
 from jaxcl.network import Network
+from jaxcl.practice import Practice
+from jaxcl.rl.explore import Explorer
 from jaxcl.schema import UserError
-from jaxcl.types import Method, Model
+from jaxcl.types import Batch, Method, Model
 
 
 class Plan(NamedTuple):
@@ -32,6 +34,7 @@ class Plan(NamedTuple):
     rate: schedules.Schedule
     patterns: tuple[str, ...]  # of the parameters that are frozen
     seed: int
+    explorer: Explorer | None = None  # of stages that learn from rollouts
 
 
 def make(
@@ -46,6 +49,7 @@ def make(
     guard: Mapping[str, Any] | None = None,
     microbatches: int = 1,
     seed: int = 0,
+    practice: Practice | None = None,
 ) -> Callable[[Mapping[str, Rows]], Plan]:
     """Returns a function from the packed rows of every domain to the plan; the rows give shapes and counts alone."""
     if microbatches < 1:
@@ -56,14 +60,58 @@ def make(
     def ready(rows: Mapping[str, Rows]) -> Plan:
         flow = schema.call(stream_of, stream, rows, seed, multiple, field="stream")
         rate = schedules.make(ends=flow.boundaries, **schedule)
-        one = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, flow.at(0, slice(0, 1))))
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((flow.width, *x.shape[1:]), x.dtype), one)
+        explorer = practice.explorer(mesh, network.model, seed) if practice and "rl" in practice.learns else None
+        examples = examples_of(flow, practice, explorer, network)
         tx = optimisers.make(lr=rate, **optim)
-        setting = compose.Setting(network.model, tx, example, len(flow.stages), loss_of(loss or {}), microbatches)
+        cost, score = practice.loss(checked(loss or {})) if practice else (loss_of(loss or {}), None)
+        setting = compose.Setting(network.model, tx, examples[0], len(flow.stages), cost, microbatches, score)
         learner = learner_of(method, setting, guard, patterns, network.keyed)
-        return Plan(mesh, network, setting, learner, flow, rate, patterns, seed)
+        check_forms(learner, network, examples)
+        return Plan(mesh, network, setting, learner, flow, rate, patterns, seed, explorer)
 
     return ready
+
+
+def examples_of(
+    flow: streams.Stream, practice: Practice | None, explorer: Explorer | None, network: Network
+) -> list[Batch]:
+    """Returns the shapes of every kind of batch that the stages learn from, that of rollouts first."""
+    one = flow.at(0, slice(0, 1))
+    stages = [0] if practice is None else list(dict.fromkeys(practice.learns.index(how) for how in practice.learns))
+    found = []
+    for stage in stages:
+        row = practice.trim(one, stage) if practice else one
+        narrow = jax.eval_shape(lambda row=row: jax.tree.map(jnp.asarray, row))
+        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((flow.width, *x.shape[1:]), x.dtype), narrow)
+        if practice and explorer and practice.learns[stage] == "rl":
+            params = jax.eval_shape(network.model.init, jax.eval_shape(lambda: jax.random.key(0)))
+            rolled = jax.eval_shape(explorer.draw, params, rows, jax.ShapeDtypeStruct((2,), jnp.int32))
+            column = jax.ShapeDtypeStruct((flow.width * practice.rollout.group,), jnp.float32)
+            rows = jax.eval_shape(explorer.teach, rolled.rollouts, rows, {"advantage": column, "share": column})
+            found.insert(0, rows)
+        else:
+            found.append(rows)
+    return found
+
+
+def check_forms(learner: Method, network: Network, examples: Sequence[Batch]) -> None:
+    """Raises UserError if the method cannot take rows of one kind and then of another."""
+    if len(examples) == 1:
+        return
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(learner.init, jax.eval_shape(network.model.init, key))
+    for rows in examples:
+        try:
+            after, _ = jax.eval_shape(learner.step, state, rows, key)
+            same = jax.tree.map(lambda a, b: a.shape == b.shape, state, after)
+        except (TypeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"config.method: keeps rows, but the stages learn in different ways ({reason}); choose a method that "
+                "keeps none, or one `learn` for all stages"
+            ) from error
+        if not all(jax.tree.leaves(same)):
+            raise UserError("config.method: keeps rows of one kind, but the stages learn in different ways")
 
 
 def frozen_of(optim: dict[str, Any], network: Network) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -105,10 +153,15 @@ def stream_of(
 
 def loss_of(options: Mapping[str, Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Returns the training loss: (output, batch) -> (sum, weight)."""
+    return functools.partial(losses.cross_entropy, **checked(options))
+
+
+def checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the options of the cross-entropy, if they are."""
     schema.check(losses.cross_entropy, options, field="loss", positional=2)
     if options.get("z_loss", 0.0) < 0:
         raise UserError(f"config.loss.z_loss={options['z_loss']}: must not be negative")
-    return functools.partial(losses.cross_entropy, **options)
+    return options
 
 
 def learner_of(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import alignment, compose, domains, flops, frozen, losses, schema, scores, tree
+from jaxcl import alignment, compose, domains, feed, flops, frozen, losses, practice, schema, scores, tree
 from jaxcl import mesh as meshes
 from jaxcl import optim as optimisers
 from jaxcl import plan as plans
@@ -20,6 +20,7 @@ from jaxcl.data import prepare, provenance
 from jaxcl.data import rows as tables
 from jaxcl.data import stream as streams
 from jaxcl.random import key_for
+from jaxcl.rl import inference
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Metrics, Model, Params, TrainState
 
@@ -38,19 +39,20 @@ class Program(NamedTuple):
     end_task: Callable[[TrainState, Batch], TrainState]
     evaluate: Callable[[Params], dict[str, dict[str, float]]]  # domain's loss (nats per token), bits_per_byte
     evaluate_every: int  # steps
-    align: Callable[[Params], dict[str, dict[str, float]]] | None  # domain -> domain -> cosine of their gradients
+    compare: Callable[[Params], dict[str, Any]] | None  # at boundaries besides: `alignment`, `inference`
     utilisation: Callable[[float], float | None]  # tokens per second -> share of the devices' peak, None if unknown
     place: Callable[..., Batch]  # step[, recall of the reservoir] -> the global batch on the devices
     place_task: Callable[[int], Batch]  # stage -> its last batches without replayed rows, stacked [K, B, ...]
     facts: dict[str, Any]  # for the report: parameters, devices, sources
     held_out: dict[str, str]  # domain -> fingerprint of its held-out rows
+    rollouts: feed.Rollouts | None = None  # of stages that learn from them
 
 
 class Evaluation(NamedTuple):
     """When and on what to evaluate."""
 
     every: int = 50  # steps
-    rows: int = 64  # held-out rows per domain, at the most
+    rows: int = 64  # held-out rows (or problems) per domain, at the most
     alignment: bool = False  # compare the gradients of the domains, before training and after every task
 
 
@@ -71,13 +73,17 @@ def build(
     evaluation: dict[str, Any] | None = None,
     microbatches: int = 1,
     seed: int = 0,
+    policy: Any = None,
+    objective: Any = None,
+    rollout: dict[str, Any] | None = None,
 ) -> Program:
     """Builds a run. The parameters are the keys of a config file; each section is checked against its own function.
 
     Args:
       model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
       adapter: 'lora', or a dict with that `name` and options, see `jaxcl.network.make`: all else is frozen.
-      sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`.
+      sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`;
+        or `name` of a task of jaxcl.rl.tasks and its options.
       stream: see `jaxcl.plan.stream_of`.
       optim: see `jaxcl.optim.make`; the learning rate is the schedule's. `frozen` parameters cost no gradient.
       schedule: see `jaxcl.schedules.make`.
@@ -90,6 +96,9 @@ def build(
       evaluation: see `Evaluation`.
       microbatches: passes per step; divides the batch.
       seed: of everything that is random.
+      policy: of problems: how thoughts are drawn, such as "soft(temperature=1.0)"; see `jaxcl.rl.thoughts`.
+      objective: of problems: how rollouts are valued, such as "rloo" or "grpo(kl=0.04)"; see `jaxcl.rl.objectives`.
+      rollout: of problems, see `jaxcl.rl.explore.Rollout`.
 
     Raises:
       UserError: whatever is wrong, with the field and the remedy.
@@ -97,13 +106,23 @@ def build(
     devices = schema.call(meshes.make, mesh or {}, field="mesh")
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
-    network, pack = domains.make(sources, packing or {}, tokenizer, model, adapter)
+    own = practice.Options(policy, objective, rollout)
+    made = domains.make(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
-    ready = plans.make(devices, network, stream=stream, microbatches=microbatches, seed=seed, **learning)
-    corpora = pack()
-    made = ready({name: corpus.train for name, corpus in corpora.items()})
-    pieces = compiled(made)
-    return Program(stream=made.flow, **pieces, **measures(made, pieces["abstract"], corpora, chosen))
+    learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}
+    ready = plans.make(devices, made.network, stream=stream, **learning)
+    corpora = made.pack()
+    plan = ready({name: corpus.train for name, corpus in corpora.items()})
+    pieces = compiled(plan, made.practice)
+    return Program(stream=plan.flow, **pieces, **measures(plan, pieces["abstract"], corpora, chosen, made.practice))
+
+
+def stages_of(stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the entries of the stage table; what is wrong with it is said elsewhere."""
+    stages = stream.get("stages")
+    return (
+        [stage if isinstance(stage, Mapping) else {} for stage in stages] if isinstance(stages, (list, tuple)) else []
+    )
 
 
 def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluation: Evaluation, domains: int) -> None:
@@ -123,7 +142,7 @@ def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluat
             raise UserError(f"config.optim.{key}: unknown key; the learning rate is config.schedule.peak")
 
 
-def compiled(plan: plans.Plan) -> dict[str, Any]:
+def compiled(plan: plans.Plan, own: practice.Practice | None = None) -> dict[str, Any]:
     """Returns the compiled functions of a Program, with the state sharded like its parameters."""
     mesh, network, learner, flow, seed = plan.mesh, plan.network, plan.learner, plan.flow, plan.seed
 
@@ -151,14 +170,14 @@ def compiled(plan: plans.Plan) -> dict[str, Any]:
     def end_task(state: TrainState, batch: Batch) -> TrainState:
         return learner.end_task(state, batch, key_for(seed, "end_task", state.step))
 
+    read = practice.stripped(flow, own)
+    put = practice.place(mesh, flow, read)
+
     def place(number: int, recall: streams.Recall | None = None) -> Batch:
-        index = flow.index(number)
-        return meshes.place(mesh, lambda part: flow.read(index, part, recall), rows=flow.width)
+        return put(flow.index(number), flow.stage_of(number), recall)
 
     def place_task(stage: int) -> Batch:
-        end = flow.boundaries[stage]
-        first = max(end - TASK_BATCHES, end - flow.stages[stage].steps)
-        batches = [flow.at(number, recall=lambda _: {}) for number in range(first, end)]
+        batches = [read(flow.index(number), stage, recall=lambda _: {}) for number in last_steps(flow, stage)]
         new = [dataclasses.replace(b, weights=np.where(b.extra["replayed"], 0, b.weights.T).T) for b in batches]
         return meshes.place(mesh, jax.tree.map(lambda *x: np.stack(x), *new), axis=1)
 
@@ -171,28 +190,57 @@ def compiled(plan: plans.Plan) -> dict[str, Any]:
         "end_task": jax.jit(meshes.on(mesh, end_task), out_shardings=shardings, donate_argnums=0),
         "place": place,
         "place_task": place_task,
+        "rollouts": rollouts_of(plan, own, put) if own and plan.explorer else None,
     }
 
 
+def rollouts_of(plan: plans.Plan, own: practice.Practice, put: Callable[..., Batch]) -> feed.Rollouts:
+    """Returns what makes batches of prompts."""
+    assert plan.explorer
+    cut = meshes.batch_sharding(plan.mesh)
+    example = meshes.with_shardings(plan.setting.example, jax.tree.map(lambda _: cut, plan.setting.example))
+    return feed.Rollouts(plan.explorer, own, plan.flow, put, plan.seed, example)
+
+
+def last_steps(flow: streams.Stream, stage: int) -> range:
+    """Returns the steps whose batches `end_task` sees."""
+    end = flow.boundaries[stage]
+    return range(max(end - TASK_BATCHES, end - flow.stages[stage].steps), end)
+
+
 def measures(
-    plan: plans.Plan, abstract: TrainState, corpora: Mapping[str, prepare.Corpus], chosen: Evaluation
+    plan: plans.Plan,
+    abstract: TrainState,
+    corpora: Mapping[str, prepare.Corpus],
+    chosen: Evaluation,
+    own: practice.Practice | None = None,
 ) -> dict[str, Any]:
     """Returns what a Program measures with. The held-out rows are put on the devices here, in batches of B."""
     mesh, patterns, model = plan.mesh, plan.patterns, plan.setting.model
     setting = plan.setting._replace(model=model._replace(apply=meshes.on(mesh, model.apply)))
-    size = setting.example.task.shape[0]
-    batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
-    rows = scores.put(batches, functools.partial(meshes.place, mesh))
     known = facts(mesh, setting, abstract, corpora, patterns)
     cost, peak = known["flops_per_token"], known["peak_flops_per_device"]
-    return {
-        "evaluate": evaluator(setting.model, corpora, rows),
+    found = {
         "evaluate_every": chosen.every,
-        "align": aligner(mesh, setting, rows, patterns) if chosen.alignment else None,
+        "compare": None,
         "utilisation": lambda speed: flops.utilisation(speed, cost, mesh.size, peak),
         "facts": known,
         "held_out": {name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
     }
+    if own:
+        known["baselines"] = {name: one.held_out.baselines for name, one in own.problems.items() if one.held_out}
+        explorer = plan.explorer or own.explorer(mesh, model, plan.seed)
+        held = {name: one.held_out for name, one in own.problems.items() if one.held_out}
+        bench = inference.make(mesh, model, explorer, own.policies, held, own.words, rows=chosen.rows)
+        return found | {"evaluate": bench.evaluate, "compare": bench.compare, "utilisation": lambda speed: None}
+    size = setting.example.task.shape[0]
+    batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
+    rows = scores.put(batches, functools.partial(meshes.place, mesh))
+    found["evaluate"] = evaluator(setting.model, corpora, rows)
+    if chosen.alignment:
+        align = aligner(mesh, setting, rows, patterns)
+        found["compare"] = lambda params: {"alignment": align(params)}
+    return found
 
 
 def evaluator(

@@ -7,20 +7,17 @@ import functools
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxcl import allocator, checkpoint, distributed, folder, frozen, mesh, metrics, program, progress, report, schema
+from jaxcl import feed as feeds
 from jaxcl.data.archive import Archive
 from jaxcl.report import terminal
 from jaxcl.types import Batch, Metrics, TrainState
-
-AHEAD = 2  # batches that are read and placed while the device works
 
 
 class Loop(NamedTuple):
@@ -41,26 +38,6 @@ class BadSteps(Exception):
     """Too many bad steps in a row."""
 
 
-class Feeder:
-    """Reads and places the next batches in a thread while the device works."""
-
-    def __init__(self, place: Callable[[int], Batch], start: int, end: int):
-        self._place, self._next, self._end = place, start, end
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feeder")
-        self._queue: deque[Future[Batch]] = deque()
-
-    def get(self) -> Batch:
-        """Returns the batch of the next step."""
-        while len(self._queue) <= AHEAD and self._next < self._end:
-            self._queue.append(self._pool.submit(self._place, self._next))
-            self._next += 1
-        return self._queue.popleft().result()
-
-    def close(self) -> None:
-        """Drops what was read ahead, but reads it: another process may wait for rows that are committed on the way."""
-        self._pool.shutdown(wait=True)
-
-
 class Session:
     """One process's part of a run, from its last checkpoint to the end."""
 
@@ -78,6 +55,8 @@ class Session:
         self.fresh = self.rolled_back = False
         self.saved: int | None = None  # step of the newest checkpoint
         self.records = 0  # in metrics.jsonl, as `metrics.count` has it; kept by process 0
+        self.feed: feeds.Feed | None = None
+        self.held: feeds.Held = feeds.Held()  # of the feed, as the checkpoint has it
         self.archive: Archive | None = None
         if made.stream.contents:
             who = {"process": jax.process_index(), "processes": jax.process_count()}
@@ -109,10 +88,10 @@ class Session:
           UserError: the corpus, the seed or a past stage is not what the checkpoint was trained on, or the reservoir
             is not what it was then, or metrics.jsonl lacks records.
         """
-        found = self.checkpoints.restore(self.made.abstract)
+        found = self.checkpoints.restore(feeds.with_ahead(self.made.abstract, self.made.rollouts))
         self.fresh = found is None
         if found is None:
-            self.step, self.state, self.saved = 0, self.made.create(), None
+            self.step, self.state, self.saved, self.held = 0, self.made.create(), None, feeds.Held()
             zero: dict[str, int] = dict.fromkeys(("new_rows", "new_tokens", "replayed_rows", "replayed_tokens"), 0)
             self.ledger = {source: dict(zero) for source in self.made.stream.sources}
             message = None
@@ -128,7 +107,8 @@ class Session:
                     f"config.sources: the held-out rows are not those that {self.place} was evaluated on; restore "
                     "the corpus, or start a new --workdir"
                 )
-            self.step, self.state, self.ledger = found.step, found.state, found.host["ledger"]
+            self.step, self.ledger = found.step, found.host["ledger"]
+            self.state, self.held = feeds.unpacked(found.state, found.host.get("feed"))
             self.saved = found.step
             message = found.message or f"continues from step {found.step}"
         if self.archive:
@@ -195,17 +175,19 @@ class Session:
             self.evaluate(boundary=-1)
             if self.made.imported:  # once: no later start reads the files it came from
                 self.save()
-        feeding = contextlib.closing(Feeder(self.batch, self.step, flow.total_steps))
-        with feeding as feeder, jax.transfer_guard("disallow"):
+        self.feed = feeds.Feed(self.batch, self.made.rollouts, self.step, flow, self.held)
+        with contextlib.closing(self.feed), jax.transfer_guard("disallow"):
             while self.step < flow.total_steps:
                 if reason := stopped(self.step):
                     self.save()
                     raise Stopped(reason)
-                self.state, values = self.made.step(self.state, feeder.get())
+                rows, told = self.feed.get(self.state)
+                self.state, values = self.made.step(self.state, rows)
                 self.account(self.step)
                 self.step += 1
                 self.flush()  # the step before: by now its metrics are there, and the device is busy with this one
-                self.pending = (self.step, values)
+                self.feed.settle()
+                self.pending = (self.step, values | told)
                 if self.step in flow.boundaries:
                     self.end_task(flow.boundaries.index(self.step))
                 elif self.step % self.made.evaluate_every == 0:
@@ -217,8 +199,18 @@ class Session:
     def end_task(self, stage: int) -> None:
         """Lets the method close the task, then evaluates every domain."""
         self.flush()
-        self.state = self.made.end_task(self.state, self.made.place_task(stage))
+        self.state = self.made.end_task(self.state, self.task_rows(stage))
         self.evaluate(boundary=stage)
+
+    def task_rows(self, stage: int) -> Batch:
+        """Returns the last batches of a task, stacked."""
+        first = self.made.stream.boundaries[stage] - 1
+        if self.made.rollouts is None or not self.made.rollouts.learns(first):
+            return self.made.place_task(stage)
+        assert self.feed
+        rows = self.feed.task(self.state, program.last_steps(self.made.stream, stage))
+        with jax.transfer_guard("allow"):
+            return jax.tree.map(lambda *x: jax.numpy.stack(x), *rows)
 
     def account(self, step: int) -> None:
         """Enters the rows of a step into the ledger."""
@@ -237,12 +229,13 @@ class Session:
         step, values = self.pending
         self.pending = None
         fetched = {name: float(value) for name, value in mesh.fetch(values).items()}
+        times = {name[5:]: fetched.pop(name) for name in list(fetched) if name.startswith("time/")}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         stage = self.made.stream.stage_of(step - 1)
         tokens = fetched["weight"] / seconds  # targets trained on, replayed ones too; not padding or context
         share = self.made.utilisation(tokens)
-        speed = {"step_s": seconds, "tokens_per_s": tokens} | ({} if share is None else {"mfu": share})
+        speed = {"step_s": seconds, "tokens_per_s": tokens, **times} | ({} if share is None else {"mfu": share})
         about = {"task": stage, "stage": self.made.stream.stages[stage].name}
         self.write({"kind": "train", "step": step, **about, **fetched, "time": speed})
         if fetched.get("guard/consecutive", 0) >= 1:
@@ -264,8 +257,8 @@ class Session:
             raise BadSteps(
                 f"the loss on {bad[0]} is not finite before the first step; look at config.model and its checkpoint"
             )
-        if boundary is not None and self.made.align:
-            scores = scores | {"alignment": self.made.align(params)}
+        if boundary is not None and self.made.compare:
+            scores = scores | self.made.compare(params)
             spent["alignment_s"] = time.perf_counter() - began - spent["seconds"]
         task = self.made.stream.stage_of(self.step - 1) if self.step else -1
         about = {"step": self.step, "task": task, "boundary": boundary}
@@ -281,7 +274,8 @@ class Session:
         self.out.sync()
         past = self.made.stream.fingerprint(self.step)
         host = {"ledger": self.ledger, "stream": past, "held_out": self.made.held_out, "records": self.records}
-        self.checkpoints.save(self.step, self.state, host)
+        state, own = feeds.packed(self.state, self.made.rollouts, self.feed.held if self.feed else self.held)
+        self.checkpoints.save(self.step, state, host | own)
         if self.archive:
             self.archive.release(min(self.checkpoints.steps(), default=0))
         self.saved = self.step

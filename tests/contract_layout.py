@@ -18,8 +18,8 @@ LAYERS = (
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console"},
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
-    {"network", "domains"},
-    {"plan"},
+    {"network", "domains", "practice"},
+    {"plan", "feed"},
     {"program", "train", "weights"},
     {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands"},
 )

@@ -88,7 +88,7 @@ def shared(folder):
         state, _ = made.step(state, made.place(0))
         state = made.end_task(state, made.place_task(0))
         made.evaluate(state.params)
-        made.align(state.params)
+        made.compare(state.params)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     return settings, loop, made

@@ -96,6 +96,10 @@ def make(config: Mapping[str, Any], devices: Sequence[Any]) -> Step:
     sources = pieces.pop("sources")
     if not sources:
         raise UserError("config.sources: empty; name at least one, although it is not read here")
+    if domains.practising(sources):
+        raise UserError("config.sources: problems; only runs on text and tables are compiled for machines elsewhere")
+    for key in ("policy", "objective", "rollout"):
+        pieces.pop(key, None)
     mesh = schema.call(meshes.make, {**(pieces.pop("mesh", None) or {}), "devices": list(devices)}, field="mesh")
     chosen = schema.call(program.Evaluation, pieces.pop("evaluation", None) or {}, field="evaluation")
     program.check_options(pieces["schedule"], pieces["optim"], chosen, len(sources))

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxcl.types import Batch
 
-Columns = dict[str, np.ndarray]  # inputs, targets, weights, segments, positions; the leading axis counts rows
+NAMES = ("inputs", "targets", "weights", "segments", "positions")
+Columns = dict[str, np.ndarray]  # those of NAMES, and what a source adds; the leading axis counts rows
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,14 @@ def batches(rows: Rows, *, size: int, task: int = 0, limit: int | None = None) -
 
 
 def batch_of(columns: Columns, task: np.ndarray, extra: Columns | None = None) -> Batch:
-    """Returns a batch of B = len(task) rows: the columns, then rows of zeros as far as needed."""
+    """Returns a batch of B = len(task) rows: the columns, then rows of zeros as far as needed.
+
+    `extra` has the columns that are not among NAMES, and those given.
+    """
     missing = len(task) - len(columns["inputs"])
 
     def fill(x: np.ndarray) -> np.ndarray:
         return np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x
 
-    names = ("inputs", "targets", "weights", "segments", "positions")
-    return Batch(*(fill(columns[name]) for name in names), task, extra or {})  # type: ignore[arg-type]
+    added = {name: fill(x) for name, x in columns.items() if name not in NAMES}
+    return Batch(*(fill(columns[name]) for name in NAMES), task, added | (extra or {}))  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,7 @@ class Stage(NamedTuple):
     steps: int
     mixture: Mapping[str, float]  # source -> weight, need not sum to 1
     replay: Mapping[str, Any] | None = None  # overrides the stream's: fraction, mode, over, capacity
+    learn: Literal["rl", "sft", "csft"] | None = None  # of problems: how they are learned from; see `jaxcl.rl.table`
 
 
 class Index(NamedTuple):

@@ -1,0 +1,166 @@
+"""From `config.policy`, `objective` and `rollout` to what a run on verifiable problems needs besides its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcl import losses, schema
+from jaxcl import mesh as meshes
+from jaxcl.data import stream as streams
+from jaxcl.data.prepare import Corpus
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.rl import explore, objectives, supervised, table
+from jaxcl.rl.judge import Judge
+from jaxcl.rl.objectives import Objective
+from jaxcl.rl.pool import Pool
+from jaxcl.rl.tasks import Problems
+from jaxcl.rl.thoughts import Policy
+from jaxcl.schema import UserError
+from jaxcl.types import Batch, Model, Output
+
+WORKED = ("soft", "support", "shares", "goal", "goal_shares")  # columns of csft alone
+
+
+class Options(NamedTuple):
+    """The sections of a config that only runs on problems have."""
+
+    policy: Any = None
+    objective: Any = None
+    rollout: Mapping[str, Any] | None = None
+
+
+class Practice(NamedTuple):
+    """What is drawn from a model, how it is rewarded, and how it is learned from."""
+
+    problems: dict[str, Problems]  # domain -> those for training
+    words: Tokenizer
+    size: table.Size
+    form: table.Form
+    learns: tuple[str, ...]  # of each stage
+    policy: Policy
+    policies: dict[str, Policy]  # of evaluations
+    objective: Objective
+    rollout: explore.Rollout
+    limits: explore.Limits
+    judge: Judge
+
+    @property
+    def length(self) -> int:
+        """Longest row that the model must take."""
+        return max(self.size.length, self.size.prompt + self.limits.total)
+
+    def corpora(self) -> dict[str, Corpus]:
+        """Returns the rows of every domain."""
+        made = {}
+        for (name, one), first in zip(self.problems.items(), self.judge.first, strict=False):
+            made[name] = table.corpus(one, self.form, self.size, self.words, int(first))
+        return made
+
+    def loss(self, options: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Returns the training loss (output, batch) -> (sum, weight), and the log-probabilities of what was drawn."""
+
+        def worked(output: Output, rows: Batch) -> tuple[jax.Array, jax.Array]:
+            if "goal" in rows.extra:
+                return supervised.csft(output, rows)
+            return losses.cross_entropy(output, rows, **options)
+
+        return explore.loss_of(self.policy, self.objective, self.rollout.temperature, worked)
+
+    def explorer(self, mesh: jax.sharding.Mesh, model: Model, seed: int) -> explore.Explorer:
+        """Returns the source of rollouts on a mesh."""
+        names = ("policy", "objective", "rollout", "limits", "size", "judge")
+        return explore.make(mesh, model, seed=seed, **{name: getattr(self, name) for name in names})
+
+    def numbers(self, flow: streams.Stream, index: streams.Index) -> np.ndarray:
+        """Returns the numbers of the problems of a batch, int [N]; -1 = padding."""
+        return np.where(index.source >= 0, self.judge.first[index.source] + index.row, -1)
+
+    def trim(self, batch: Batch, stage: int) -> Batch:
+        """Returns rows of the stream with the columns that a stage has a use for."""
+        unused = {table.NUMBER, *(() if self.learns[stage] == "csft" else WORKED)}
+        return dataclasses.replace(batch, extra={k: v for k, v in batch.extra.items() if k not in unused})
+
+
+def make(
+    problems: Mapping[str, Problems], words: Tokenizer | None, stages: Sequence[Mapping[str, Any]], options: Options
+) -> Practice:
+    """Returns the practice of a run.
+
+    Args:
+      problems: domain -> problems.
+      words: the tokenizer of problems of text.
+      stages: of `config.stream`.
+      options: of the config.
+
+    Raises:
+      UserError: whatever is wrong with them.
+    """
+    ordered = table.joined({name: problems[name] for name in sorted(problems)})  # the order of a stream's sources
+    every = list(ordered.values())
+    words = words or table.words_of(every[0])
+    rollout = schema.call(explore.Rollout, options.rollout or {}, field="rollout")
+    policy = policy_of(options.policy or "hard")
+    learns = tuple(stage.get("learn") or ("rl" if options.objective else "sft") for stage in stages)
+    if "rl" in learns and not options.objective:
+        raise UserError("config.objective: missing, but a stage has learn='rl'; choose one, such as 'rloo'")
+    limits = explore.limits_of(rollout, every, words)
+    objective = objective_of(options.objective or "rloo", limits)
+    if "rl" in learns:
+        explore.check(rollout, objective)
+    for name, one in ordered.items():
+        if one.held_out is None:
+            raise UserError(f"config.sources.{name}: holds out no problem; set its held_out")
+    form = "csft" if "csft" in learns else "sft" if "sft" in learns or rollout.demonstrations else "prompt"
+    size = table.size_of(every, form, words)
+    policies = {name: policy if name == policy.name else policy_of(name) for name in (policy.name, *rollout.modes)}
+    how = {"workers": rollout.workers, "timeout": rollout.timeout, "memory": rollout.memory}
+    judge = Judge(every, [Pool(one.verifier, **how) for one in every], words.decode)
+    return Practice(ordered, words, size, form, learns, policy, policies, objective, rollout, limits, judge)
+
+
+def one_of(given: Any, field: str) -> dict[str, Any]:
+    """Returns 'name', 'name(option=1)' or a dict as a dict."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    parts = schema.parse(given, field=field) if isinstance(given, str) else []
+    if len(parts) != 1:
+        raise UserError(f"config.{field}={given!r}: write one name, as in 'soft' or 'soft(temperature=1.0)'")
+    return parts[0]
+
+
+def policy_of(given: Any) -> Policy:
+    """Returns the policy of `config.policy`."""
+    return schema.make("jaxcl.rl.thoughts", one_of(given, "policy"), field="policy")
+
+
+def objective_of(given: Any, limits: explore.Limits) -> Objective:
+    """Returns the objective of `config.objective`; its longest completion is that of the limits."""
+    options = one_of(given, "objective")
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"config.objective={given!r}: has no name, such as 'rloo'")
+    if name == "dr_grpo":
+        options = {"length": limits.thoughts + limits.answer} | options
+    return objectives.make(name, **options)
+
+
+def stripped(flow: streams.Stream, practice: Practice | None) -> Callable[..., Batch]:
+    """Returns the function (index, stage, part, recall) -> host rows of a batch."""
+    if practice is None:
+        return lambda index, stage, part=None, recall=None: flow.read(index, part, recall)
+    return lambda index, stage, part=None, recall=None: practice.trim(flow.read(index, part, recall), stage)
+
+
+def place(mesh: jax.sharding.Mesh, flow: streams.Stream, read: Callable[..., Batch]) -> Callable[..., Batch]:
+    """Returns the function (index, stage, recall) -> rows on the devices."""
+
+    def run(index: streams.Index, stage: int, recall: streams.Recall | None = None) -> Batch:
+        return meshes.place(mesh, functools.partial(read, index, stage, recall=recall), rows=flow.width)
+
+    return run
