@@ -150,7 +150,7 @@ def readable(config: Mapping[str, Any]) -> str:
     if isinstance(replay, Mapping) and replay.get("fraction"):
         words.append(f"{100 * float(replay['fraction']):g} % replay")
     if (peak := _section(config, "schedule").get("peak")) is not None:
-        words.append(f"lr {peak:g}")
+        words.append("lr " + " / ".join(f"{one:g}" for one in (peak if isinstance(peak, list) else [peak])))
     return ", ".join(words)
 
 

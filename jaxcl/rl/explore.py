@@ -202,7 +202,8 @@ def check(rollout: Rollout, objective: Objective) -> None:
         if not holds:
             raise UserError(f"config.rollout.{key}={getattr(rollout, key)}: {remedy}")
     try:
-        objective.advantages(np.zeros((1, rollout.group), np.float32), np.zeros(1, np.float32))
+        greedy = np.zeros(1, np.float32) if objective.name == "remax" else None
+        objective.advantages(np.zeros((1, rollout.group), np.float32), greedy)
     except UserError as error:
         raise UserError(f"config.rollout.group={rollout.group}: {error}") from error
 
@@ -237,7 +238,7 @@ def make(
 
     def teach(rollouts: Rollouts, prompts: Batch, columns: Mapping[str, jax.Array]) -> Batch:
         shown = prompts.inputs[:, : size.prompt], prompts.segments[:, : size.prompt]
-        rows = teaching.batch(policy, rollouts, *shown)
+        rows = teaching.batch(rollouts, *shown)
         each = {name: jnp.repeat(x, rollout.group, axis=0) for name, x in prompts.extra.items() if name == REPLAYED}
         task = jnp.repeat(prompts.task, rollout.group, axis=0)
         rows = dataclasses.replace(rows, task=task, extra=rows.extra | each | dict(columns))
