@@ -46,7 +46,8 @@ class Progress:
         self._clock, self._first = clock, (0, 0.0)  # step and second of the first record: compiling comes before it
         self._every, self._shown = every_s, float("-inf")
         self._train: dict[str, Any] = {}
-        self._losses: dict[str, list[float | None]] = {}  # domain -> [first, last] loss
+        self._losses: dict[str, list[float | None]] = {}  # domain -> [first, last] loss, or share of problems solved
+        self._solving = False
         self._live = None
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=False)
@@ -61,7 +62,8 @@ class Progress:
             self._train = record
             self._show(force=record["step"] >= self._steps)
         elif kind == "eval":
-            for domain, loss in record.get("loss", {}).items():
+            self._solving = "inference" in record
+            for domain, loss in record["accuracy" if self._solving else "loss"].items():
                 self._losses[domain] = [self._losses.get(domain, [loss])[0], loss]
             self._show(force=record.get("boundary") is not None)
         elif kind == "event":
@@ -82,8 +84,11 @@ class Progress:
         """Returns the state of the run as one plain line."""
         record = self._train
         parts = [f"step {record.get('step', self._start):,}/{self._steps:,}", *self._figures()]
-        losses = ", ".join(f"{domain} {_number(pair[1])}" for domain, pair in self._losses.items())
+        losses = ", ".join(f"{domain} {self._score(pair[1])}" for domain, pair in self._losses.items())
         return "  ".join([*parts, f"[{losses}]"] if losses else parts)
+
+    def _score(self, value: float | None) -> str:
+        return f"{100 * value:.1f} % right" if self._solving and value is not None else _number(value)
 
     def eta_s(self) -> float | None:
         """Returns the seconds left at the mean speed since the first step of this process; None before its second."""
@@ -98,6 +103,8 @@ class Progress:
             parts.append(f"task {task + 1}{f'/{len(self._stages)}' if self._stages else ''} {name}".rstrip())
         if "loss" in record:
             parts.append(f"loss {_number(record['loss'])}")
+        if record.get("reward") is not None:
+            parts.append(f"reward {record['reward']:.3f}")
         if record.get("lr") is not None:
             parts.append(f"lr {record['lr']:.2e}")
         if (speed := record.get("time", {}).get("tokens_per_s")) is not None:
@@ -132,13 +139,20 @@ class Progress:
         )
         rows: list[Any] = [bar, Text("  ".join(self._figures()))]
         if self._losses:
-            table = Table("domain", "loss", "since start", box=None, padding=(0, 2, 0, 0), header_style="dim")
+            table = Table(
+                "domain",
+                "right" if self._solving else "loss",
+                "since start",
+                box=None,
+                padding=(0, 2, 0, 0),
+                header_style="dim",
+            )
             for column in table.columns[1:]:
                 column.justify = "right"
             for domain, (first, last) in self._losses.items():
                 change = None if first is None or last is None else last - first
-                style = "dim" if not change else "green" if change < 0 else "red"
-                table.add_row(domain, _number(last), Text("" if change is None else f"{change:+.3f}", style=style))
+                style = "dim" if not change else "green" if (change < 0) != self._solving else "red"
+                table.add_row(domain, self._score(last), Text("" if change is None else f"{change:+.3f}", style=style))
             rows.append(table)
         return Group(*rows)
 

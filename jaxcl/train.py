@@ -233,7 +233,8 @@ class Session:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         stage = self.made.stream.stage_of(step - 1)
-        tokens = fetched["weight"] / seconds  # targets trained on, replayed ones too; not padding or context
+        # Targets trained on, replayed ones too, or tokens drawn; not padding or context.
+        tokens = fetched.get("drawn", fetched["weight"]) / seconds
         share = self.made.utilisation(tokens)
         speed = {"step_s": seconds, "tokens_per_s": tokens, **times} | ({} if share is None else {"mfu": share})
         about = {"task": stage, "stage": self.made.stream.stages[stage].name}
@@ -259,7 +260,8 @@ class Session:
             )
         if boundary is not None and self.made.compare:
             scores = scores | self.made.compare(params)
-            spent["alignment_s"] = time.perf_counter() - began - spent["seconds"]
+            name = "alignment_s" if "alignment" in scores else "modes_s"
+            spent[name] = time.perf_counter() - began - spent["seconds"]
         task = self.made.stream.stage_of(self.step - 1) if self.step else -1
         about = {"step": self.step, "task": task, "boundary": boundary}
         self.write({"kind": "eval", **about, **scores, "time": spent})

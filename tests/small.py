@@ -172,7 +172,7 @@ def reuse(folder, monkeypatch, poison=lambda step, batch: batch):
     @functools.wraps(build)
     def again(**pieces):
         new = build(**{**pieces, "mesh": {"devices": jax.devices()[:1]}})
-        same = {name: getattr(made, name) for name in ("create", "step", "end_task", "evaluate", "align")}
+        same = {name: getattr(made, name) for name in ("create", "step", "end_task", "evaluate", "compare")}
         return new._replace(place=lambda step, *recall: poison(step, new.place(step, *recall)), **same)
 
     monkeypatch.setattr(program, "build", again)

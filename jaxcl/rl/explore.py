@@ -99,8 +99,8 @@ class Explorer(NamedTuple):
 
         Returns:
           The batch, and reward (mean), solved (share of problems with a reward above 0), signal (share of groups whose
-          rewards differ), thoughts and length (mean numbers), stopped and ended (shares of rows), busy (share of slot
-          steps in use), failed (answers that the verifier could not judge).
+          rewards differ), thoughts and length (mean numbers), drawn (all tokens), stopped and ended (shares of rows),
+          busy (share of slot steps in use), failed (answers that the verifier could not judge).
         """
         rewards, failed = self.rewards(rolled.kind, rolled.token, numbers)
         greedy = None if rolled.greedy is None else self.rewards(*rolled.greedy, numbers)[0][:, 0]
@@ -141,6 +141,7 @@ class Explorer(NamedTuple):
             "signal": float((np.ptp(rewards, axis=1) > 0).mean()),
             "thoughts": float(np.sum(kind == samples.THOUGHT, axis=1).mean()),
             "length": float(live / len(kind)),
+            "drawn": float(live),
             "stopped": float(np.mean(stopped)),
             "ended": float(np.mean(ended)),
             "busy": float(live / (int(steps) * width)),

@@ -1,0 +1,69 @@
+"""A run on problems of seconds: modular sums by supervision and then by rollouts, with every kind of memory."""
+
+import contextlib
+
+import jax
+import small
+
+from jaxcl import program, train
+
+
+def config(**overrides):
+    """Returns a config for `train.run`; overrides replace sections, or single keys of them as `section__key`."""
+    made = {
+        "label": "rl small",
+        "seed": 5,
+        "model": {"name": "transformer", "preset": "tiny", "layers": 1, "embed": 16, "mlp": 32, "heads": 2}
+        | {"kv_heads": 1, "max_length": 16},
+        "sources": {
+            "three": {"name": "modular", "count": 2, "modulus": 3, "held_out": 0.3},
+            "four": {"name": "modular", "count": 2, "modulus": 4, "held_out": 0.3},
+        },
+        "stream": {
+            "batch": 4,
+            "stages": [
+                {"name": "worked", "steps": 3, "mixture": {"three": 1.0}, "learn": "sft"},
+                {"name": "three", "steps": 4, "mixture": {"three": 1.0}},
+                {"name": "four", "steps": 5, "mixture": {"four": 0.7, "three": 0.3}},
+            ],
+        },
+        "policy": "soft(temperature=1.0)",
+        "objective": "rloo",
+        "rollout": {"group": 4, "samples": 4, "modes": ["hard"]},
+        "method": "l2(strength=0.1) + reptile(every=4, keep=0.5)",
+        "optim": {"name": "adamw", "clip": 1.0},
+        "schedule": {"name": "constant", "peak": 1e-2},
+        "guard": {"spike": 50.0, "warmup": 4, "window": 8},
+        "evaluation": {"every": 4, "rows": 4},
+        "checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 3},
+        "tensorboard": False,
+    }
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        if name:
+            made[section] = {**made[section], name: value}
+        else:
+            made[section] = value
+    return made
+
+
+TOTAL = 12
+environment, outcome, records, write, events = (
+    small.environment,
+    small.outcome,
+    small.records,
+    small.write,
+    small.events,
+)
+
+
+def build(settings, devices=1, **mesh):
+    """Returns the program of a config on some devices of this process."""
+    pieces = train.split(settings)[1]
+    return program.build(**{**pieces, "mesh": {"devices": jax.devices()[:devices], **mesh}})
+
+
+def run(settings, place):
+    """Trains a config in this process on one device."""
+    with contextlib.closing(train.Session(build(settings), train.split(settings)[0], place, settings)) as session:
+        session.train(lambda step: None)
