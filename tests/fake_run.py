@@ -198,12 +198,13 @@ def thinking_records(options, *, stop=None, every=20, thoughts=4, domains=PROBLE
             yield record | {"time": clock}
         boundary = step // steps - 1 if step % steps == 0 else None
         if step % every == 0 or boundary is not None:
-            measured = MODES if boundary is not None else ("soft",)
+            own = options["policy"]["name"]
+            measured = MODES if boundary is not None else (own,)
             told = {d: {m: accuracies(d, m, step, total, seed) for m in measured} for d in domains}
             loss = {d: 2.0 - step / total + 0.1 * i for i, d in enumerate(domains)}
             record = {"kind": "eval", "step": step, "task": task, "boundary": boundary, "loss": loss}
             record |= {"bits_per_byte": {}, "inference": told}
-            record["accuracy"] = {d: table["soft"]["greedy"] for d, table in told.items()}
+            record["accuracy"] = {d: table[own]["greedy"] for d, table in told.items()}
             if boundary is not None:
                 falling = [1.5 - step / total - 0.1 * t for t in range(thoughts)]
                 record["entropy"] = {d: dict.fromkeys(MODES, falling) for d in domains}

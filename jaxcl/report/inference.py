@@ -22,7 +22,7 @@ def of(run: Run) -> dict[str, Any] | None:
     stage, begin = _begin(run)
     tables = {name: {step: record[name] for step, record in run.thinking.items()} for name in ("inference", "drift")}
     domains = [d for d in run.domains if any(d in table for table in tables["inference"].values())]
-    own = _own_mode(run)
+    own = own_mode(run)
     facts = run.about.get("facts", {})
     entropy: dict[str, dict[str, list[float]]] = {}
     for record in run.thinking.values():
@@ -51,6 +51,17 @@ def of(run: Run) -> dict[str, Any] | None:
 def rolled(run: Run) -> bool:
     """Returns whether a step of the run has learned by rollouts."""
     return bool(np.isfinite(run.train.get("reward", np.array([]))).any())
+
+
+def own_mode(run: Run) -> str:
+    """Returns the mode that the run learns with: its policy, else the only one that is measured between boundaries."""
+    if policy := named(run.config, "policy"):
+        return policy
+    for record in run.thinking.values():
+        found = {mode for table in record["inference"].values() for mode in table}
+        if len(found) == 1:
+            return found.pop()
+    return ""
 
 
 def modes(run: Run, domain: str, own: str) -> list[str]:
@@ -92,11 +103,29 @@ def mean(block: Mapping[str, Any], measure: str, when: str) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
+def forgotten(figures: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Returns domain -> (accuracy now, what it lost of its best), of earlier domains that no later task learns again.
+
+    Args:
+      figures: of the run, see `jaxcl.report.figures`; its finished tasks count.
+    """
+    right = figures["accuracy_matrix"]
+    lost, own = right["per_task_forgetting"] if right else [], figures["judged_by"]
+    earlier = [j for j in range(len(lost) - 1) if own[j] not in own[j + 1 : len(lost)]]
+    return {own[j]: (right["matrix"][len(lost)][j], lost[j]) for j in earlier}
+
+
 def newest(block: Mapping[str, Any]) -> dict[tuple[str, str, str], float]:
-    """Returns (domain, mode, measure) -> newest value; the run's own mode is there as "own" too."""
-    found = {}
+    """Returns (domain, mode, measure) -> value at the newest evaluation, of the modes that it measured.
+
+    The run's own mode is there as "own" too, and the mean over domains with it as the domain "".
+    """
+    found = {("", "own", "greedy"): mean(block, "greedy", "now")}
+    found |= {("", "own", f"pass@{k}"): mean(block, k, "now") for k in counts(block)}
     for domain, table in block["domains"].items():
         for mode, entry in table.items():
+            if entry["step"] != block["step"]:
+                continue
             for name in (mode, "own") if mode == block["mode"] else (mode,):
                 found[domain, name, "greedy"] = now(entry["greedy"])
                 found |= {(domain, name, f"pass@{k}"): now(pair) for k, pair in entry["sample"].items()}
@@ -113,17 +142,6 @@ def _begin(run: Run) -> tuple[int, float]:
         planned = [k for k, entry in enumerate(stages) if entry.get("learn", "rl") == "rl"]
         stage, fallback = (planned[0], math.inf) if planned else (0, -1.0)
     return stage, float(run.boundaries.get(stage - 1, fallback))
-
-
-def _own_mode(run: Run) -> str:
-    """Returns the mode that the run learns with: its policy, else the only one that is measured between boundaries."""
-    if policy := named(run.config, "policy"):
-        return policy
-    for record in run.thinking.values():
-        found = {mode for table in record["inference"].values() for mode in table}
-        if len(found) == 1:
-            return found.pop()
-    return ""
 
 
 def _problems(run: Run, domain: str) -> int | None:

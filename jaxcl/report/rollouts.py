@@ -36,7 +36,7 @@ def section(run: Run, figures: dict[str, Any], spans: list[Span], colours: dict[
 
 def numbers(run: Run, figures: dict[str, Any]) -> str:
     """Returns the main figures as tiles: accuracies, mean over domains, with the run's own mode of inference."""
-    block, right = figures["inference"], figures["accuracy_matrix"]
+    block, lost = figures["inference"], inference.forgotten(figures)
     own, ks = escape(words.thoughts(block["mode"])), inference.counts(block)
     entries = [("Right", _tile(block, "greedy"), f"greedy, {own}{_earlier(block, 'greedy')}")]
     for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
@@ -45,9 +45,10 @@ def numbers(run: Run, figures: dict[str, Any]) -> str:
     if guesses and len(guesses) == len(block["domains"]):
         names = words.join(list(dict.fromkeys(escape(name) for name, _ in guesses)))
         entries.append(("Guessing", words.share(float(np.mean([v for _, v in guesses]))), f"by {names}"))
-    if right and len(right["per_task_forgetting"]) > 1:
-        lost = f"{words.nats(100 * right['figures']['forgetting'], 1)}"
-        entries.append(("Forgetting", lost, "points of accuracy, best minus end, earlier tasks; 0 is ideal"))
+    if lost:
+        average = float(np.mean([value for _, value in lost.values()]))
+        hint = "points of accuracy, best minus end, earlier domains; 0 is ideal"
+        entries.append(("Forgetting", words.nats(100 * average, 1), hint))
     if np.isfinite(signal := recent(run, "signal")):
         entries.append(("Signal", words.share(signal, 0), f"groups whose rewards differ, last {RECENT} steps"))
     return page.tiles(entries)
@@ -93,9 +94,7 @@ def accuracy(run: Run, block: dict[str, Any], spans: list[Span], colours: dict[s
     caption = f"Share of held-out problems right, greedy, {own}. {_size(block, domains)}"
     if len(lines) > len(domains):
         caption += " Dashed: guessers that do not reason; only what is above them was learned."
-    return figure(
-        lines, title="Accuracy", x="step", y="share right", spans=spans, zero=True, caption=caption.strip()
-    )
+    return figure(lines, title="Accuracy", x="step", y="share right", spans=spans, zero=True, caption=caption.strip())
 
 
 def modes(run: Run, block: dict[str, Any], domain: str) -> str:

@@ -136,7 +136,9 @@ def _assemble(
         bits_per_byte={
             d: _column([r["bits_per_byte"] for r in ordered], d) for d in domains if ordered[0]["bits_per_byte"]
         },
-        accuracy={d: _column([r["accuracy"] for r in ordered], d) for d in domains if ordered[0]["accuracy"]},
+        accuracy={
+            d: _column([r["accuracy"] for r in ordered], d) for d in domains if any(r["accuracy"] for r in ordered)
+        },
         thinking={
             step: {name: r[name] for name in THINKING}
             for step, r in zip(sorted(by_step), ordered, strict=True)

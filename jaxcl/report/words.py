@@ -73,13 +73,27 @@ def share(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f} %"
 
 
+def change(pair: dict[str, float], digits: int = 1) -> str:
+    """Returns an accuracy before and after, `62 % → 71 %`, or the one of them that was measured."""
+    known = [value for value in (pair["before"], pair["after"]) if not math.isnan(value)]
+    return " → ".join(share(value, digits) for value in known) or "–"
+
+
 def points(value: float | None, digits: int = 1) -> str:
     """Returns a difference of accuracies in percentage points, with its sign."""
     return nats(None if value is None else 100 * value, digits, sign=True)
 
 
+def share_interval(value: Interval, *, change: bool = False) -> str:
+    """Returns the mean of accuracies, or of changes of them in points, with its half-width where there is one."""
+    half = "" if math.isnan(value.half_width) else f' <span class="pm">± {100 * value.half_width:.1f}</span>'
+    return (points(value.mean) if change else share(value.mean)) + half
+
+
 def thoughts(mode: str) -> str:
     """Returns what a mode of inference is called."""
+    if not mode:
+        return "mode not recorded"
     return "no thoughts" if mode == "none" else f"{mode} thoughts"
 
 
@@ -197,7 +211,7 @@ def _answered(block: dict[str, Any]) -> list[str]:
         if (n := block["problems"].get(domain)) is not None:
             hints.insert(0, f"{n:,} problems")
         told = f" ({'; '.join(filter(None, hints))})" if any(hints) else ""
-        text += f"<strong>{_change(pair)}</strong> of held-out problems right{told}"
+        text += f"<strong>{change(pair, 0)}</strong> of held-out problems right{told}"
         guess = inference.best_guess(block["guessing"][domain])
         if guess and inference.now(pair) <= guess[1]:
             text += ", which is no better than guessing"
@@ -205,36 +219,27 @@ def _answered(block: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _change(pair: dict[str, float]) -> str:
-    known = [value for value in (pair["before"], pair["after"]) if not math.isnan(value)]
-    return " → ".join(share(value, 0) for value in known) or "–"
-
-
 def _sampled(sample: dict[str, dict[str, float]]) -> str:
     """Returns what sampling instead of the likeliest tokens gives: at the first answer, and within the most."""
     parts = []
     for k in sorted(sample, key=int):
         if k == "1":
-            parts.append(f"{_change(sample[k])} at the first answer")
+            parts.append(f"{change(sample[k], 0)} at the first answer")
         elif k == max(sample, key=int):
-            parts.append(f"{_change(sample[k])} within {k} answers")
+            parts.append(f"{change(sample[k], 0)} within {k} answers")
     return f" Sampled: {', '.join(parts)}." if parts else ""
 
 
 def _unlearned(figures: dict[str, Any]) -> str:
     """Returns what was forgotten in accuracy, over earlier domains that no later stage learns again."""
-    right = figures["accuracy_matrix"]
-    if not right:
+    lost = inference.forgotten(figures)
+    if not lost or any(math.isnan(value) for _, value in lost.values()):
         return ""
-    lost, own = right["per_task_forgetting"], figures["judged_by"]
-    earlier = [j for j in range(len(lost) - 1) if own[j] not in own[j + 1 : len(lost)]]
-    if not earlier or any(math.isnan(lost[j]) for j in earlier):
-        return ""
-    worst = max(earlier, key=lambda j: lost[j])
-    if lost[worst] <= 0:
+    domain, (after, worst) = max(lost.items(), key=lambda item: item[1][1])
+    if worst <= 0:
         return "<strong>Nothing was forgotten</strong>: no earlier domain is answered worse than at its best."
-    after = right["matrix"][len(lost)][worst]
+    most = " lost most:" if len(lost) > 1 else " went"
     return (
-        f"Of what it had known at its best, {escape(own[worst])} lost most: from {share(after + lost[worst], 0)} to "
-        f"{share(after, 0)} of problems right, <strong>{100 * lost[worst]:.1f} points forgotten</strong>."
+        f"Of what was known at its best, {escape(domain)}{most} from {share(after + worst, 0)} to {share(after, 0)} "
+        f"of problems right: <strong>{100 * worst:.1f} points forgotten</strong>."
     )
