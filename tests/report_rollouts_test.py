@@ -263,11 +263,11 @@ def test_a_run_whose_mode_is_unknown_is_told_by_its_table(tmp_path):
 
 
 def test_text_from_outside_is_escaped(tmp_path):
-    folder = fake_run.make_thinking(tmp_path / "run", label="<b>x")
+    folder = fake_run.make_thinking(tmp_path / "run", label="<b>x", domains=fake_run.PROBLEMS)
     for file in (folder / "metrics.jsonl", folder / "config.json"):
         text = file.read_text().replace("learn add", "<s>learn")
         file.write_text(text.replace('"add"', '"<u>add"').replace('"soft"', '"<i>soft"'))
-    set_facts(folder, baselines={"<u>add": {"<em>": 0.2}}, problems={"<u>add": 10})
+    set_facts(folder, baselines={"<u>add": {"<em>": 0.2}}, problems={"<u>add": 10, "mnns": 10})
     report.write([folder])
     text = (folder / "report.html").read_text()
     page_of(folder / "report.html")
@@ -309,6 +309,16 @@ def test_seeds_have_intervals_and_paired_differences_in_accuracy(tmp_path):
     assert len(rows) == 7
     assert "Paired differences in accuracy, method minus hard" in text
     assert shown(results).splitlines()[0].split() == ["method", "greedy", "pass@1", "pass@4", "pass@16"]
+
+
+def test_runs_side_by_side_in_progress_show_the_modes_that_were_measured_last(tmp_path):
+    for policy in ("hard", "soft"):
+        fake_run.make_thinking(tmp_path / policy, label=policy, policy=policy, stop=85)
+    results = report.write([tmp_path])
+    assert [list(group["accuracy"]["add"]) for group in results["groups"]] == [["hard", "own"], ["soft", "own"]]
+    assert "Some runs are still in progress" in verdict(tmp_path)
+    assert "single seed there is no interval" in verdict(tmp_path)
+    page_of(tmp_path / "report.html")
 
 
 def test_a_curve_breaks_where_a_long_stretch_was_not_measured():
