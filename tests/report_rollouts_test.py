@@ -102,7 +102,7 @@ def test_verdict_speaks_of_accuracy_not_of_nats(one):
     report.write([one])
     said = verdict(one)
     assert "Soft thoughts: 55 % → 70 % of held-out problems right (256 problems; guessing by parity: 26 %)." in said
-    assert "52 % → 64 % at the first answer, 81 % → 90 % within 16 answers." in said
+    assert "52 % → 64 % at the first try, 81 % → 90 % within 16 tries." in said
     assert "nats" not in said
     assert "forgot" not in said  # the one domain is what the last stage learns
 

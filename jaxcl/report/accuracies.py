@@ -36,8 +36,8 @@ def results(comparison: Comparison, domain: str, *, one: bool) -> str:
             rows.append([label, f'<td class="text">{name}</td>', *cells, str(intervals[0].n)])
     hint = (
         "Share of held-out problems right at the newest evaluation, mean over seeds; ± is the 95 % interval. Greedy: "
-        "the likeliest tokens. pass@k: at least one of k sampled answers is right. Bold: the mode that the run learns "
-        "with."
+        "the likeliest tokens. pass@k: at least one of k sampled chains ends in the right answer. Bold: the mode that "
+        "the run learns with."
     )
     guesses = [
         f"{escape(name)} {words.share(value)}"

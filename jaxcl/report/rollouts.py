@@ -115,8 +115,8 @@ def modes(run: Run, block: dict[str, Any], domain: str) -> str:
         if np.isfinite(value)
     ]
     hint = (
-        "Share of held-out problems right. Greedy: the likeliest tokens. pass@k: at least one of k sampled answers is "
-        f"right. Small: change since before {escape(block['since'])}, in percentage points"
+        "Share of held-out problems right. Greedy: the likeliest tokens. pass@k: at least one of k sampled chains "
+        f"ends in the right answer. Small: change since before {escape(block['since'])}, in percentage points"
     )
     hint += "." if any(_known(entry["greedy"]) for entry in table.values()) else "; there is none yet."
     hint += f" Bold: the mode that the run learns with. {_size(block, [domain])}"
@@ -155,8 +155,8 @@ def drift(block: dict[str, Any]) -> str:
         for mode in names
     ]
     hint = (
-        "Negative log-likelihood of the right answers after thoughts of each mode, nats; lower is likelier. Small: "
-        f"change since before {escape(block['since'])}. It can rise while accuracy does not fall."
+        "Negative log-likelihood of the right answers after greedy thoughts of each mode, nats per answer token; lower "
+        f"is likelier. Small: change since before {escape(block['since'])}. It can rise while accuracy does not fall."
     )
     return page.table("Drift of right answers", ["mode", *map(escape, found)], rows, hint=hint)
 

@@ -220,13 +220,13 @@ def _answered(block: dict[str, Any]) -> list[str]:
 
 
 def _sampled(sample: dict[str, dict[str, float]]) -> str:
-    """Returns what sampling instead of the likeliest tokens gives: at the first answer, and within the most."""
+    """Returns what sampling instead of the likeliest tokens gives: at the first try, and within the most."""
     parts = []
     for k in sorted(sample, key=int):
         if k == "1":
-            parts.append(f"{change(sample[k], 0)} at the first answer")
+            parts.append(f"{change(sample[k], 0)} at the first try")
         elif k == max(sample, key=int):
-            parts.append(f"{change(sample[k], 0)} within {k} answers")
+            parts.append(f"{change(sample[k], 0)} within {k} tries")
     return f" Sampled: {', '.join(parts)}." if parts else ""
 
 
