@@ -164,3 +164,69 @@ def sweep(folder, seeds=(0, 1, 2)):
         for i, variant in enumerate(variants)
         for seed in seeds
     ]
+
+
+MODES = ("hard", "soft", "gumbel")
+PROBLEMS = ("add", "mnns")
+BASELINES = {"add": {"majority": 0.136, "parity": 0.257}, "mnns": {"majority": 0.41}}
+
+
+def accuracies(domain, mode, step, total, seed=0):
+    """Returns {"greedy": p, "sample": {k: p}}: a planted rise with the steps, other for each domain, mode and seed."""
+    rise = 0.3 * min(1.0, step / total) + 0.01 * seed
+    base = 0.35 + 0.05 * MODES.index(mode) + 0.07 * PROBLEMS.index(domain)
+    greedy = round(base + rise, 4)
+    return {"greedy": greedy, "sample": {str(k): round(1 - (1 - base - 0.8 * rise) ** k**0.3, 4) for k in (1, 4, 16)}}
+
+
+def thinking_records(options, *, stop=None, every=20, thoughts=4, domains=PROBLEMS[:1]):
+    """Yields the records of a run that learns by rollouts, up to step `stop`."""
+    stages, steps, seed = options["stream"]["stages"], options["stream"]["steps"], options["seed"]
+    rng, total = np.random.default_rng(seed), steps * len(stages)
+    for step in range(total + 1 if stop is None else min(stop, total) + 1):
+        task = min((step - 1) // steps, len(stages) - 1) if step else -1
+        if step:
+            record = {"kind": "train", "step": step, "task": task, "stage": stages[task]["name"], "lr": 1e-4}
+            record |= {"loss": float(rng.normal()), "grad_norm": 0.5, "weight": 512.0}
+            clock = {"step_s": 0.5, "tokens_per_s": 900.0}
+            if stages[task].get("learn", "rl") == "rl":
+                reward = 0.3 + 0.3 * step / total
+                record |= {"reward": reward, "solved": min(1.0, reward + 0.2), "signal": 0.8 - 0.3 * step / total}
+                record |= {"thoughts": float(thoughts), "stopped": 0.9, "ended": 0.95, "busy": 0.7, "length": 9.0}
+                record |= {"failed": int(step == total), "entropy": 2.0 - step / total}
+                clock |= {"sample_s": 0.3, "verify_s": 0.05}
+            yield record | {"time": clock}
+        boundary = step // steps - 1 if step % steps == 0 else None
+        if step % every == 0 or boundary is not None:
+            own = options["policy"]["name"]
+            measured = MODES if boundary is not None else (own,)
+            told = {d: {m: accuracies(d, m, step, total, seed) for m in measured} for d in domains}
+            loss = {d: 2.0 - step / total + 0.1 * i for i, d in enumerate(domains)}
+            record = {"kind": "eval", "step": step, "task": task, "boundary": boundary, "loss": loss}
+            record |= {"bits_per_byte": {}, "inference": told}
+            record["accuracy"] = {d: table[own]["greedy"] for d, table in told.items()}
+            if boundary is not None:
+                falling = [1.5 - step / total - 0.1 * t for t in range(thoughts)]
+                record["entropy"] = {d: dict.fromkeys(MODES, falling) for d in domains}
+                record["drift"] = {d: {m: loss[d] + 0.01 * i for i, m in enumerate(MODES)} for d in domains}
+            yield {**record, "time": {"eval_s": 1.0}}
+
+
+def make_thinking(
+    folder, *, domains=PROBLEMS[:1], warm=True, steps=60, label="soft rloo", policy="soft", seed=0, **options
+):
+    """Writes a run that learns to answer by rollouts, with `warm` after a supervised stage; see thinking_records."""
+    stages = [{"name": f"learn {domain}", "mixture": {domain: 1.0}} for domain in domains]
+    if warm:
+        stages.insert(0, {"name": "imitate", "mixture": {domains[0]: 1.0}, "learn": "csft"})
+    chosen = {"label": label, "seed": seed, "policy": {"name": policy}, "objective": "rloo", "rollout": {"group": 16}}
+    chosen |= {"stream": {"steps": steps, "stages": stages}, "schedule": {"peak": 1e-4}}
+    facts = {"baselines": {d: BASELINES[d] for d in domains}, "problems": dict.fromkeys(domains, 256)}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(chosen))
+    (folder / "run.json").write_text(json.dumps({"id": folder.name, "facts": facts}))
+    writer = metrics.Jsonl(folder / "metrics.jsonl")
+    for record in thinking_records(chosen, domains=domains, **options):
+        writer.write(record)
+    writer.close()
+    return folder

@@ -111,6 +111,8 @@ def _thin_out(line: Line) -> Line:
         values = line.y[part]
         if np.isfinite(values).any():
             keep |= {int(part[np.nanargmin(values)]), int(part[np.nanargmax(values)])}
+        else:
+            keep.add(int(part[0]))  # the curve breaks here
     index = np.array(sorted(keep))
     return line._replace(x=line.x[index], y=line.y[index])
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxcl import seeds
-from jaxcl.report import settings
+from jaxcl.report import inference, settings
 from jaxcl.report.run import Run, parts, readable
 from jaxcl.schema import UserError, nearest
 
@@ -35,6 +35,7 @@ class Group:
     runs: dict[int, Run]  # by seed
     figures: dict[str, dict[int, float]]  # name -> seed -> value
     tokens: dict[str, dict[int, float]]
+    right: dict[tuple[str, str, str], dict[int, float]]  # keys of `inference.newest` -> seed -> accuracy
 
     @property
     def intervals(self) -> dict[str, seeds.Interval]:
@@ -128,6 +129,7 @@ def group(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> list[Group]
                 {seed: runs[i] for seed, i in ordered.items()},
                 {name: {seed: figures[i]["figures"][name] for seed, i in ordered.items()} for name in FIGURES},
                 {kind: {s: figures[i]["tokens"][kind] for s, i in ordered.items()} for kind in ("new", "replayed")},
+                _right({seed: figures[i]["inference"] for seed, i in ordered.items()}),
             )
         )
     return groups
@@ -173,6 +175,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "complete": g.complete,
                 "figures": {name: _plain_interval(value) for name, value in g.intervals.items()},
                 "tokens": {kind: float(np.mean(list(values.values()))) for kind, values in g.tokens.items()},
+                "accuracy": _nested({key: seeds.interval(list(values.values())) for key, values in g.right.items()}),
             }
             for g in comparison.groups
         ],
@@ -180,6 +183,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             label: {name: _plain_interval(value) for name, value in row.items()}
             for label, row in comparison.differences.items()
         },
+        "accuracy_differences": {label: _nested(row) for label, row in paired_accuracies(comparison).items()},
         "learning_rate_matched": [
             {
                 "label": m.group.label,
@@ -192,6 +196,39 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             for m in comparison.matched
         ],
     }
+
+
+def paired_accuracies(comparison: Comparison) -> dict[str, dict[tuple[str, str], seeds.Interval]]:
+    """Returns label -> (domain, measure) -> group minus control, each with its own mode of inference."""
+    control = comparison.control
+    return {
+        g.label: {
+            (domain, measure): seeds.paired(values, control.right[domain, mode, measure])
+            for (domain, mode, measure), values in g.right.items()
+            if mode == "own" and (domain, mode, measure) in control.right
+        }
+        for g in comparison.groups
+        if g is not control and g.right
+    }
+
+
+def _right(blocks: dict[int, dict[str, Any] | None]) -> dict[tuple[str, str, str], dict[int, float]]:
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for seed, block in blocks.items():
+        for key, value in (inference.newest(block) if block else {}).items():
+            found.setdefault(key, {})[seed] = value
+    return found
+
+
+def _nested(values: Mapping[tuple[str, ...], seeds.Interval]) -> dict[str, Any]:
+    """Returns a table by tuples as nested objects; the mean over domains, "", is called "all"."""
+    table: dict[str, Any] = {}
+    for (domain, *inner, last), value in values.items():
+        place = table.setdefault(domain or "all", {})
+        for name in inner:
+            place = place.setdefault(name, {})
+        place[last] = _plain_interval(value)
+    return table
 
 
 def _control(groups: Sequence[Group], label: str | None) -> Group:

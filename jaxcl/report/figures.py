@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl import forgetting, stability
+from jaxcl.report import inference
 from jaxcl.report.run import Run
 
 WINDOW = 10  # evaluations, the shorter of the two windows of De Lange et al. 2023
@@ -39,6 +40,8 @@ def of(run: Run) -> dict[str, Any]:
         "others": _others(run),
         "bits_per_byte": {domain: _last(values) for domain, values in run.bits_per_byte.items()},
         "accuracy": {domain: _last(values) for domain, values in run.accuracy.items()},
+        "accuracy_matrix": _right(run),
+        "inference": inference.of(run),
         "tokens": tokens(run),
         "sources": run.ledger,
         "peak_lr": peak_lr(run),
@@ -120,6 +123,23 @@ def _last(values: np.ndarray) -> float:
 def _final(run: Run) -> float:
     """Returns the mean over all domains of the last loss: also for joint training, which is a single task."""
     return float(np.mean([_last(values) for values in run.losses.values()]))
+
+
+def _right(run: Run) -> dict[str, Any] | None:
+    """Returns the evaluation matrix of accuracies and what follows from it; None of runs without accuracies.
+
+    Forgetting is positive where a task got worse, as it is for losses.
+    """
+    if not run.accuracy:
+        return None
+    R = run.at_boundaries(run.accuracy)
+    done = forgetting.finished(R)
+    lost = forgetting.per_task_forgetting(done, higher_is_better=True).tolist() if done.shape[1] else []
+    return {
+        "matrix": R.tolist(),
+        "per_task_forgetting": lost,
+        "figures": forgetting.summary(done, higher_is_better=True),
+    }
 
 
 def _anytime(run: Run) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 import jaxcl
 from jaxcl import seeds
-from jaxcl.report import page, settings, words
+from jaxcl.report import accuracies, page, settings, words
 from jaxcl.report.chart import Line, figure
 from jaxcl.report.compare import Comparison, Group, Matched
 from jaxcl.report.single import spans
@@ -31,6 +31,7 @@ def body(comparison: Comparison) -> str:
     """Returns the content of the page of several runs."""
     sections = [
         header(comparison),
+        accuracies.section(comparison),
         results(comparison),
         controls(comparison),
         differences(comparison) if comparison.same_rows else "",
@@ -68,7 +69,9 @@ def verdict(comparison: Comparison) -> list[str]:
         sentences.append(
             f"<strong>Some runs are still in progress</strong> ({names}); they are judged by their finished tasks."
         )
-    known = [g for g in groups if math.isfinite(g.intervals["final"].mean)]
+    told = accuracies.verdict(comparison)
+    sentences += told
+    known = [] if told else [g for g in groups if math.isfinite(g.intervals["final"].mean)]  # in nats
     together = _joint(known)
     ranked = sorted((g for g in known if g not in together), key=lambda g: g.intervals["final"].mean)
     if len(ranked) > 1 and comparison.same_rows:
@@ -163,6 +166,8 @@ def results(comparison: Comparison) -> str:
         "the earlier tasks. Gap depth: the worst rise of an earlier task within a later stage. Green: lowest mean, "
         "without training on everything at once."
     )
+    if any(g.right for g in comparison.groups):
+        hint = f"Negative log-likelihood of right answers after each run's own thoughts, no accuracy. {hint}"
     return page.table("Results", [*heads, "tokens, new<br>+ replayed", "seeds"], rows, hint=hint)
 
 

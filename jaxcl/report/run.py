@@ -14,6 +14,9 @@ import numpy as np
 from jaxcl import forgetting, metrics
 from jaxcl.schema import UserError
 
+SCORES = ("bits_per_byte", "accuracy")  # of an evaluation, besides the loss: domain -> value
+THINKING = ("inference", "entropy", "drift")  # the same by mode of inference: domain -> mode -> values
+
 
 @dataclass(frozen=True)
 class Run:
@@ -28,7 +31,8 @@ class Run:
     eval_steps: np.ndarray  # int [N], increasing
     losses: dict[str, np.ndarray]  # domain -> float [N], NaN where not measured
     bits_per_byte: dict[str, np.ndarray]  # the same in bits per byte; empty if not recorded
-    accuracy: dict[str, np.ndarray]  # of classifiers; else empty
+    accuracy: dict[str, np.ndarray]  # of classifiers and of problems with one right answer; else empty
+    thinking: dict[int, dict[str, Any]]  # step -> what was measured by mode of inference; empty if nothing was
     boundaries: dict[int, int]  # k -> step of the evaluation after task k; -1 = before training
     alignment: dict[int, np.ndarray]  # k -> cosines [D, D] of the gradients of `domains`; empty if not recorded
     train: dict[str, np.ndarray]  # column -> float [M], with "step" and "task"
@@ -52,9 +56,13 @@ class Run:
     @property
     def matrix(self) -> forgetting.Matrix:
         """The evaluation matrix [T + 1, T]; NaN for boundaries that were not reached or not measured."""
+        return self.at_boundaries(self.losses)
+
+    def at_boundaries(self, values: Mapping[str, np.ndarray]) -> forgetting.Matrix:
+        """Returns the matrix [T + 1, T] of values that were recorded at `eval_steps`, by domain."""
         at = {int(step): i for i, step in enumerate(self.eval_steps)}
         rows = {
-            k: {domain: float(self.losses[domain][at[step]]) for domain in self.domains}
+            k: {domain: float(column[at[step]]) for domain, column in values.items()}
             for k, step in self.boundaries.items()
         }
         return forgetting.matrix(rows, self.own)
@@ -111,7 +119,7 @@ def _assemble(
     domains = [*dict.fromkeys(d for d in own if d in domains), *(d for d in domains if d not in own)]
     by_step: dict[int, dict[str, Any]] = {}
     for record in evals:  # several records of one step are one evaluation
-        merged = by_step.setdefault(record["step"], {"loss": {}, "bits_per_byte": {}, "accuracy": {}})
+        merged = by_step.setdefault(record["step"], {name: {} for name in ("loss", *SCORES, *THINKING)})
         for name in merged:
             merged[name].update(record.get(name) or {})
     ordered = [by_step[step] for step in sorted(by_step)]
@@ -128,7 +136,14 @@ def _assemble(
         bits_per_byte={
             d: _column([r["bits_per_byte"] for r in ordered], d) for d in domains if ordered[0]["bits_per_byte"]
         },
-        accuracy={d: _column([r["accuracy"] for r in ordered], d) for d in domains if ordered[0]["accuracy"]},
+        accuracy={
+            d: _column([r["accuracy"] for r in ordered], d) for d in domains if any(r["accuracy"] for r in ordered)
+        },
+        thinking={
+            step: {name: r[name] for name in THINKING}
+            for step, r in zip(sorted(by_step), ordered, strict=True)
+            if r["inference"]
+        },
         boundaries={record["boundary"]: record["step"] for record in evals if _is_boundary(record)},
         alignment={
             r["boundary"]: _square(r["alignment"], domains) for r in evals if _is_boundary(r) and r.get("alignment")
@@ -144,14 +159,22 @@ def _assemble(
 
 
 def readable(config: Mapping[str, Any]) -> str:
-    """Returns a label for a run without one: its method, replay and peak learning rate."""
-    words = [" + ".join(name for name, _ in parts(config)) or "plain"]
+    """Returns a label for a run without one: its policy, objective, method, replay and peak learning rate."""
+    learning = [name for key in ("policy", "objective") if (name := named(config, key))]
+    methods = " + ".join(name for name, _ in parts(config))
+    words = [*learning, *([methods] if methods else [])] or ["plain"]
     replay = _section(config, "stream").get("replay") or config.get("replay") or {}
     if isinstance(replay, Mapping) and replay.get("fraction"):
         words.append(f"{100 * float(replay['fraction']):g} % replay")
     if (peak := _section(config, "schedule").get("peak")) is not None:
         words.append("lr " + " / ".join(f"{one:g}" for one in (peak if isinstance(peak, list) else [peak])))
     return ", ".join(words)
+
+
+def named(config: Mapping[str, Any], key: str) -> str:
+    """Returns the name of a part that is written as text or as a dict with a name; empty if there is none."""
+    value = config.get(key)
+    return str((value.get("name") if isinstance(value, Mapping) else value) or "")
 
 
 def parts(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxcl.report import words
 
-COMPARED = ("seed", "label", "method", "stream.replay", "stream.stages", "schedule", "optim")
+COMPARED = ("seed", "label", "method", "policy", "objective", "stream.replay", "stream.stages", "schedule", "optim")
 IDLE = ("checkpoint", "packing.directory", "tensorboard", "wandb", "rollback")  # change no number
 ROWS = ("sources", "tokenizer", "packing.length", "packing.held_out", "evaluation.rows")  # what is held out
 SHOWN = 5

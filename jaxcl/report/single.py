@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import jaxcl
-from jaxcl.report import origin, page, words
+from jaxcl.report import inference, origin, page, rollouts, words
 from jaxcl.report.chart import Line, Span, figure
 from jaxcl.report.figures import TOLERANCE, WINDOW, speed
 from jaxcl.report.run import Run, readable
@@ -22,7 +22,8 @@ def body(run: Run, figures: dict[str, Any]) -> str:
     """Returns the content of the page of one run."""
     sections = [
         header(run, figures),
-        numbers(figures),
+        rollouts.numbers(run, figures) if figures["inference"] else numbers(figures),
+        rollouts.section(run, figures, spans(run), colours_of(run)),
         learning(run),
         matrix(run, figures),
         gaps(run, figures),
@@ -81,6 +82,11 @@ def learning(run: Run) -> str:
     caption = (
         "Held-out loss, nats per token. Each shaded stretch is one task; a line that rises there is being forgotten."
     )
+    if run.thinking:
+        caption = (
+            "Of problems: negative log-likelihood of the right answer after the run's own greedy thoughts, nats per "
+            "answer token. It can rise while accuracy does not fall: what was forgotten is told in accuracy."
+        )
     return "<h2>What was learned and forgotten</h2>" + figure(
         lines, title="Loss of every domain", x="step", y="nats per token", spans=spans(run), caption=caption
     )
@@ -113,6 +119,7 @@ def matrix(run: Run, figures: dict[str, Any]) -> str:
         "Stronger colour: worse."
     )
     text = page.table("Evaluation matrix", ["", *heads], rows, hint=hint)
+    text += rollouts.matrix(figures, heads, [escape(name) for name in run.tasks])
     others = [
         [escape(row["domain"]), nats(row["first"]), nats(row["last"]), nats(row["last"] - row["first"], sign=True)]
         for row in figures["others"]
@@ -209,9 +216,12 @@ def machinery(run: Run) -> str:
         line = Line("", columns["step"], columns[name], colour, thin=True)
         return figure([line], title=title, x="step", y=unit, spans=shaded, half=True, **more)
 
+    rolled = inference.rolled(run)
+    objective = "objective" if rolled else "nats per token"
+    meant = "Where stages learn by rollouts: the objective, which is no likelihood and need not fall." if rolled else ""
     return "<h2>How the training went</h2>" + page.pairs(
         [
-            one(train, "loss", "Training loss", "nats per token", 0),
+            one(train, "loss", "Training loss", objective, 0, caption=meant),
             one(train, "lr", "Learning rate", "learning rate", 2, zero=True),
             one(train, "grad_norm", "Gradient norm", "norm", 3, zero=True),
             one(
@@ -229,7 +239,8 @@ def machinery(run: Run) -> str:
 
 def particulars(run: Run) -> str:
     """Returns the metrics that the method itself reports, each as a small curve, if they vary."""
-    columns = {n: c for n, c in run.train.items() if n not in STANDARD and not n.startswith("guard/")}
+    known = (*STANDARD, *(rollouts.COLUMNS if inference.rolled(run) else ()))
+    columns = {n: c for n, c in run.train.items() if n not in known and not n.startswith("guard/")}
     figures = [
         figure(
             [Line("", run.train["step"], column, i, thin=True)], title=name, x="step", y="", spans=spans(run), half=True

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxcl.report import words
+from jaxcl.report import inference, words
 
 
 def show(results: dict[str, Any], target: Path) -> None:
@@ -22,13 +22,13 @@ def show(results: dict[str, Any], target: Path) -> None:
 
 
 def summary(results: dict[str, Any]) -> Table:
-    """Returns the main figures as a table for the terminal."""
+    """Returns the main figures as a table for the terminal: accuracies where runs have modes of inference."""
+    if results["kind"] == "run" and results["inference"]:
+        return _answers(results)
+    if results["kind"] == "comparison" and any(group["accuracy"] for group in results["groups"]):
+        return _accuracies(results["groups"])
     names = ("learned", "final", "forgetting", "gap_depth")
-    table = Table(
-        "method", *(name.replace("_", " ") for name in names), box=None, padding=(0, 2, 0, 0), header_style="bold"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table("method", *(name.replace("_", " ") for name in names))
     if results["kind"] == "run":
         values = results["figures"]
         table.add_row(results["label"], *(words.nats(values[name], sign=name == "backward_transfer") for name in names))
@@ -40,4 +40,40 @@ def summary(results: dict[str, Any]) -> Table:
             half = "" if math.isnan(value["half_width"]) else f" ± {value['half_width']:.3f}"
             cells.append(words.nats(value["mean"], sign=name == "backward_transfer") + half)
         table.add_row(group["label"], *cells)
+    return table
+
+
+def _table(*names: str) -> Table:
+    table = Table(*names, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _answers(results: dict[str, Any]) -> Table:
+    """Returns what a run gets right in each domain, before and after, and what guessing is worth."""
+    block = results["inference"]
+    ks = list(dict.fromkeys([*inference.counts(block)[:1], *inference.counts(block)[-1:]]))
+    table = _table(words.thoughts(block["mode"]), "greedy", *(f"pass@{k}" for k in ks), "guessing")
+    nothing = {"before": float("nan"), "after": float("nan")}
+    for domain, modes in block["domains"].items():
+        entry = modes.get(block["mode"], {"greedy": nothing, "sample": {}})
+        pairs = [entry["greedy"], *(entry["sample"].get(k, nothing) for k in ks)]
+        guess = inference.best_guess(block["guessing"][domain])
+        table.add_row(domain, *map(words.change, pairs), words.share(guess[1]) if guess else "–")
+    return table
+
+
+def _accuracies(groups: list[dict[str, Any]]) -> Table:
+    """Returns the accuracies of groups with their own mode, mean over domains."""
+    rows = {group["label"]: group["accuracy"].get("all", {}).get("own", {}) for group in groups}
+    measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
+    table = _table("method", *measures)
+    for label, row in rows.items():
+        cells = []
+        for measure in measures:
+            value = row.get(measure, {"mean": math.nan, "half_width": math.nan})
+            half = "" if math.isnan(value["half_width"]) else f" ± {100 * value['half_width']:.1f}"
+            cells.append(words.share(value["mean"]) + half)
+        table.add_row(label, *cells)
     return table

@@ -6,6 +6,7 @@ import math
 from html import escape
 from typing import Any
 
+from jaxcl.report import inference
 from jaxcl.report.figures import TOLERANCE
 from jaxcl.seeds import Interval
 
@@ -67,6 +68,41 @@ def percent(part: float, whole: float) -> str:
     return f"{value:,.0f} %" if value >= 99.5 else f"{value:.2g} %"
 
 
+def share(value: float | None, digits: int = 1) -> str:
+    """Returns an accuracy in percent, with one decimal; a dash for what was not measured."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f} %"
+
+
+def change(pair: dict[str, float], digits: int = 1) -> str:
+    """Returns an accuracy before and after, `62 % → 71 %`, or the one of them that was measured."""
+    known = [value for value in (pair["before"], pair["after"]) if not math.isnan(value)]
+    return " → ".join(share(value, digits) for value in known) or "–"
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """Returns a difference of accuracies in percentage points, with its sign."""
+    return nats(None if value is None else 100 * value, digits, sign=True)
+
+
+def share_interval(value: Interval, *, change: bool = False) -> str:
+    """Returns the mean of accuracies, or of changes of them in points, with its half-width where there is one."""
+    half = "" if math.isnan(value.half_width) else f' <span class="pm">± {100 * value.half_width:.1f}</span>'
+    return (points(value.mean) if change else share(value.mean)) + half
+
+
+def thoughts(mode: str) -> str:
+    """Returns what a mode of inference is called."""
+    if not mode:
+        return "mode not recorded"
+    return "no thoughts" if mode == "none" else f"{mode} thoughts"
+
+
+def guessing(table: dict[str, float]) -> str:
+    """Returns what guessing is worth: `guessing by parity: 26 %`; empty if nobody guessed."""
+    best = inference.best_guess(table)
+    return f"guessing by {escape(best[0])}: {share(best[1], 0)}" if best else ""
+
+
 def join(names: list[str]) -> str:
     """Returns `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
@@ -79,7 +115,12 @@ def verdict(figures: dict[str, Any], replay: dict[str, Any]) -> list[str]:
       figures: of the run, see `jaxcl.report.figures`.
       replay: `config.stream.replay`, possibly empty.
     """
-    sentences = [_progress(figures), _forgotten(figures), _boundaries(figures), _replay(figures, replay)]
+    if figures["inference"]:  # nats of an answer after the run's own thoughts would say little of what was forgotten
+        begun = figures["complete"] or figures["inference"]["learned_by_rollouts"]
+        waiting = "" if begun else "No step has learned by rollouts yet."
+        sentences = [_progress(figures), *_answered(figures["inference"]), _unlearned(figures), waiting]
+    else:
+        sentences = [_progress(figures), _forgotten(figures), _boundaries(figures), _replay(figures, replay)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -155,4 +196,50 @@ def _replay(figures: dict[str, Any], replay: dict[str, Any]) -> str:
         return f"{share}: on top of the new ones, so {percent(old, new)} more compute for the same new tokens."
     return (
         f"{share}: in place of new ones, so for the same compute the model saw {percent(old, new + old)} less new text."
+    )
+
+
+def _answered(block: dict[str, Any]) -> list[str]:
+    """Returns what a run gets right now and what it got right before, for each domain in turn."""
+    sentences, several = [], len(block["domains"]) > 1
+    for domain, table in block["domains"].items():
+        if (entry := table.get(block["mode"])) is None:
+            continue
+        pair, hints = entry["greedy"], [guessing(block["guessing"][domain])]
+        text = f"{escape(domain)}, {escape(thoughts(block['mode']))}" if several else escape(thoughts(block["mode"]))
+        text = f"{text[:1].upper()}{text[1:]}: " if not several else f"{text}: "
+        if (n := block["problems"].get(domain)) is not None:
+            hints.insert(0, f"{n:,} problems")
+        told = f" ({'; '.join(filter(None, hints))})" if any(hints) else ""
+        text += f"<strong>{change(pair, 0)}</strong> of held-out problems right{told}"
+        guess = inference.best_guess(block["guessing"][domain])
+        if guess and inference.now(pair) <= guess[1]:
+            text += ", which is no better than guessing"
+        sentences.append(f"{text}.{_sampled(entry['sample'])}")
+    return sentences
+
+
+def _sampled(sample: dict[str, dict[str, float]]) -> str:
+    """Returns what sampling instead of the likeliest tokens gives: at the first try, and within the most."""
+    parts = []
+    for k in sorted(sample, key=int):
+        if k == "1":
+            parts.append(f"{change(sample[k], 0)} at the first try")
+        elif k == max(sample, key=int):
+            parts.append(f"{change(sample[k], 0)} within {k} tries")
+    return f" Sampled: {', '.join(parts)}." if parts else ""
+
+
+def _unlearned(figures: dict[str, Any]) -> str:
+    """Returns what was forgotten in accuracy, over earlier domains that no later stage learns again."""
+    lost = inference.forgotten(figures)
+    if not lost or any(math.isnan(value) for _, value in lost.values()):
+        return ""
+    domain, (after, worst) = max(lost.items(), key=lambda item: item[1][1])
+    if worst <= 0:
+        return "<strong>Nothing was forgotten</strong>: no earlier domain is answered worse than at its best."
+    most = " lost most:" if len(lost) > 1 else " went"
+    return (
+        f"Of what was known at its best, {escape(domain)}{most} from {share(after + worst, 0)} to {share(after, 0)} "
+        f"of problems right: <strong>{100 * worst:.1f} points forgotten</strong>."
     )
