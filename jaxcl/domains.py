@@ -114,6 +114,8 @@ def _of_problems(
         raise UserError(f"config.{field}: generated problems make their own vocabulary; leave it out")
     problems = {name: problems_of(name, one, words) for name, one in sources.items()}
     practice = practices.make(problems, words, stages, options)
+    if words is None:
+        model = {"vocab": -(-practice.words.vocab // 8) * 8} | model
     network = networks.make(model, practice.words, practice.length, adapter)
     if network.shape is None:
         raise UserError(f"config.model.name={model.get('name')!r}: thoughts are fed to a transformer; choose that")

@@ -137,12 +137,13 @@ def test_groups_without_a_signal_are_drawn_anew():
 
 
 def test_the_filter_keeps_exactly_what_some_rollout_solves():
-    made = rl_small.build(rl_small.config(rollout__filter=8))
+    made = rl_small.build(rl_small.config(rollout__filter=16))
     state, rollouts = made.create(), made.rollouts
     kept = rollouts.solved(state, 2)
     for source, rows in enumerate(kept):
         counts = rollouts.successes(state.params, source, 2, 7)
         assert rows == np.flatnonzero(counts > 0).tolist()
+        assert counts.max() <= 16
         assert len(counts) == rollouts.flow.sizes[source]
     assert sum(map(len, kept)) < rollouts.flow.sizes.sum()
     assert rollouts.solved(state, 1)[0] == list(range(rollouts.flow.sizes[0]))  # four is in no mixture of that stage

@@ -196,7 +196,7 @@ def check(rollout: Rollout, objective: Objective) -> None:
         ("filter", rollout.filter >= 0, "must not be negative"),
         ("overlong", rollout.overlong >= 0, "must not be negative"),
         ("samples", rollout.samples >= 1, "must be at least 1"),
-        ("filter", rollout.filter % rollout.group == 0, f"must be a multiple of group={rollout.group}"),
+        ("filter", rollout.filter % max(rollout.group, 1) == 0, f"must be a multiple of group={rollout.group}"),
         ("refill", not (rollout.refill and rollout.ahead), "needs ahead=False"),
     )
     for key, holds, remedy in rules:
@@ -250,7 +250,7 @@ def make(
 
         def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
             if not a.ndim:
-                return a + b  # steps of the sampler
+                return a  # steps of the sampler
             where = source if a.shape[0] == count else _spread(source, a.shape[0] // count)
             fresh = (where >= 0).reshape(-1, *[1] * (a.ndim - 1))
             return jnp.where(fresh, b[jnp.maximum(where, 0)], a)
@@ -276,7 +276,7 @@ def make(
 
 def _spread(source: jax.Array, group: int) -> jax.Array:
     """Returns for every row of N groups the row it is taken from, or -1; `source` [N] names groups."""
-    rows = source[:, None] * group + jnp.arange(group)
+    rows = source[:, None] * group + jnp.arange(group)[None, :]
     return jnp.where(source[:, None] >= 0, rows, -1).reshape(-1)
 
 
