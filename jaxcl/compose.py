@@ -41,9 +41,9 @@ class Part(NamedTuple):
     """A term or a gradient rule of a gradient method; leave out what it does not do.
 
     `recall` may replace or append rows. `annotate` adds or changes columns of `extra` once all rows are there, replayed
-    ones too; what a part stores does not have these changes. `loss` is added to the training loss as sum / weight, where the
-    weight must not depend on the parameters; a penalty returns (penalty, 1). `project` changes the gradient, given
-    the incoming rows and a function from rows to the gradient of the training loss alone (at most one part of a
+    ones too; what a part stores does not have these changes. `loss` is added to the training loss as sum / weight,
+    where the weight must not depend on the parameters; a penalty returns (penalty, 1). `project` changes the gradient,
+    given the incoming rows and a function from rows to the gradient of the training loss alone (at most one part of a
     method may have it).
     `settle` remembers, once the step is taken. `end_task` gets K batches of the task just ended, stacked [K, B, ...].
     `metrics` names scalars of the rows trained on; they are reported as `part/name`.

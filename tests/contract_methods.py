@@ -47,9 +47,7 @@ def variants():
 
 def everything():
     """Returns all terms, the first gradient rule and all wrappers at once."""
-    made = {
-        name: MAKE[name](setting(), **{k: v for k, v in options_of(name).items() if k != "name"}) for name in NAMES
-    }
+    made = {name: MAKE[name](setting(), **{k: v for k, v in options_of(name).items() if k != "name"}) for name in NAMES}
     parts = [name for name in NAMES if isinstance(made[name], compose.Part)]
     rules = [name for name in parts if made[name].project]
     wrappers = [name for name in NAMES if isinstance(made[name], compose.Wrapper)]
@@ -244,7 +242,10 @@ def test_closing_a_task_does_not_depend_on_the_topology():
     end_task = toys.quick(method.end_task, out_shardings=specs)
     state, reference, pairs = jax.device_put(init(params()), specs), init(params()), []
     for i in range(4):
-        batch, stacked = toys.rollouts(i, task=i // 2), toys.stack([toys.rollouts(i + 10 * j, task=i // 2) for j in (1, 2)])
+        batch, stacked = (
+            toys.rollouts(i, task=i // 2),
+            toys.stack([toys.rollouts(i + 10 * j, task=i // 2) for j in (1, 2)]),
+        )
         state, metrics = step(state, meshes.place(mesh, jax.device_get(batch)), key(i))
         reference, expected = built("everything")[2](reference, batch, key(i))
         pairs.append(jax.device_get((metrics, expected)))

@@ -3,8 +3,9 @@ r"""Supervised losses beside the policy gradient: preferences, distributions of 
     dpo       -log sigmoid(beta ((log pi / ref)(chosen) / n_c - (log pi / ref)(rejected) / n_r)), n = tokens or 1
     csft      sum_t KL(alpha*_t || softmax(logits_t)) over thoughts + cross-entropy of the other tokens
 
-Sources: Rafailov et al., 2305.18290, and, length-normalised, Lambert et al., 2411.15124 (dpo); Gozeten et al., 2505.23648
-(csft). All return (sum, weight); no weight depends on a parameter. Demonstrations: see `jaxcl.methods.chord`.
+Sources: Rafailov et al., 2305.18290, and, length-normalised, Lambert et al., 2411.15124 (dpo); Gozeten et al.,
+2505.23648 (csft). All return (sum, weight); no weight depends on a parameter. For demonstrations beside rollouts see
+`jaxcl.methods.chord`.
 """
 
 from __future__ import annotations
