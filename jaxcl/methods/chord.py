@@ -56,10 +56,7 @@ def make(
         raise UserError(f"config.method chord.steps={steps}: must not be negative; 0 stays at mu")
 
     def share(memory: Memory) -> jax.Array:
-        if steps == 0 or mu == end:
-            return jnp.full((), mu, jnp.float32)
-        way = memory["step"].astype(jnp.float32) / steps
-        return end + (mu - end) * 0.5 * (1 + jnp.cos(math.pi * way))
+        return falling(memory["step"], mu, end, steps)
 
     def init(params: Params) -> Memory:
         del params
@@ -70,18 +67,13 @@ def make(
             raise UserError(
                 "config.method chord: no demonstration rows in the batch; set config.rollout.demonstrations"
             )
-        return dataclasses.replace(
-            rows, extra={**rows.extra, "advantage": (1 - share(memory)) * rows.extra["advantage"]}
-        )
+        advantage = (1 - share(memory)) * rows.extra["advantage"]
+        return dataclasses.replace(rows, extra={**rows.extra, "advantage": advantage})
 
     def loss(memory: Memory, params: Params, output: Output, rows: Batch) -> tuple[jax.Array, jax.Array]:
         del params
-        weights = rows.weights * rows.extra["demonstration"][:, None]  # [B, L]
-        log_prob = losses.log_probs(output, rows.targets)[0]
-        log_prob = jnp.where(weights > 0, log_prob, 0.0)  # elsewhere it may be anything
-        p = jax.lax.stop_gradient(jnp.exp(log_prob))
-        factor = {"none": jnp.ones_like(p), "p": p, "p(1-p)": p * (1 - p)}[phi]
-        return -share(memory) * jnp.sum(weights * factor * log_prob), jnp.sum(weights)
+        total, weight = imitate(output, rows, phi)
+        return share(memory) * total, weight
 
     def settle(memory: Memory, taken: Taken) -> Memory:
         del taken
@@ -93,3 +85,20 @@ def make(
     # Imitation with a share of 0 would still change the order in which the compiler adds up the gradient.
     never = mu == 0 and (steps == 0 or end == 0)
     return Part(init, annotate=annotate, loss=None if never else loss, settle=settle, metrics=metrics)
+
+
+def falling(step: jax.Array, mu: float, end: float, steps: int) -> jax.Array:
+    """Returns half a cosine from `mu` at step 0 to `end` at `steps`, where `step` stops; float32 []."""
+    if steps == 0 or mu == end:
+        return jnp.full((), mu, jnp.float32)
+    return end + (mu - end) * 0.5 * (1 + jnp.cos(math.pi * step.astype(jnp.float32) / steps))
+
+
+def imitate(output: Output, rows: Batch, phi: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the negative log-likelihood of the demonstrations, each token by its phi, and their weight."""
+    weights = rows.weights * rows.extra["demonstration"][:, None]  # [B, L]
+    log_prob = losses.log_probs(output, rows.targets)[0]
+    log_prob = jnp.where(weights > 0, log_prob, 0.0)  # elsewhere it may be anything
+    p = jax.lax.stop_gradient(jnp.exp(log_prob))
+    factor = {"none": jnp.ones_like(p), "p": p, "p(1-p)": p * (1 - p)}[phi]
+    return -jnp.sum(weights * factor * log_prob), jnp.sum(weights)
