@@ -120,12 +120,36 @@ def test_phi_weighs_tokens_and_carries_no_gradient(phi):
 
 
 def test_a_batch_without_demonstrations_is_named():
-    method = compose.make("chord", setting())
-    state = jax.eval_shape(method.init, toys.language_model().init(key(0)))
-    with pytest.raises(
-        UserError, match=r"chord: no demonstration rows in the batch; set config\.rollout\.demonstrations"
-    ):
-        jax.eval_shape(method.step, state, toys.text(0), key(0))
+    rollouts = toys.rollouts(0)
+    columns = {name: x for name, x in rollouts.extra.items() if name != "demonstration"}
+    for rows, made in ((dataclasses.replace(rollouts, extra=columns), setting()), (toys.text(0), toys.setting())):
+        method = compose.make("chord", made)
+        state = jax.eval_shape(method.init, toys.language_model().init(key(0)))
+        message = "config.method chord: no demonstration rows in the batch; set config.rollout.demonstrations"
+        with pytest.raises(UserError) as told:
+            jax.eval_shape(method.step, state, rows, key(0))
+        assert str(told.value) == message
+
+
+def test_supervised_stages_are_left_alone():
+    """A run whose stages learn in different ways: the mixture waits, the reference is the model after the first."""
+
+    def loss(output, rows):
+        return reinforce(output, rows) if "advantage" in rows.extra else toys.cross_entropy(output, rows)
+
+    made, start = setting(loss), toys.language_model().init(key(7))
+    both = compose.make("chord(steps=2) + reference(at='task')", made)
+    plain = compose.make("cpt", made)
+    (state, metrics), (expected, _) = (
+        toys.quick(method.step)(method.init(start), toys.text(0), key(0)) for method in (both, plain)
+    )
+    assert_same(state.params, expected.params)
+    assert float(metrics["chord"]) == 0
+    assert int(state.memory["chord"]["step"]) == 0
+    state = both.end_task(state, toys.stack([toys.text(0)]), key(1))
+    assert_same(state.memory["reference"]["reference"], expected.params)
+    state, _ = toys.quick(both.step)(state, toys.rollouts(1), key(2))
+    assert int(state.memory["chord"]["step"]) == 1
 
 
 def assert_microbatches_change_nothing(options, loss, counts):

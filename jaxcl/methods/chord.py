@@ -9,6 +9,7 @@ absurd); the numbers are those of DataMind, 2509.25084.
 The rows are rollouts and demonstrations. Column `demonstration` of `extra`, float32 [B], is 1 for the latter; their
 `advantage` and `share` are 0, so that the objective ignores them, and their `weights` say which tokens to imitate. The
 share of reinforcement multiplies `advantage`: what an objective has besides, a KL or an entropy term, keeps its factor.
+Rows without an advantage, those of a supervised stage, are left alone, and mu waits.
 
 Memory: the number of steps taken. Compute: the log-probabilities of all rows once more, from the same hidden states.
 """
@@ -48,7 +49,6 @@ def make(
     Raises:
       UserError: an option out of range; when the step is traced, a batch without the column `demonstration`.
     """
-    del setting
     for name, value in (("mu", mu), ("end", end)):
         if not 0 <= value <= 1:
             raise UserError(f"config.method chord.{name}={value}: must lie in [0, 1]; it is the share of imitation")
@@ -64,6 +64,8 @@ def make(
 
     def annotate(memory: Memory, rows: Batch) -> Batch:
         if "demonstration" not in rows.extra:
+            if "demonstration" in setting.example.extra and "advantage" not in rows.extra:
+                return rows
             raise UserError(
                 "config.method chord: no demonstration rows in the batch; set config.rollout.demonstrations"
             )
@@ -72,15 +74,16 @@ def make(
 
     def loss(memory: Memory, params: Params, output: Output, rows: Batch) -> tuple[jax.Array, jax.Array]:
         del params
+        if "demonstration" not in rows.extra:
+            return jnp.zeros(()), jnp.zeros(())
         total, weight = imitate(output, rows, phi)
         return share(memory) * total, weight
 
     def settle(memory: Memory, taken: Taken) -> Memory:
-        del taken
-        return {"step": jnp.minimum(memory["step"] + 1, steps)}
+        return {"step": jnp.minimum(memory["step"] + 1, steps)} if "demonstration" in taken.rows.extra else memory
 
     def metrics(memory: Memory, rows: Batch) -> Metrics:
-        return {"mu": share(memory), "rows": jnp.sum(rows.extra["demonstration"])}
+        return {"mu": share(memory), "rows": jnp.sum(rows.extra.get("demonstration", jnp.zeros(1)))}
 
     # Imitation with a share of 0 would still change the order in which the compiler adds up the gradient.
     never = mu == 0 and (steps == 0 or end == 0)

@@ -2,8 +2,9 @@ r"""Reference model: what a KL penalty of an objective compares the policy with.
 
     extra["reference"] <- log p(what was drawn; reference)        reference = theta at the start, or of the last task
 
-It is the objective that penalises, by `config.objective.kl`; this part adds the column, float32 [B, L], to all rows,
-replayed ones too, before the gradient is taken.
+It is the objective that penalises, by `config.objective.kl`; this part adds the column, float32 [B, L], to rollouts,
+replayed ones too, before the gradient is taken. In a supervised stage it does nothing but, with at="task", take the
+parameters at its end.
 
 Source: Ziegler et al., 1909.08593; with the reference renewed at the end of each task it is an anchor of the policy.
 
@@ -37,13 +38,16 @@ def make(setting: Setting, *, at: Literal["start", "task"] = "start") -> Part:
       UserError: a run without an objective.
     """
     score = setting.score
-    if score is None:
+    if score is None or "advantage" not in setting.example.extra:
         raise UserError("config.method reference: only for runs with config.objective; leave it out")
 
     def init(params: Params) -> Memory:
         return {"reference": jax.tree.map(jnp.copy, params)}
 
     def annotate(memory: Memory, rows: Batch) -> Batch:
+        if "advantage" not in rows.extra:
+            return rows
+
         def of(piece: Batch) -> jax.Array:
             return score(setting.model.apply(memory["reference"], piece), piece)
 
