@@ -30,7 +30,7 @@ class Taken(NamedTuple):
     """One step as a part sees it afterwards."""
 
     batch: Batch  # the incoming rows, before any part changed them
-    rows: Batch  # the rows trained on
+    rows: Batch  # the rows trained on, before any part annotated them
     before: Params
     after: Params
     grads: Params
@@ -40,9 +40,10 @@ class Taken(NamedTuple):
 class Part(NamedTuple):
     """A term or a gradient rule of a gradient method; leave out what it does not do.
 
-    `recall` may replace, append or annotate rows. `loss` is added to the training loss as sum / weight, where the
-    weight must not depend on the parameters; a penalty returns (penalty, 1). `project` changes the gradient, given
-    the incoming rows and a function from rows to the gradient of the training loss alone (at most one part of a
+    `recall` may replace or append rows. `annotate` adds or changes columns of `extra` once all rows are there, replayed
+    ones too; what a part stores does not have these changes. `loss` is added to the training loss as sum / weight,
+    where the weight must not depend on the parameters; a penalty returns (penalty, 1). `project` changes the gradient,
+    given the incoming rows and a function from rows to the gradient of the training loss alone (at most one part of a
     method may have it).
     `settle` remembers, once the step is taken. `end_task` gets K batches of the task just ended, stacked [K, B, ...].
     `metrics` names scalars of the rows trained on; they are reported as `part/name`.
@@ -50,6 +51,7 @@ class Part(NamedTuple):
 
     init: Callable[[Params], Memory] = lambda params: ()
     recall: Callable[[Memory, Batch, Key], Batch] | None = None
+    annotate: Callable[[Memory, Batch], Batch] | None = None
     loss: Callable[[Memory, Params, Output, Batch], tuple[jax.Array, jax.Array]] | None = None
     project: Callable[[Memory, Params, Batch, Callable[[Batch], Params], Key], Params] | None = None
     settle: Callable[[Memory, Taken], Memory] | None = None
@@ -139,7 +141,8 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
         return {"loss": setting.loss(setting.model.apply(params, rows), rows)}
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
-        memory, rows = state.memory, _recall(parts, state.memory, batch, key)
+        memory, recalled = state.memory, _recall(parts, state.memory, batch, key)
+        rows = _annotate(parts, memory, recalled)
 
         def losses(params: Params, piece: Batch) -> grad.Losses:
             output = setting.model.apply(params, piece)
@@ -153,7 +156,7 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
                     memory[name],
                     grads,
                     batch,
-                    lambda other: grad.value_and_grad(plain, state.params, other)[1],
+                    lambda other: grad.value_and_grad(plain, state.params, _annotate(parts, memory, other))[1],
                     named(key, f"{name}/project"),
                 )
         updates, opt_state = setting.tx.update(grads, state.opt_state, state.params)
@@ -165,7 +168,7 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
             if part.metrics:
                 metrics |= {f"{name}/{k}": v for k, v in part.metrics(memory[name], rows).items()}
             if part.settle:
-                taken = Taken(batch, rows, state.params, params, grads, named(key, f"{name}/settle"))
+                taken = Taken(batch, recalled, state.params, params, grads, named(key, f"{name}/settle"))
                 after[name] = part.settle(memory[name], taken)
         return TrainState(state.step + 1, params, opt_state, after), metrics
 
@@ -185,6 +188,14 @@ def _recall(parts: Mapping[str, Part], memory: Memory, batch: Batch, key: Key) -
         if part.recall:
             batch = part.recall(memory[name], batch, named(key, f"{name}/recall"))
     return batch
+
+
+def _annotate(parts: Mapping[str, Part], memory: Memory, rows: Batch) -> Batch:
+    """Returns the rows with the columns that the parts add or change."""
+    for name, part in parts.items():
+        if part.annotate:
+            rows = part.annotate(memory[name], rows)
+    return rows
 
 
 def _check_rows(parts: Mapping[str, Part], setting: Setting) -> None:

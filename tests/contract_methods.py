@@ -25,6 +25,11 @@ NAMES = sorted(module.name for module in pkgutil.iter_modules(jaxcl.methods.__pa
 MAKE = {name: importlib.import_module(f"jaxcl.methods.{name}").make for name in NAMES}
 
 
+def setting(**options):
+    """Returns a setting with all that a method may ask for: the columns of rollouts and their score."""
+    return toys.setting(example=toys.rollouts(0), score=toys.score, **options)
+
+
 def options_of(name):
     """Returns the small defaults of a method."""
     return {"name": name, **{k: v for k, v in SMALL.items() if k in inspect.signature(MAKE[name]).parameters}}
@@ -42,9 +47,7 @@ def variants():
 
 def everything():
     """Returns all terms, the first gradient rule and all wrappers at once."""
-    made = {
-        name: MAKE[name](toys.setting(), **{k: v for k, v in options_of(name).items() if k != "name"}) for name in NAMES
-    }
+    made = {name: MAKE[name](setting(), **{k: v for k, v in options_of(name).items() if k != "name"}) for name in NAMES}
     parts = [name for name in NAMES if isinstance(made[name], compose.Part)]
     rules = [name for name in parts if made[name].project]
     wrappers = [name for name in NAMES if isinstance(made[name], compose.Wrapper)]
@@ -52,7 +55,7 @@ def everything():
 
 
 CASES = [*NAMES, "everything", "guard"]
-WRAPPERS = [name for name in NAMES if isinstance(MAKE[name](toys.setting()), compose.Wrapper)]
+WRAPPERS = [name for name in NAMES if isinstance(MAKE[name](setting()), compose.Wrapper)]
 APART = [name for name in NAMES if name not in {entry["name"] for entry in everything()}]
 
 
@@ -60,7 +63,7 @@ APART = [name for name in NAMES if name not in {entry["name"] for entry in every
 def built(case):
     """Returns the method of a case, its jitted functions (donating the state) and how often they were traced."""
     options = {"everything": everything, "guard": lambda: everything()[-1]}.get(case, lambda: options_of(case))()
-    method = compose.make(options, toys.setting(tx=optax.sgd(0.1, momentum=0.9)))
+    method = compose.make(options, setting(tx=optax.sgd(0.1, momentum=0.9)))
     method = guard(method, warmup=1, window=4) if case in ("everything", "guard") else method
     traces = {"step": 0, "end_task": 0}
 
@@ -87,10 +90,10 @@ def walk(case, state, begin=0, end=6, put=lambda x: x):
     _, _, step, end_task, _ = built(case)
     told = []
     for i in range(begin, end):
-        state, metrics = step(state, put(toys.text(i, task=i // 2)), key(i))
+        state, metrics = step(state, put(toys.rollouts(i, task=i // 2)), key(i))
         told.append(jax.device_get(metrics))
         if i % 2:
-            state = end_task(state, toys.stack([toys.text(i + 10 * j, task=i // 2) for j in (1, 2)]), key(100 + i))
+            state = end_task(state, toys.stack([toys.rollouts(i + 10 * j, task=i // 2) for j in (1, 2)]), key(100 + i))
     return state, told
 
 
@@ -107,7 +110,7 @@ def avals(tree_):
 
 def assert_closed(method):
     state = jax.eval_shape(method.init, params())
-    batch, k = toys.shapes(toys.text(0)), jax.eval_shape(lambda: jax.random.key(0))
+    batch, k = toys.shapes(toys.rollouts(0)), jax.eval_shape(lambda: jax.random.key(0))
     after, metrics = jax.eval_shape(method.step, state, batch, k)
     assert avals(after) == avals(state)
     assert {"loss", "grad_norm", "weight"} <= set(metrics)
@@ -131,7 +134,7 @@ def test_no_buffer_is_held_twice(case):
 
 @pytest.mark.parametrize("entry", list(variants()))
 def test_every_choice_of_an_option_is_closed(entry):
-    assert_closed(compose.make([entry], toys.setting()))
+    assert_closed(compose.make([entry], setting()))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -164,13 +167,12 @@ def test_resume_is_exact(case):
 
 @pytest.mark.parametrize("name", [*WRAPPERS, "guard"])
 def test_a_wrapper_lets_the_method_close_its_task(name):
-    setting = toys.setting()
-    plain = compose.make([options_of("ewc")], setting)
-    wrapped = guard(plain) if name == "guard" else compose.make([options_of("ewc"), options_of(name)], setting)
+    plain = compose.make([options_of("ewc")], setting())
+    wrapped = guard(plain) if name == "guard" else compose.make([options_of("ewc"), options_of(name)], setting())
     states = []
     for method in (plain, wrapped):
-        state, _ = toys.quick(method.step)(toys.quick(method.init)(params()), toys.text(0), key(0))
-        states.append(toys.quick(method.end_task)(state, toys.stack([toys.text(1), toys.text(2)]), key(1)))
+        state, _ = toys.quick(method.step)(toys.quick(method.init)(params()), toys.rollouts(0), key(0))
+        states.append(toys.quick(method.end_task)(state, toys.stack([toys.rollouts(1), toys.rollouts(2)]), key(1)))
     assert_equal(compose.inner(states[1]).memory, states[0].memory)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(states[0].memory["ewc"]["fisher"]))
 
@@ -178,7 +180,7 @@ def test_a_wrapper_lets_the_method_close_its_task(name):
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_captured(case):
     method = built(case)[0]
-    state, batch = jax.eval_shape(method.init, params()), toys.shapes(toys.text(0))
+    state, batch = jax.eval_shape(method.init, params()), toys.shapes(toys.rollouts(0))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), batch)
     k = jax.eval_shape(lambda: jax.random.key(0))
     for function, rows in ((method.step, batch), (method.end_task, stacked)):
@@ -225,7 +227,7 @@ def test_topology_does_not_matter(case, sizes):
     step = toys.quick(method.step, out_shardings=(specs, meshes.replicated(mesh)))
     losses = []
     for i in range(3):
-        batch = jax.device_put(toys.text(i, task=i // 2), meshes.batch_sharding(mesh))
+        batch = jax.device_put(toys.rollouts(i, task=i // 2), meshes.batch_sharding(mesh))
         state, metrics = step(state, batch, key(i))
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
@@ -240,7 +242,10 @@ def test_closing_a_task_does_not_depend_on_the_topology():
     end_task = toys.quick(method.end_task, out_shardings=specs)
     state, reference, pairs = jax.device_put(init(params()), specs), init(params()), []
     for i in range(4):
-        batch, stacked = toys.text(i, task=i // 2), toys.stack([toys.text(i + 10 * j, task=i // 2) for j in (1, 2)])
+        batch, stacked = (
+            toys.rollouts(i, task=i // 2),
+            toys.stack([toys.rollouts(i + 10 * j, task=i // 2) for j in (1, 2)]),
+        )
         state, metrics = step(state, meshes.place(mesh, jax.device_get(batch)), key(i))
         reference, expected = built("everything")[2](reference, batch, key(i))
         pairs.append(jax.device_get((metrics, expected)))
@@ -249,7 +254,7 @@ def test_closing_a_task_does_not_depend_on_the_topology():
             reference = built("everything")[3](reference, stacked, key(i))
     for cut, alone in pairs:
         np.testing.assert_allclose(cut["loss"], alone["loss"], rtol=1e-5)
-        for name in ("ewc", "si", "lwf", "l2"):  # squares of small differences, so fewer digits agree
+        for name in ("ewc", "si", "lwf", "l2", "cpo", "chord"):  # squares of small differences, so fewer digits agree
             np.testing.assert_allclose(cut[name], alone[name], rtol=1e-3, atol=1e-9, err_msg=name)
             assert alone is not pairs[-1][1] or alone[name] > 1e-6
 
@@ -260,7 +265,7 @@ def reference_losses(case):
     _, init, step, _, _ = built(case)
     state, losses = init(params()), []
     for i in range(3):
-        state, metrics = step(state, toys.text(i, task=i // 2), key(i))
+        state, metrics = step(state, toys.rollouts(i, task=i // 2), key(i))
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -271,7 +276,7 @@ def assert_equal(a, b):
 
 
 def test_discovery_found_the_methods():
-    assert {"cpt", "er", "reptile", "ewc", "mer"} <= set(NAMES)
+    assert {"cpt", "er", "reptile", "ewc", "mer", "cpo", "chord", "reference"} <= set(NAMES)
     assert {"reptile", "ema"} <= set(WRAPPERS)
     assert len({entry["name"] for entry in everything()}) >= 8
     assert len(list(itertools.islice(variants(), 9))) == 9

@@ -1,4 +1,4 @@
-"""DPO, CHORD and CSFT: against loops in float64, reductions at the ends, padding."""
+"""DPO and CSFT: against loops in float64, reductions at the ends, padding."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl import grad, losses
+from jaxcl import losses
 from jaxcl.rl import supervised
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Output
@@ -60,35 +60,6 @@ def test_dpo_gradient_prefers_the_chosen_and_leaves_the_reference():
     assert (up < 0).all()
     assert (down > 0).all()
     assert (still == 0).all()
-
-
-def test_chord_reduces_exactly_at_both_ends_and_mixes_between():
-    rl, sft = (lambda p: (3.0 * p**2, jnp.float32(2.0))), (lambda p: (-5.0 * p, jnp.float32(4.0)))
-    batch = {"row": jnp.zeros(2)}
-
-    def gradient(mu):
-        return grad.value_and_grad(lambda p, _: supervised.chord(rl(p), sft(p), mu), jnp.float32(0.7), batch)[1]
-
-    alone = [grad.value_and_grad(lambda p, _, f=f: {"loss": f(p)}, jnp.float32(0.7), batch)[1] for f in (rl, sft)]
-    assert gradient(jnp.float32(0.0)) == alone[0]
-    assert gradient(jnp.float32(1.0)) == alone[1]
-    np.testing.assert_allclose(gradient(0.25), 0.75 * alone[0] + 0.25 * alone[1], rtol=1e-6)
-
-
-def test_imitation_weighs_tokens_by_a_detached_phi():
-    r = np.random.default_rng(0)
-    lp, weights = -r.exponential(size=(B, L)), (r.uniform(size=(B, L)) < 0.6).astype(float)
-    p = np.exp(lp)
-    for phi, factor in (("none", np.ones_like(p)), ("p", p), ("p(1-p)", p * (1 - p))):
-        with jax.enable_x64(True):
-            batch = batch_of(weights)
-            dirty = jnp.asarray(np.where(weights > 0, lp, -np.inf))
-            total, weight = supervised.imitate(dirty, batch, phi=phi)
-            slope = jax.grad(lambda x, phi=phi, batch=batch: supervised.imitate(x, batch, phi=phi)[0])(jnp.asarray(lp))
-        close((total, weight), (-(weights * factor * lp).sum(), weights.sum()))
-        close(slope, -weights * factor)
-    with pytest.raises(UserError, match="phi='q'"):
-        supervised.imitate(jnp.zeros((B, L)), batch_of(np.ones((B, L))), phi="q")
 
 
 S = 4

@@ -1,5 +1,7 @@
 """Tiny models, losses and streams for tests, so that methods are tested without a transformer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,19 @@ def text(seed, rows=B, task=0, weights=None):
     )
 
 
+def rollouts(seed, rows=B, task=0):
+    """Text with the columns of rollouts; every fourth row is a demonstration, which no objective looks at."""
+    mark = (np.arange(rows) % 4 == 1).astype("f")
+    advantage = np.random.default_rng([seed, task, 1]).normal(size=rows).astype("f")
+    columns = {"advantage": advantage * (1 - mark), "share": 1 - mark, "demonstration": mark}
+    return dataclasses.replace(text(seed, rows, task), extra={name: jnp.asarray(x) for name, x in columns.items()})
+
+
+def score(output, batch):
+    """Returns the log-probability of each target."""
+    return -optax.softmax_cross_entropy_with_integer_labels(output.logits, batch.targets)
+
+
 def quick(function, **options):
     """Jits with little optimisation."""
     return jax.jit(function, compiler_options=QUICK, **options)
@@ -93,8 +108,7 @@ def shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def setting(*, model=None, tx=None, example=None, tasks=T, loss=cross_entropy, microbatches=1):
+def setting(*, model=None, tx=None, example=None, tasks=T, loss=cross_entropy, microbatches=1, score=None):
     """A setting for the toy language model."""
-    return Setting(
-        model or language_model(), tx or optax.adamw(1e-2), shapes(example or text(0)), tasks, loss, microbatches
-    )
+    example = shapes(example or text(0))
+    return Setting(model or language_model(), tx or optax.adamw(1e-2), example, tasks, loss, microbatches, score)

@@ -70,10 +70,7 @@ def tags(text: str, names: Sequence[str]) -> float:
 
 
 def cosine(step: Any, *, first: float, last: float, steps: int) -> Any:
-    """Returns half a cosine from `first` at step 0 to `last` at `steps`, and `last` from there on.
-
-    CHORD's share of supervised learning in DataMind (2509.25084) is first=0.9, last=0.05, steps=350.
-    """
+    """Returns half a cosine from `first` at step 0 to `last` at `steps`, and `last` from there on."""
     for key, value in (("first", first), ("last", last)):
         if not 0 <= value <= 1:
             raise UserError(f"config.schedule {key}={value}: must lie in [0, 1]")

@@ -1,23 +1,19 @@
-r"""Supervised losses beside the policy gradient: preferences, mixtures with demonstrations, distributions of thoughts.
+r"""Supervised losses beside the policy gradient: preferences, distributions of thoughts.
 
     dpo       -log sigmoid(beta ((log pi / ref)(chosen) / n_c - (log pi / ref)(rejected) / n_r)), n = tokens or 1
-    chord     mu SFT + (1 - mu) RL
-    imitate   -phi log p, phi = 1, p or p (1 - p), detached
     csft      sum_t KL(alpha*_t || softmax(logits_t)) over thoughts + cross-entropy of the other tokens
 
-Sources: Rafailov et al., 2305.18290, and, length-normalised, Lambert et al., 2411.15124 (dpo); Zhang et al., 2508.11408
-(chord); Gozeten et al., 2505.23648 (csft). All return (sum, weight); no weight depends on a parameter.
+Sources: Rafailov et al., 2305.18290, and, length-normalised, Lambert et al., 2411.15124 (dpo); Gozeten et al.,
+2505.23648 (csft). All return (sum, weight); no weight depends on a parameter. For demonstrations beside rollouts see
+`jaxcl.methods.chord`.
 """
 
 from __future__ import annotations
-
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxcl import losses
-from jaxcl.grad import Losses
 from jaxcl.kernels import vocabulary
 from jaxcl.models.layers import mix
 from jaxcl.rl.sequences import Mean, aggregate, find
@@ -54,44 +50,6 @@ def dpo(
     weight = jax.lax.stop_gradient((chosen[1] > 0) & (rejected[1] > 0)).astype(chosen[0].dtype)
     gap = margin(chosen, reference[0]) - margin(rejected, reference[1])
     return jnp.sum(jnp.where(weight > 0, -jax.nn.log_sigmoid(beta * gap), 0)), jnp.sum(weight)
-
-
-def chord(rl: Pair, sft: Pair, mu: Any) -> Losses:
-    """Returns the two losses of mu SFT + (1 - mu) RL, for `jaxcl.grad.value_and_grad`, which adds up their means.
-
-    Args:
-      rl, sft: (sum, weight).
-      mu: share of supervised learning, in [0, 1]: a number, or an array of the step (see `shaping.cosine`).
-    """
-    return {"rl": ((1 - mu) * rl[0], rl[1]), "sft": (mu * sft[0], sft[1])}
-
-
-def imitate(
-    log_prob: jax.Array,
-    batch: Batch,
-    *,
-    phi: Literal["none", "p", "p(1-p)"] = "none",
-    mean: Mean = "token_mean",
-    sequences: int = 1,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the negative log-likelihood of demonstrations, each token by its phi (CHORD-phi is p (1 - p)).
-
-    phi spares what the policy knows already and what it finds absurd.
-
-    Args:
-      log_prob: of the demonstration's tokens, [B, L].
-      batch: its `weights` are used.
-      phi: weight of a token; the divisor does not have it.
-      mean: see `sequences.aggregate`.
-      sequences: that a row has room for.
-    """
-    rows = find(batch.weights, jnp.ones(batch.weights.shape[:1]), batch.segments, sequences)
-    log_prob = jnp.where(rows.live, log_prob, 0)
-    p = jax.lax.stop_gradient(jnp.exp(log_prob))
-    choices = {"none": jnp.ones_like(p), "p": p, "p(1-p)": p * (1 - p)}
-    if phi not in choices:
-        raise UserError(f"config.objective phi={phi!r}: choose from {', '.join(map(repr, choices))}")
-    return aggregate(-choices[phi] * log_prob, rows, mean)
 
 
 def csft(
