@@ -118,7 +118,8 @@ def make(
             raise UserError(f"config.sources.{name}: holds out no problem; set its held_out")
     form = "csft" if "csft" in learns else "sft" if "sft" in learns or rollout.demonstrations else "prompt"
     size = table.size_of(every, form, words)
-    policies = {name: policy if name == policy.name else policy_of(name) for name in (policy.name, *rollout.modes)}
+    policies = {one.name: one for one in (policy_of(mode, "rollout.modes") for mode in rollout.modes)}
+    policies = {policy.name: policy} | policies | {policy.name: policy}  # the run's own goes before one of its name
     how = {"workers": rollout.workers, "timeout": rollout.timeout, "memory": rollout.memory}
     judge = Judge(every, [Pool(one.verifier, **how) for one in every], words.decode)
     return Practice(ordered, words, size, form, learns, policy, policies, objective, rollout, limits, judge)
@@ -134,9 +135,9 @@ def one_of(given: Any, field: str) -> dict[str, Any]:
     return parts[0]
 
 
-def policy_of(given: Any) -> Policy:
-    """Returns the policy of `config.policy`."""
-    return schema.make("jaxcl.rl.thoughts", one_of(given, "policy"), field="policy")
+def policy_of(given: Any, field: str = "policy") -> Policy:
+    """Returns the policy that is described."""
+    return schema.make("jaxcl.rl.thoughts", one_of(given, field), field=field)
 
 
 def objective_of(given: Any, limits: explore.Limits) -> Objective:

@@ -58,7 +58,7 @@ class Rollout(NamedTuple):
     timeout: float = 5.0  # seconds that it has for an answer
     memory: int = 1024  # MiB that it may use
     samples: int = 16  # n of pass@k in evaluations
-    modes: Sequence[str] = ("hard", "soft", "fuzzy")  # of the thoughts in evaluations at boundaries
+    modes: Sequence[Any] = ("hard", "soft", "fuzzy")  # policies of the thoughts in evaluations at boundaries
 
 
 class Rolled(NamedTuple):
@@ -245,18 +245,6 @@ def make(
         rows = dataclasses.replace(rows, task=task, extra=rows.extra | each | dict(columns))
         return demonstrated(rows, prompts) if rollout.demonstrations else rows
 
-    def merge(old: Any, new: Any, source: jax.Array) -> Any:
-        count = source.shape[0]
-
-        def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
-            if not a.ndim:
-                return a  # steps of the sampler
-            where = source if a.shape[0] == count else _spread(source, a.shape[0] // count)
-            fresh = (where >= 0).reshape(-1, *[1] * (a.ndim - 1))
-            return jnp.where(fresh, b[jnp.maximum(where, 0)], a)
-
-        return jax.tree.map(leaf, old, new)
-
     whole = Rolled(cut, copied, copied, (copied, copied) if remax else None)  # pyright: ignore[reportArgumentType]
     whole = whole._replace(rollouts=Rollouts(cut, cut, cut, cut, copied, copied, copied))  # pyright: ignore
     return Explorer(
@@ -268,10 +256,29 @@ def make(
         policy,
         draw=jax.jit(meshes.on(mesh, draw), out_shardings=whole),
         teach=jax.jit(meshes.on(mesh, teach), out_shardings=cut),
-        merge=jax.jit(meshes.on(mesh, merge)),
+        merge=jax.jit(meshes.on(mesh, merged)),
         place=functools.partial(meshes.place, mesh),
         whole=lambda value: jax.device_put(value, copied),
     )
+
+
+def merged(old: Any, new: Any, source: jax.Array) -> Any:
+    """Returns a tree with some groups replaced by those of another.
+
+    Args:
+      old, new: trees whose leaves are [N, ...] or [N G, ...].
+      source: int32 [N], which group of `new` takes the place; -1 = none.
+    """
+    count = source.shape[0]
+
+    def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+        if not a.ndim:
+            return a  # steps of the sampler
+        where = source if a.shape[0] == count else _spread(source, a.shape[0] // count)
+        fresh = (where >= 0).reshape(-1, *[1] * (a.ndim - 1))
+        return jnp.where(fresh, b[jnp.maximum(where, 0)], a)
+
+    return jax.tree.map(leaf, old, new)
 
 
 def _spread(source: jax.Array, group: int) -> jax.Array:
