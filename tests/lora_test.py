@@ -1,5 +1,6 @@
 """LoRA and frozen parameters: what they compute, what they cost, and that the base keeps its bits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -56,6 +57,31 @@ def test_it_starts_at_the_logits_of_the_base():
     jax.tree.map(np.testing.assert_array_equal, params["base"], base().init(jax.random.key(0)))
     np.testing.assert_allclose(logits(model(), params, batch), logits(base(), params["base"], batch), atol=1e-6)
     assert not np.allclose(logits(model(), moved(params), batch), logits(base(), params["base"], batch), atol=1e-3)
+
+
+def test_the_table_and_the_columns_of_a_batch_pass_through_it():
+    """Mixtures of tokens at some places; in a step with a frozen base too."""
+    params, batch = moved(model().init(jax.random.key(0))), toys.text(0)
+    shape, none = batch.inputs.shape, jnp.zeros(batch.inputs.shape, bool)
+    support = jnp.stack([batch.inputs, batch.targets], axis=-1)
+    shares = jnp.broadcast_to(jnp.array([0.25, 0.75]), (*shape, 2))
+    mixed = dataclasses.replace(batch, extra={"soft": batch.targets > 3, "support": support, "shares": shares})
+    apply = toys.quick(model().apply)
+    found, tokens = apply(params, mixed), apply(params, dataclasses.replace(mixed, extra=mixed.extra | {"soft": none}))
+    want = toys.quick(base().apply)(lora.merge(params, ALPHA), mixed)
+    np.testing.assert_allclose(found.hidden, want.hidden, atol=1e-5)
+    np.testing.assert_array_equal(found.embedding, params["base"]["embedding"])
+    assert np.abs(found.hidden - tokens.hidden).max() > 1e-2
+    seen = []
+
+    def loss(output, rows):
+        seen.append((set(rows.extra), output.embedding.shape))
+        return toys.cross_entropy(output, rows)
+
+    setting = toys.setting(model=model(), tx=optax.sgd(0.1))._replace(loss=loss, example=toys.shapes(mixed))
+    method = frozen.frozen(lambda m: compose.make("cpt", setting._replace(model=m)), model(), lora.FROZEN)
+    jax.eval_shape(method.step, jax.eval_shape(method.init, params), mixed, jax.random.key(0))
+    assert seen[-1] == ({"soft", "support", "shares"}, (toys.V, 8))
 
 
 def test_a_is_drawn_as_in_peft_and_b_is_zero():

@@ -231,6 +231,120 @@ def test_embeddings_take_the_path_of_tokens():
     assert not np.any(np.asarray(grad)[0, 3:])
 
 
+def mixtures(**batch):
+    """A batch with mixtures of four tokens, one of them twice, at a third of the places; elsewhere lies anything."""
+    r = np.random.default_rng(6)
+    soft = r.uniform(size=SEGMENTS.shape) < 0.4
+    support = r.integers(0, SHAPE["vocab"], (*SEGMENTS.shape, 4)).astype(np.int32)
+    support[..., 3] = support[..., 1]
+    shares = r.dirichlet(np.ones(4), SEGMENTS.shape).astype(np.float32)
+    columns = {"soft": soft, "support": np.where(soft[..., None], support, 99)}
+    columns["shares"] = np.where(soft[..., None], shares, np.nan)
+    return dataclasses.replace(rows(draw_tokens(), **batch), extra=columns)
+
+
+def composed(params, batch):
+    """The same as embeddings that are put together outside the model, from all rows of the table."""
+    table, extra = params["embedding"][: SHAPE["vocab"]], batch.extra
+    shares = jnp.where(extra["soft"][..., None], extra["shares"], 0)
+    whole = jnp.einsum("bls,blsv->blv", shares, jax.nn.one_hot(extra["support"], SHAPE["vocab"]))
+    mixed = jnp.einsum("blv,vd->bld", whole, table, precision="highest")
+    return dataclasses.replace(batch, inputs=jnp.where(extra["soft"][..., None], mixed, table[batch.inputs]), extra={})
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])  # untied, tied
+def test_mixtures_of_tokens_and_their_gradient_are_those_of_composed_embeddings(name):
+    model, params, _ = build(name)
+    batch = mixtures()
+
+    def outside(params):
+        return objective(model, params, composed(params, batch))
+
+    def constant(params):
+        made = composed(jax.lax.stop_gradient(params), batch).inputs
+        return objective(
+            model, params, dataclasses.replace(batch, extra={"soft": batch.extra["soft"], "thought": made})
+        )
+
+    value, grads = loss_and_gradient(name)(params, batch)
+    want, slopes = compiled(jax.value_and_grad(outside))(params)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), grads, slopes)
+    same, data = compiled(jax.value_and_grad(constant))(params)
+    np.testing.assert_allclose(value, same, rtol=1e-6)
+    assert np.abs(grads["embedding"] - data["embedding"]).max() > 0.01 * np.abs(grads["embedding"]).max()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), grads["layers"], data["layers"])
+
+
+def test_the_shares_of_mixtures_have_no_gradient_and_no_array_has_the_size_of_the_vocabulary():
+    model, params, _ = build("plain")
+    batch = mixtures()
+
+    def hidden(params, shares):
+        extra = batch.extra | {"shares": shares}
+        return jnp.sum(model.apply(params, dataclasses.replace(batch, extra=extra)).hidden ** 2)
+
+    slope = jax.grad(hidden, 1)(params, jnp.nan_to_num(batch.extra["shares"]))
+    assert not np.any(slope)
+    jaxpr = str(jax.make_jaxpr(jax.grad(hidden))(params, batch.extra["shares"]))
+    assert "[37,24]" in jaxpr
+    assert "[2,11,37" not in jaxpr
+    assert "[2,11,4,37" not in jaxpr
+
+
+def test_mixtures_are_the_same_on_a_mesh_and_in_a_cache():
+    model, params, apply = build("padded")
+    batch = mixtures()
+    value, grads = loss_and_gradient("padded")(params, batch)
+    mesh = meshes.make(data=2, tensor=4)
+    shardings = meshes.state_shardings(mesh, model.axes, TrainState(np.int32(0), params, (), {})).params
+    run = compiled(meshes.on(mesh, jax.value_and_grad(functools.partial(objective, model))))
+    there, cut = run(jax.device_put(params, shardings), meshes.place(mesh, batch))
+    np.testing.assert_allclose(there, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), cut, grads)
+    batch = dataclasses.replace(batch, segments=np.ones_like(SEGMENTS), positions=np.tile(np.arange(11), (2, 1)))
+    full, cache = apply(params, batch).hidden, None
+    for at in (slice(0, 5), *(slice(i, i + 1) for i in range(5, 11))):
+        part = jax.tree.map(lambda x, at=at: x[:, at] if x.ndim > 1 else x, batch)
+        output = model.apply(params, part, 11 if cache is None else cache)
+        np.testing.assert_allclose(output.hidden, full[:, at], atol=1e-5)
+        cache = output.cache
+
+
+def test_all_tokens_are_mixed_without_a_support_and_one_token_alone_is_that_token():
+    _, params, apply = build("padded", compute_dtype="bfloat16")
+    batch = rows(draw_tokens())
+    soft, one = np.ones(SEGMENTS.shape, bool), np.ones((*SEGMENTS.shape, 1), np.float32)
+    want = np.asarray(apply(params, batch).hidden)
+    wrong = dataclasses.replace(batch, inputs=np.zeros_like(batch.inputs))
+    for columns in (
+        {"support": batch.inputs[..., None], "shares": one},
+        {"shares": np.eye(37, dtype=np.float32)[batch.inputs]},
+    ):
+        got = apply(params, dataclasses.replace(wrong, extra={"soft": soft} | columns)).hidden
+        np.testing.assert_array_equal(got, want)
+    columns = {"support": np.full((*SEGMENTS.shape, 1), 37, np.int32), "shares": one}
+    assert np.isnan(apply(params, dataclasses.replace(batch, extra={"soft": soft} | columns)).hidden).any()
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"thought": np.zeros((*SEGMENTS.shape, 24))}, "has both thought and shares"),
+        ({"shares": None}, "has no shares"),
+        ({"soft": None}, "has no soft"),
+        ({"shares": np.zeros((*SEGMENTS.shape, 1), np.float32)}, r"shares \[2, 11, 1\]; expected .*\[2, 11, 4\]"),
+        ({"support": None}, r"shares \[2, 11, 4\]; expected \[2, 11\], \[2, 11, 37\]"),
+    ],
+)
+def test_columns_that_do_not_fit_together_are_named(columns, words):
+    model, params, _ = build("plain")
+    batch = mixtures()
+    extra = {name: x for name, x in (batch.extra | columns).items() if x is not None}
+    with pytest.raises(UserError, match=words):
+        jax.eval_shape(model.apply, params, dataclasses.replace(batch, extra=extra))
+
+
 def test_a_token_outside_the_vocabulary_is_not_silent():
     for name in ("plain", "padded", "everything"):  # in the padding of the table too
         _, params, apply = build(name)

@@ -1,4 +1,4 @@
-"""The arithmetic of a transformer block as pure functions: norm, rotary embedding, gated unit, token lookup."""
+"""The arithmetic of a transformer block as pure functions: norm, rotary embedding, gated unit, lookup of tokens."""
 
 from __future__ import annotations
 
@@ -91,8 +91,25 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the rows of `table` [V, D] for int tokens [B, L]; a token outside the vocabulary becomes NaN."""
+    """Returns the rows of `table` [V, D] for int tokens [...]; a token outside the vocabulary becomes NaN."""
     return jnp.take(table, tokens, axis=0, mode="fill")
+
+
+def mix(table: jax.Array, tokens: jax.Array | None, shares: jax.Array, dtype: Any) -> jax.Array:
+    """Returns sums of rows of `table` [V, D], float32 [..., D]; a token outside the vocabulary makes them NaN.
+
+    Args:
+      table: differentiable, unlike the shares.
+      tokens: int32 [..., S]; one may stand there twice. None = all of them in order, S = V.
+      shares: float32 [..., S], weight of each row.
+      dtype: that the rows are rounded to before they are summed, as if they had been looked up one by one.
+    """
+    shares = jax.lax.stop_gradient(shares).astype(jnp.promote_types(shares.dtype, jnp.float32))
+    if tokens is None:
+        precise = {"precision": "highest", "preferred_element_type": shares.dtype}
+        return jnp.einsum("...v,vd->...d", shares, table.astype(dtype), **precise)
+    # Not a product of matrices: so the compiler may sum while it gathers.
+    return jnp.sum(shares[..., None] * lookup(table, tokens).astype(dtype).astype(shares.dtype), axis=-2)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Scaling | None = None) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxcl.kernels.attention import attention
 from jaxcl.models import presets
 from jaxcl.models.bridge import from_linen
 from jaxcl.models.config import Config, resolve
-from jaxcl.models.layers import apply_rope, linear, lookup, rms_norm, rope_frequencies, rope_tables, swiglu
+from jaxcl.models.layers import apply_rope, linear, lookup, mix, rms_norm, rope_frequencies, rope_tables, swiglu
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output
 
@@ -51,10 +51,16 @@ class Rows(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What a transformer reads of `batch.extra`, if it is there."""
+    """What a transformer reads of `batch.extra`, if it is there, with a cache and without.
 
-    soft: jax.Array | None = None  # bool [B, L]: where `thought` is fed in place of the token
+    Where `soft` holds, an input is the embedding `thought`, which is data; or it is sum_s shares_s E[support_s], through
+    which the table E has a gradient, and the shares have none.
+    """
+
+    soft: jax.Array | None = None  # bool [B, L]: where something else is fed in place of the token
     thought: jax.Array | None = None  # [B, L, D] embeddings of no token
+    support: jax.Array | None = None  # int32 [B, L, S] tokens to mix; without it all of them in order, S = V
+    shares: jax.Array | None = None  # float32 [B, L, S] of those tokens; 0 for what is not used
     frozen: jax.Array | None = None  # bool [B, L]: tokens that no gradient of an attention reaches; skips their tiles
 
 
@@ -273,13 +279,9 @@ class Transformer(nn.Module):
                 "use shorter rows, more slots or a larger max_length"
             )
         table = _weight(self, "embedding", (c.rows, c.embed), ("vocab", "embed"), c.init_std)
-        tokens = jnp.issubdtype(batch.inputs.dtype, jnp.integer)
-        # The padding is cut off before the lookup, where a token beyond the vocabulary must become NaN.
-        x = (lookup(table[: c.vocab], batch.inputs) if tokens else batch.inputs).astype(dtype)
         extra = Columns(**{name: batch.extra.get(name) for name in Columns._fields})
-        if extra.soft is not None and extra.thought is not None:
-            x = jnp.where(extra.soft[..., None], extra.thought.astype(dtype), x)
-        x = sharded.rows(x)  # [B, L, D]
+        # The padding is cut off before the lookup, where a token beyond the vocabulary must become NaN.
+        x = sharded.rows(_inputs(table[: c.vocab], batch.inputs, extra, dtype))
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rope_tables(batch.positions, frequencies, getattr(c.rope_scaling, "attention_factor", 1.0))
         if cache is None or isinstance(cache, int):
@@ -323,6 +325,27 @@ class Transformer(nn.Module):
             x, new = Block(c, keep=True, parent=None).apply(own, x, past, window, context)  # pyright: ignore
             kept.append(new)
         return x, tuple(zip(*kept, strict=True))
+
+
+def _inputs(table: jax.Array, inputs: jax.Array, extra: Columns, dtype: Any) -> jax.Array:
+    """Returns what the first block is given, [B, L, D], for tokens [B, L] or embeddings [B, L, D]."""
+    x = (lookup(table, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs).astype(dtype)
+    if extra.shares is None and extra.support is None:
+        if extra.soft is None or extra.thought is None:
+            return x
+        return jnp.where(extra.soft[..., None], extra.thought.astype(dtype), x)
+    if extra.thought is not None:
+        raise UserError("batch.extra: has both thought and shares; feed embeddings or mixtures of tokens, not both")
+    if extra.shares is None or extra.soft is None:
+        missing = "soft" if extra.soft is None else "shares"
+        raise UserError(f"batch.extra: has no {missing}, which mixtures of tokens need; add it")
+    wanted = (*extra.soft.shape, table.shape[0]) if extra.support is None else extra.support.shape
+    if extra.shares.shape != wanted or extra.soft.shape != wanted[:-1]:
+        found = f"soft {list(extra.soft.shape)}, shares {list(extra.shares.shape)}"
+        raise UserError(f"batch.extra: {found}; expected {list(wanted[:-1])}, {list(wanted)}")
+    # Elsewhere the columns may hold anything, and 0 * NaN would reach the gradient of the table.
+    shares = jnp.where(extra.soft[..., None], extra.shares, 0)
+    return jnp.where(extra.soft[..., None], mix(table, extra.support, shares, dtype).astype(dtype), x)
 
 
 def _windows(c: Config) -> np.ndarray | None:

@@ -16,10 +16,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcl import losses
 from jaxcl.grad import Losses
+from jaxcl.kernels import vocabulary
+from jaxcl.models.layers import mix
 from jaxcl.rl.sequences import Mean, aggregate, find
 from jaxcl.schema import UserError
-from jaxcl.types import Batch
+from jaxcl.types import Batch, Output
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -92,31 +95,51 @@ def imitate(
 
 
 def csft(
-    logits: jax.Array,
-    batch: Batch,
-    distributions: jax.Array,
-    thought: jax.Array,
-    *,
-    mean: Mean = "sequence_token_sum",
-    sequences: int = 1,
+    output: Output, batch: Batch, *, mean: Mean = "sequence_token_sum", sequences: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the supervision of continuous thoughts by distributions; a one-hot one is cross-entropy exactly.
 
+    The vocabulary is gone through once, as for cross-entropy: with z = hidden head the distance is
+    sum_s a_s log a_s - sum_s a_s (z_s - logsumexp z), and sum_s a_s z_s = hidden (sum_s a_s head_s).
+
     Args:
-      logits: [B, L, V].
-      batch: `weights`, and `targets` of the tokens that are no thoughts.
-      distributions: alpha*, [B, L, V], rows that sum to 1; anything where `thought` is False.
-      thought: bool [B, L].
+      output: of the model.
+      batch: `weights`, `targets` of the tokens that are no thoughts, and two columns in `extra`: `goal` int32 [B, L, S],
+        the tokens of alpha*, and `goal_shares` float32 [B, L, S], their probabilities. Those of a thought sum to 1;
+        where they sum to 0 there is none. A token may stand in a goal twice. Costs S^2 numbers a token.
       mean: see `sequences.aggregate`; the paper's is the sum over steps, averaged over rows.
       sequences: that a row has room for.
     """
-    if logits.shape != distributions.shape:
-        raise UserError(f"distributions of shape {list(distributions.shape)}: expected {list(logits.shape)}")
     rows = find(batch.weights, jnp.ones(batch.weights.shape[:1]), batch.segments, sequences)
-    log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-    wanted = jax.lax.stop_gradient(distributions).astype(log_p.dtype)
-    wanted = jnp.where((thought & rows.live)[..., None] & (wanted > 0), wanted, 0)
-    entropy = wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))
-    soft = jnp.sum(entropy - jnp.where(wanted > 0, wanted * log_p, 0), axis=-1)
-    hard = -jnp.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
-    return aggregate(jnp.where(thought & rows.live, soft, hard), rows, mean)
+    goal, shares = _goals(batch, rows.live)
+    first = jnp.argmax(shares, axis=-1, keepdims=True)  # what the cross-entropy is taken at, exactly if it is alone
+    top = jnp.max(shares, axis=-1)
+    thought = top > 0
+    target = jnp.where(thought, jnp.take_along_axis(goal, first, axis=-1)[..., 0], batch.targets)
+    others = jnp.where(jnp.arange(goal.shape[-1])[None, None] == first, 0, shares)
+    if output.head is None:
+        logits = output.hidden.astype(jnp.promote_types(output.hidden.dtype, jnp.float32))
+        log_p, lse = vocabulary.select(logits, target)
+        score = jnp.sum(others * jnp.take_along_axis(logits, goal, axis=-1, mode="fill"), axis=-1)
+    else:
+        log_p, lse = losses.log_probs(output, target)
+        score = jnp.sum(output.hidden * mix(output.head.T, goal, others, output.head.dtype), axis=-1)
+    same = goal[..., None] == goal[..., None, :]
+    joint = jnp.sum(jnp.where(same, shares[..., None, :], 0), axis=-1)  # a token that stands twice counts as one
+    entropy = jnp.sum(jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, joint, 1)), 0), axis=-1)
+    soft = entropy - top * log_p - (score - jnp.sum(others, axis=-1) * lse)
+    return aggregate(jnp.where(thought, soft, -log_p), rows, mean)
+
+
+def _goals(batch: Batch, live: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the columns of `csft` without gradient, zero where there is no thought or the token does not count."""
+    for name in ("goal", "goal_shares"):
+        if name not in batch.extra:
+            raise UserError(f"batch.extra: has no {name}, which csft needs; add it, int32 goal and float32 goal_shares")
+    goal, shares = batch.extra["goal"], batch.extra["goal_shares"]
+    if goal.ndim != 3 or goal.shape != shares.shape or goal.shape[:2] != batch.targets.shape:
+        found = f"goal {list(goal.shape)}, goal_shares {list(shares.shape)}"
+        raise UserError(f"batch.extra: {found}; expected {list(batch.targets.shape)} and one more dimension of both")
+    shares = jax.lax.stop_gradient(shares).astype(jnp.promote_types(shares.dtype, jnp.float32))
+    shares = jnp.where((live & (jnp.sum(shares, axis=-1) > 0))[..., None], shares, 0)
+    return jnp.where(shares > 0, goal, 0), shares
