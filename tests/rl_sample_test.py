@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
 from jaxcl.models import transformer
 from jaxcl.rl import sample as samples
@@ -20,11 +21,13 @@ LIMITS = Limits(
     thoughts=5, answer=4, stop=((3,), (4,), (6,), (5, 9)), forced=(11, 12), late=(13,), end=tuple(range(20, 30))
 )
 POLICIES = ("hard", "soft", "fuzzy", "none", "mts", "dirichlet", "gumbel")
-COMPOSED = ("mts", "dirichlet", "dirichlet-top", "gumbel")
+# The floor keeps shares away from 0, where a density of thousands of nats drowns float32.
+DIRICHLET = {"dirichlet-all": {"concentration": 4.0, "floor": 0.5}, "dirichlet-top": {"top_k": 4}}
+COMPOSED = ("mts", *DIRICHLET, "gumbel")
 
 
 def policy_of(name):
-    return thoughts.make("dirichlet", top_k=4) if name == "dirichlet-top" else thoughts.make(name)
+    return thoughts.make(name.split("-")[0], **DIRICHLET.get(name, {}))
 
 
 @functools.cache
@@ -145,15 +148,14 @@ def test_forced_tokens_and_the_prompt_change_neither_loss_nor_gradient():
     assert np.array_equal(drawn, np.isin(rows.extra["kind"], (THOUGHT, ANSWER)))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize(("name", "tied"), [*((name, True) for name in COMPOSED), ("mts", False)])
 def test_the_gradient_of_a_composed_input_is_exact(name, tied):
     """Beside embeddings that `policy.feed` puts together inside the derivative, and beside thoughts that are data."""
     model, params = made(tied)
     policy, found = policy_of(name), run(name, tied=tied)
     rows = teaching.batch(policy, found, PROMPTS, SEGMENTS)
     assert {"thought", "record_thought"}.isdisjoint(rows.extra)
-    assert ("support" in rows.extra) == (name != "dirichlet")
+    assert ("support" in rows.extra) == (name != "dirichlet-all")
     score, factor = teaching.log_probs(policy), np.random.default_rng(3).normal(size=rows.weights.shape)
     width, length = PROMPTS.shape[1], rows.weights.shape[1]
     soft = np.zeros(rows.weights.shape, bool)
@@ -174,7 +176,7 @@ def test_the_gradient_of_a_composed_input_is_exact(name, tied):
         return jnp.sum(rows.weights * factor * log_prob), log_prob
 
     ways = {
-        kind: jax.jit(jax.value_and_grad(functools.partial(loss, kind=kind), has_aux=True))(params)
+        kind: toys.quick(jax.value_and_grad(functools.partial(loss, kind=kind), has_aux=True))(params)
         for kind in ("ours", "explicit", "constant")
     }
     ((_, value), slopes), ((_, want), exact), ((_, same), data) = ways.values()
