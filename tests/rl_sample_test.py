@@ -1,11 +1,13 @@
 """Rollouts beside a forward pass over what was fed, whatever the slots, and the phases that they walk through."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
 from jaxcl.models import transformer
 from jaxcl.rl import sample as samples
@@ -19,6 +21,13 @@ LIMITS = Limits(
     thoughts=5, answer=4, stop=((3,), (4,), (6,), (5, 9)), forced=(11, 12), late=(13,), end=tuple(range(20, 30))
 )
 POLICIES = ("hard", "soft", "fuzzy", "none", "mts", "dirichlet", "gumbel")
+# The floor keeps shares away from 0, where a density of thousands of nats drowns float32.
+DIRICHLET = {"dirichlet-all": {"concentration": 4.0, "floor": 0.5}, "dirichlet-top": {"top_k": 4}}
+COMPOSED = ("mts", *DIRICHLET, "gumbel")
+
+
+def policy_of(name):
+    return thoughts.make(name.split("-")[0], **DIRICHLET.get(name, {}))
 
 
 @functools.cache
@@ -34,7 +43,7 @@ def made(tied=True):
 @functools.cache
 def run(name, slots=None, group=4, seed=1, limits=LIMITS, greedy=False, tied=True):
     model, params = made(tied)
-    policy = thoughts.make(name)
+    policy = policy_of(name)
     options = {"policy": policy, "limits": limits, "group": group, "slots": slots}
     draw = jax.jit(
         lambda params, prompts, segments, key: samples.sample(
@@ -48,7 +57,7 @@ def run(name, slots=None, group=4, seed=1, limits=LIMITS, greedy=False, tied=Tru
 def test_a_forward_pass_over_what_was_fed_gives_the_log_probabilities_of_the_sampler(name):
     model, params = made()
     found = run(name)
-    rows = teaching.batch(found, PROMPTS, SEGMENTS)
+    rows = teaching.batch(thoughts.make(name), found, PROMPTS, SEGMENTS)
     score = teaching.log_probs(thoughts.make(name))
     log_prob = jax.jit(lambda params: score(model.apply(params, rows), rows))(params)
     scale = np.maximum(1, np.abs(rows.extra["behaviour"]))
@@ -108,14 +117,14 @@ def test_greedy_soft_thoughts_are_the_mixture_and_greedy_hard_ones_the_likeliest
     model, params = made(tied)
     limits = Limits(thoughts=3, answer=2)
     soft = run("none", group=1, limits=limits, greedy=True, tied=tied)
-    rows = teaching.batch(soft, PROMPTS, SEGMENTS)
+    rows = teaching.batch(thoughts.make("none"), soft, PROMPTS, SEGMENTS)
     output = model.apply(params, rows)
     shares = jax.nn.softmax(output.logits, axis=-1)
     want = np.einsum("blv,vd->bld", shares, output.embedding)
     places = np.asarray(rows.extra["kind"]) == THOUGHT
     np.testing.assert_allclose(np.asarray(rows.extra["record_thought"])[places], want[places], atol=1e-5)
     hard = run("hard", group=1, limits=limits, greedy=True, tied=tied)
-    rows = teaching.batch(hard, PROMPTS, SEGMENTS)
+    rows = teaching.batch(thoughts.make("hard"), hard, PROMPTS, SEGMENTS)
     best = np.argmax(model.apply(params, rows).logits, -1)
     drawn = np.asarray(rows.extra["kind"]) != NOTHING
     assert np.array_equal(np.asarray(rows.targets)[drawn], best[drawn])
@@ -125,7 +134,7 @@ def test_greedy_soft_thoughts_are_the_mixture_and_greedy_hard_ones_the_likeliest
 def test_forced_tokens_and_the_prompt_change_neither_loss_nor_gradient():
     """Their logits do not enter: moving the hidden states that predict them leaves the loss as it is."""
     model, params = made()
-    rows = teaching.batch(run("hard"), PROMPTS, SEGMENTS)
+    rows = teaching.batch(thoughts.make("hard"), run("hard"), PROMPTS, SEGMENTS)
     output = model.apply(params, rows)
     score = teaching.log_probs(thoughts.make("hard"))
 
@@ -137,3 +146,55 @@ def test_forced_tokens_and_the_prompt_change_neither_loss_nor_gradient():
     assert not np.any(slope[~drawn])
     assert np.all(np.any(slope[drawn], axis=-1))
     assert np.array_equal(drawn, np.isin(rows.extra["kind"], (THOUGHT, ANSWER)))
+
+
+@pytest.mark.parametrize(("name", "tied"), [*((name, True) for name in COMPOSED), ("mts", False)])
+def test_the_gradient_of_a_composed_input_is_exact(name, tied):
+    """Beside embeddings that `policy.feed` puts together inside the derivative, and beside thoughts that are data."""
+    model, params = made(tied)
+    policy, found = policy_of(name), run(name, tied=tied)
+    rows = teaching.batch(policy, found, PROMPTS, SEGMENTS)
+    assert {"thought", "record_thought"}.isdisjoint(rows.extra)
+    assert ("support" in rows.extra) == (name != "dirichlet-all")
+    score, factor = teaching.log_probs(policy), np.random.default_rng(3).normal(size=rows.weights.shape)
+    width, length = PROMPTS.shape[1], rows.weights.shape[1]
+    soft = np.zeros(rows.weights.shape, bool)
+    soft[:, width:] = found.kind[:, :-1] == THOUGHT
+    thought = np.zeros((*soft.shape, 32), np.float32)
+    thought[:, width:] = found.record["thought"][:, :-1]
+
+    def loss(params, kind):
+        inputs, columns = rows, rows.extra
+        if kind == "explicit":
+            table = params["embedding"]
+            record = {key: x[:, : length - width] for key, x in found.record.items() if key != "thought"}
+            fed = jnp.pad(policy.feed(table, record), ((0, 0), (width, 0), (0, 0)))
+            inputs = dataclasses.replace(rows, inputs=jnp.where(soft[..., None], fed, table[rows.inputs]), extra={})
+        elif kind == "constant":
+            inputs = dataclasses.replace(rows, extra={"soft": soft, "thought": thought})
+        log_prob = score(model.apply(params, inputs), dataclasses.replace(rows, extra=columns))
+        return jnp.sum(rows.weights * factor * log_prob), log_prob
+
+    ways = {
+        kind: toys.quick(jax.value_and_grad(functools.partial(loss, kind=kind), has_aux=True))(params)
+        for kind in ("ours", "explicit", "constant")
+    }
+    ((_, value), slopes), ((_, want), exact), ((_, same), data) = ways.values()
+    for other in (want, same):
+        assert np.max(np.abs(value - other) / np.maximum(1, np.abs(value))) < 1e-6
+    size = max(float(np.abs(x).max()) for x in jax.tree.leaves(exact))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * size), slopes, exact)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * size), slopes["layers"], data["layers"]
+    )
+    assert np.abs(slopes["embedding"] - data["embedding"]).max() > 0.01 * np.abs(exact["embedding"]).max()
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_greedy_thoughts_are_data(name):
+    found = run(name, group=1, limits=Limits(thoughts=3, answer=2), greedy=True)
+    rows = teaching.batch(policy_of(name), found, PROMPTS, SEGMENTS)
+    assert {"support", "shares"}.isdisjoint(rows.extra)
+    width = PROMPTS.shape[1]
+    np.testing.assert_array_equal(rows.extra["thought"][:, width : width + 3], found.record["thought"][:, :3])
+    assert np.array_equal(np.asarray(rows.extra["soft"])[:, width:], found.kind[:, :-1] == THOUGHT)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,9 @@ def test_dpo_gradient_prefers_the_chosen_and_leaves_the_reference():
     assert (up < 0).all()
     assert (down > 0).all()
     assert (still == 0).all()
+
+
+S = 4
 
 
 S = 4

@@ -65,6 +65,27 @@ def test_what_is_fed_and_recorded(label):
 
 
 @every
+def test_a_mixture_is_what_is_fed(label):
+    policy = policy_of(label)
+    logits, table = case()
+    assert (policy.mixture is None) == (policy.name in ("hard", "soft", "fuzzy", "none"))
+    if policy.mixture is None:
+        return
+    fed, record = drawer(label)(logits, table, KEY)
+    tokens, shares = policy.mixture(record)
+    assert (tokens is None) == (label == "dirichlet")
+    tokens = np.broadcast_to(np.arange(V), (B, L, V)) if tokens is None else np.asarray(tokens)
+    assert shares.shape == tokens.shape
+    np.testing.assert_allclose(np.sum(shares, axis=-1), 1, rtol=1e-6)
+    want = np.einsum("bls,blsd->bld", np.asarray(shares, np.float64), np.asarray(table, np.float64)[tokens])
+    np.testing.assert_allclose(fed, want, rtol=1e-5, atol=1e-6)
+    slope = jax.grad(lambda floats: jnp.sum(policy.mixture({**record, **floats})[1] ** 2))(
+        {name: x for name, x in record.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    )
+    assert not any(np.any(x) for x in slope.values())
+
+
+@every
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(), (B, L)])
 def test_shapes_and_dtypes(label, dtype, shape):

@@ -53,8 +53,8 @@ class Rows(NamedTuple):
 class Columns(NamedTuple):
     """What a transformer reads of `batch.extra`, if it is there, with a cache and without.
 
-    Where `soft` holds, an input is the embedding `thought`, which is data; or it is sum_s shares_s E[support_s], through
-    which the table E has a gradient, and the shares have none.
+    Where `soft` holds, an input is the embedding `thought`, which is data; or it is sum_s shares_s E[support_s],
+    through which the table E has a gradient, and the shares have none.
     """
 
     soft: jax.Array | None = None  # bool [B, L]: where something else is fed in place of the token

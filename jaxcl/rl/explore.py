@@ -239,7 +239,7 @@ def make(
 
     def teach(rollouts: Rollouts, prompts: Batch, columns: Mapping[str, jax.Array]) -> Batch:
         shown = prompts.inputs[:, : size.prompt], prompts.segments[:, : size.prompt]
-        rows = teaching.batch(rollouts, *shown)
+        rows = teaching.batch(policy, rollouts, *shown)
         each = {name: jnp.repeat(x, rollout.group, axis=0) for name, x in prompts.extra.items() if name == REPLAYED}
         task = jnp.repeat(prompts.task, rollout.group, axis=0)
         rows = dataclasses.replace(rows, task=task, extra=rows.extra | each | dict(columns))

@@ -203,7 +203,7 @@ def _mode(mesh: jax.sharding.Mesh, model: Model, policy: Policy, explorer: Explo
 
     def greedy(params: Params, prompts: Any, segments: Any, gold: Any, used: Any, step: Any) -> tuple[Any, ...]:
         found = drawn(params, prompts, segments, jax.random.fold_in(jax.random.key(0), step), True)
-        rows = teaching.batch(_answered(found, gold, used), prompts, segments)
+        rows = teaching.batch(policy, _answered(found, gold, used), prompts, segments)
         output = model.apply(params, _inputs(rows))
         logp, _ = losses.log_probs(output, rows.targets)
         counted = rows.extra["kind"] == ANSWER
@@ -212,7 +212,7 @@ def _mode(mesh: jax.sharding.Mesh, model: Model, policy: Policy, explorer: Explo
 
     def sample(params: Params, prompts: Any, segments: Any, step: Any) -> tuple[Any, ...]:
         found = drawn(params, prompts, segments, jax.random.fold_in(jax.random.key(1), step), False)
-        rows = teaching.batch(found, prompts, segments)
+        rows = teaching.batch(policy, found, prompts, segments)
         output = model.apply(params, _inputs(rows))
         first, last = prompts.shape[1] - 1, prompts.shape[1] - 1 + max(limits.thoughts, 1)
         some = output._replace(hidden=output.hidden[:, first:last])

@@ -142,7 +142,7 @@ def make(
     score = teaching.log_probs(policy, temperature=temperature)
 
     def teach(rollouts: Rollouts, prompts: Any, segments: Any, columns: dict[str, jax.Array]) -> Batch:
-        rows = teaching.batch(rollouts, jnp.asarray(prompts), jnp.asarray(segments))
+        rows = teaching.batch(policy, rollouts, jnp.asarray(prompts), jnp.asarray(segments))
         return dataclasses.replace(rows, extra=rows.extra | columns)
 
     def loss(output: Output, rows: Batch) -> tuple[jax.Array, jax.Array]:

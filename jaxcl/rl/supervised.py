@@ -62,9 +62,9 @@ def csft(
 
     Args:
       output: of the model.
-      batch: `weights`, `targets` of the tokens that are no thoughts, and two columns in `extra`: `goal` int32 [B, L, S],
-        the tokens of alpha*, and `goal_shares` float32 [B, L, S], their probabilities. Those of a thought sum to 1;
-        where they sum to 0 there is none. A token may stand in a goal twice. Costs S^2 numbers a token.
+      batch: `weights`, `targets` of the tokens that are no thoughts, and two columns of `extra`: `goal`, int32
+        [B, L, S], the tokens of alpha*, and `goal_shares`, float32 [B, L, S], their probabilities, which sum to 1 at a
+        thought and to 0 elsewhere. A token may stand in a goal twice. S is small: S^2 comparisons at every position.
       mean: see `sequences.aggregate`; the paper's is the sum over steps, averaged over rows.
       sequences: that a row has room for.
     """

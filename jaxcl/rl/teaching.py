@@ -1,6 +1,7 @@
 """From rollouts to a batch: one teacher-forced pass gives the log-probability of everything that was drawn.
 
-What was fed is data, so that all steps are computed at once and no gradient flows back through time. Position j of a
+What was drawn is data, so that all steps are computed at once and no gradient flows back through time. What is fed
+follows from it: a vector of its own is data too, a mixture of tokens has a gradient through the table. Position j of a
 row describes what was drawn from the logits at j: the last token of the prompt is where the first thought was drawn.
 """
 
@@ -17,10 +18,11 @@ from jaxcl.rl.thoughts import Policy
 from jaxcl.types import Batch, Output
 
 
-def batch(rollouts: Rollouts, prompts: jax.Array, segments: jax.Array) -> Batch:
+def batch(policy: Policy, rollouts: Rollouts, prompts: jax.Array, segments: jax.Array) -> Batch:
     """Returns the rows to train on, all but their value.
 
     Args:
+      policy: of the thoughts.
       rollouts: of `sample`, R rows of T steps.
       prompts: int32 [N, P], padded on the left; R is a multiple of N.
       segments: int32 [N, P].
@@ -28,7 +30,9 @@ def batch(rollouts: Rollouts, prompts: jax.Array, segments: jax.Array) -> Batch:
     Returns:
       Rows of L = P + T - 1 places. `targets` are the tokens that were drawn, `weights` 1 where something was drawn and
       not forced. `extra`: `kind` int8 [R, L], `behaviour` float32 [R, L] the sampler's log-probability, `soft` bool
-      [R, L] and `thought` [R, L, D] what was fed instead of a token, and `record_*`, the policy's record.
+      [R, L] where no token was fed, `thought` [R, L, D] what was instead, and `record_*`, the policy's record. If the
+      policy mixes tokens, `support` int32 [R, L, S] (not if S = V) and `shares` float32 [R, L, S] say what was fed,
+      and there are neither `thought` nor `record_thought`; greedy thoughts are data.
     """
     group = rollouts.kind.shape[0] // prompts.shape[0]
     width = prompts.shape[1]
@@ -44,9 +48,16 @@ def batch(rollouts: Rollouts, prompts: jax.Array, segments: jax.Array) -> Batch:
     kind = drawn(rollouts.kind)
     inside = jnp.concatenate([used, live[:, :-1]], axis=1)
     extra = {"kind": kind, "behaviour": drawn(rollouts.log_prob)}
-    extra |= {f"record_{name}": drawn(x) for name, x in rollouts.record.items()}
-    if "thought" in rollouts.record:
-        extra |= {"thought": fed(rollouts.record["thought"]), "soft": fed(rollouts.kind) == THOUGHT}
+    record = dict(rollouts.record)
+    if policy.soft:
+        extra["soft"] = fed(rollouts.kind) == THOUGHT
+    if policy.mixture and record.keys() != {"thought"}:  # a greedy record has nothing else
+        del record["thought"]  # as large as the activations of a layer, and no part of the density
+        support, shares = policy.mixture(record)
+        extra |= {"shares": fed(shares)} | ({} if support is None else {"support": fed(support)})
+    elif policy.soft:
+        extra["thought"] = fed(record["thought"])
+    extra |= {f"record_{name}": drawn(x) for name, x in record.items()}
     return Batch(
         inputs=jnp.concatenate([shown, rollouts.token[:, :-1]], axis=1),
         targets=drawn(rollouts.token),

@@ -17,6 +17,7 @@ from jaxcl import schema
 from jaxcl.kernels import vocabulary
 from jaxcl.types import Key
 
+Mixture = tuple[jax.Array | None, jax.Array]  # tokens int32 [..., S] or None = all V, and their shares float32 [..., S]
 Record = dict[str, jax.Array]  # what was drawn and fed; every array starts with the leading axes [...] of the logits
 
 
@@ -27,8 +28,8 @@ class Policy(NamedTuple):
     shadow that stop phrases are looked for in). Soft ones have `thought` [..., D]: what was fed, in the table's dtype.
 
     `log_prob` and `feed` stop the gradient of the record. Both are differentiable in the table, where the density or
-    the input depends on it. A training pass that feeds `record["thought"]` instead of `feed(table, record)` has the
-    same values, and lacks the gradient through the table that mts, dirichlet and gumbel compose their input from.
+    the input depends on it. Policies with a `mixture` compose their input of rows of the table. A training pass that
+    feeds `record["thought"]` instead has the same values, and lacks the gradient through the table.
     A record of zeros, as in padding, has a finite density with a finite gradient.
     """
 
@@ -40,6 +41,7 @@ class Policy(NamedTuple):
     feed: Callable[[jax.Array, Record], jax.Array]  # (table, record) -> fed [..., D], of a sampled record
     fused: Callable[[jax.Array, jax.Array, jax.Array, Record], jax.Array] | None = None
     # (hidden [..., D], head [D, V], table, record) -> float32 [...]: log_prob without logits [..., V]
+    mixture: Callable[[Record], Mixture] | None = None  # of a sampled record: what `feed` sums; None: it sums no rows
 
 
 def make(name: str, **options: Any) -> Policy:
@@ -57,7 +59,8 @@ def build(
     draw: Callable[[jax.Array, jax.Array, Key], Record],
     mean: Callable[[jax.Array, jax.Array], jax.Array],
     log_prob: Callable[[jax.Array, jax.Array, Record], jax.Array],
-    feed: Callable[[jax.Array, Record], jax.Array],
+    feed: Callable[[jax.Array, Record], jax.Array] | None = None,
+    mixture: Callable[[Record], Mixture] | None = None,
     fused: Callable[[jax.Array, jax.Array, jax.Array, Record], jax.Array] | None = None,
 ) -> Policy:
     """Returns a soft policy.
@@ -67,13 +70,18 @@ def build(
       draw: (logits, table, key) -> the record less token and thought.
       mean: (logits, table) -> [..., D], what is fed without noise.
       log_prob: as in `Policy`, of a record without gradient.
-      feed: as in `Policy`, of a record without gradient and in any dtype.
+      feed: as in `Policy`, of a record without gradient and in any dtype; or give a `mixture`, which it follows from.
+      mixture: as in `Policy`, of a record without gradient.
       fused: as in `Policy`, of a record without gradient.
     """
     stop = jax.lax.stop_gradient
 
     def fed_by(table: jax.Array, record: Record) -> jax.Array:
-        return feed(table, stop(record)).astype(table.dtype)
+        if mixture is None:
+            assert feed is not None
+            return feed(table, stop(record)).astype(table.dtype)
+        tokens, shares = mixture(stop(record))
+        return average(shares, table, tokens).astype(table.dtype)
 
     def sample(logits: jax.Array, table: jax.Array, key: Key) -> tuple[jax.Array, Record]:
         logits, table = stop((logits, table))
@@ -94,6 +102,7 @@ def build(
         log_prob=lambda logits, table, record: log_prob(logits, table, stop(record)),
         feed=fed_by,
         fused=fused and (lambda hidden, head, table, record: fused(hidden, head, table, stop(record))),
+        mixture=mixture and (lambda record: mixture(stop(record))),
     )
 
 
@@ -134,7 +143,7 @@ def average(shares: jax.Array, table: jax.Array, support: jax.Array | None = Non
     """
     rows = "vd" if support is None else "...vd"
     operand = table if support is None else table[support]
-    precise = {"precision": "highest", "preferred_element_type": wide(shares)}
+    precise = {"precision": "highest", "preferred_element_type": jnp.promote_types(wide(shares), table.dtype)}
     return jnp.einsum(f"...v,{rows}->...d", shares, operand, **precise)
 
 

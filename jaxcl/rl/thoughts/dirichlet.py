@@ -65,7 +65,7 @@ def make(
         inner = (a - 1) * record["log_shares"] - gammaln(a)
         return gammaln(jnp.sum(a, axis=-1)) + jnp.sum(inner, axis=-1)
 
-    def feed(table: jax.Array, record: thoughts.Record) -> jax.Array:
-        return thoughts.average(jnp.exp(record["log_shares"]), table, record.get("support"))
+    def mixture(record: thoughts.Record) -> thoughts.Mixture:
+        return record.get("support"), jnp.exp(record["log_shares"])
 
-    return thoughts.build("dirichlet", draw=draw, mean=mean, log_prob=log_prob, feed=feed)
+    return thoughts.build("dirichlet", draw=draw, mean=mean, log_prob=log_prob, mixture=mixture)

@@ -71,13 +71,14 @@ def make(
         noise = jax.random.gumbel(key, log_p.shape, log_p.dtype)
         return {**record, "perturbed": log_p + (noise if clamp is None else jnp.clip(noise, *clamp))}
 
-    def feed(table: jax.Array, record: thoughts.Record) -> jax.Array:
+    def mixture(record: thoughts.Record) -> thoughts.Mixture:
         g = jnp.where(record["kept"], record["perturbed"], NEVER)
-        return thoughts.average(jax.nn.softmax(g / tau_g, axis=-1), table, record["support"])
+        return record["support"], jax.nn.softmax(g / tau_g, axis=-1)
 
     def mean(logits: jax.Array, table: jax.Array) -> jax.Array:
         record = choose(logits)
-        return feed(table, {**record, "perturbed": locate(logits, record)})
+        support, shares = mixture({**record, "perturbed": locate(logits, record)})
+        return thoughts.average(shares, table, support)
 
     def log_prob(logits: jax.Array, table: jax.Array, record: thoughts.Record) -> jax.Array:
         del table
@@ -87,7 +88,7 @@ def make(
         total = jnp.sum(jnp.where(counted, -noise - jnp.exp(-noise), 0.0), axis=-1)
         return total if reduction == "sum" else total / jnp.maximum(jnp.sum(counted, axis=-1), 1)
 
-    return thoughts.build("gumbel", draw=draw, mean=mean, log_prob=log_prob, feed=feed)
+    return thoughts.build("gumbel", draw=draw, mean=mean, log_prob=log_prob, mixture=mixture)
 
 
 def _choose(log_p: jax.Array, top_k: int, top_p: float) -> thoughts.Record:

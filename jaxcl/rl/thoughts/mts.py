@@ -51,13 +51,13 @@ def make(
         del table
         return gather(thoughts.pick(thoughts.log_softmax(logits, temperature), record["tokens"]), axis=-1)
 
-    def feed(table: jax.Array, record: thoughts.Record) -> jax.Array:
-        return jnp.mean(table[record["tokens"]], axis=-2, dtype=thoughts.wide(table))
+    def mixture(record: thoughts.Record) -> thoughts.Mixture:
+        return record["tokens"], jnp.full(record["tokens"].shape, 1 / count, jnp.float32)
 
     return thoughts.build(
         "mts",
         draw=draw,
         mean=lambda logits, table: thoughts.mixture(logits, table, temperature),
         log_prob=log_prob,
-        feed=feed,
+        mixture=mixture,
     )
