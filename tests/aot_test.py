@@ -272,7 +272,17 @@ def shipped(name, folder):
     return one | {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+PROBLEMS = {path.stem for path in (ROOT / "configs").glob("*rl*.py")}
+
+
+@pytest.mark.parametrize("name", sorted(PROBLEMS))
+def test_runs_on_problems_are_refused(name):
+    config = main.plain(importlib.import_module(f"configs.{name}").get_config())
+    with pytest.raises(UserError, match=r"config\.sources: problems; only runs on text and tables"):
+        abstract.make(config, jax.devices())
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - PROBLEMS))
 def test_the_abstract_step_is_that_of_the_run(name, folder):
     config = shipped(name, folder)
     made = program.build(**train.split(config)[1])

@@ -1,0 +1,108 @@
+"""Questions of a file, a checkpoint folder, thoughts in text: phases, a judge in processes, and what it may do."""
+
+import json
+
+import numpy as np
+import pytest
+import rl_small
+import small
+
+from jaxcl import train
+from jaxcl.hf.__main__ import export
+from jaxcl.rl.sample import ANSWER, FORCED, NOTHING, THOUGHT
+from jaxcl.schema import UserError
+
+JUDGE = """
+import time
+
+def score(gold, answer):
+    if len(answer) % 3 == 0:
+        raise RuntimeError("no idea")
+    if ord(answer[-1]) % 2:
+        time.sleep(60)
+    return float("nan") if ord(answer[-1]) % 4 else 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint in the format of Hugging Face, with a tokenizer of bytes, and questions."""
+    place = tmp_path_factory.mktemp("rl_text")
+    settings = small.config(place, stream__steps=1, stream__replay=None, method="cpt", guard=None)
+    settings["evaluation"], settings["checkpoint"] = {"every": 8, "rows": 8}, {}
+    assert train.run(settings | {"mesh": {"data": -1}}, str(place / "trunk"), final=False) == 0
+    export(place / "trunk", place / "model")
+    lines = [{"question": f"{a} + {b}?", "answer": f"{a} and {b}.\n#### {a + b}"} for a in range(6) for b in range(6)]
+    (place / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (place / "judge_of_test.py").write_text(JUDGE)
+    return place
+
+
+def settings(folder, **overrides):
+    source = {"name": "questions", "path": str(folder / "questions.jsonl"), "template": "Q: {question} A:"}
+    stage = {"name": "rl", "steps": 2, "mixture": {"sums": 1.0}}
+    plain = {
+        "model": {"checkpoint": str(folder / "model")},
+        "sources": {"sums": source},
+        "stream": {"batch": 4, "stages": [stage]},
+        "rollout": {"group": 4, "thoughts": 3, "answer": 2, "stop": ["a"], "forced": "=", "late": ";=", "samples": 4}
+        | {"modes": ["hard"]},
+        "method": "cpt",
+    }
+    return rl_small.config(**plain | overrides)
+
+
+def test_phases_of_text(folder):
+    made = rl_small.build(settings(folder, policy="hard"))
+    prompts, numbers = made.rollouts.prompts(0, {})
+    rolled = made.rollouts.explorer.roll(made.create().params, prompts, 0)
+    kind, token = (np.asarray(x) for x in (rolled.kind, rolled.token))
+    words = made.rollouts.practice.words
+    assert words.encode("a")[0] in [phrase[-1] for phrase in made.rollouts.practice.limits.stop]
+    stopped = np.asarray(rolled.rollouts.stopped)
+    for row in range(16):
+        thoughts = token[row, kind[row] == THOUGHT]
+        forced = words.decode(token[row, kind[row] == FORCED])
+        assert forced == ("=" if stopped[row] else ";=")
+        assert len(thoughts) == 3 or words.decode(thoughts).endswith("a")
+        answer = made.rollouts.explorer.judge_rows.answer(
+            made.rollouts.practice.problems["sums"], kind[row], token[row]
+        )
+        assert answer.startswith(forced)
+        assert np.sum(kind[row] == ANSWER) <= 2
+        order = kind[row][kind[row] != NOTHING]
+        assert np.all(np.diff(order) >= 0)
+    rows, _ = made.rollouts.explorer.judge(rolled, prompts, numbers)
+    kinds, weights = np.asarray(rows.extra["kind"]), np.asarray(rows.weights)
+    assert np.array_equal(weights > 0, (kinds == THOUGHT) | (kinds == ANSWER))
+
+
+def test_a_judge_that_throws_hangs_or_says_nan_costs_the_sample_and_is_counted(folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(folder))
+    given = settings(folder, policy="hard", rollout__timeout=0.3)
+    given["sources"]["sums"]["verifier"] = {"name": "judge_of_test:score"}
+    rl_small.run(given, tmp_path / "run")
+    steps = small.records(tmp_path / "run", "train")
+    assert len(steps) == 2
+    for record in steps:
+        assert 0 < record["failed"] <= 16
+        assert record["failed"] + 16 * record["reward"] <= 16
+        assert np.isfinite(record["loss"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rollout": {"group": 4, "thoughts": 3}}, r"config\.rollout\.answer: missing"),
+        ({"rollout": {"group": 4, "answer": 3}}, None),
+        ({"rollout": {"group": 4, "thoughts": 600, "answer": 3}}, r"config\.model\.max_length=\d+: rows of \d+ tokens"),
+        ({"model": {"checkpoint": ""}}, r"config\.model\.checkpoint=''"),
+    ],
+)
+def test_bad_input(folder, change, message):
+    if message is None:
+        made = rl_small.build(settings(folder, **change))
+        assert made.rollouts.practice.limits.thoughts == 0
+        return
+    with pytest.raises(UserError, match=message):
+        rl_small.build(settings(folder, **change))
