@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxcl.kernels import vocabulary
 from jaxcl.random import categorical
+from jaxcl.rl import thoughts
 from jaxcl.rl.thoughts import Policy, Record
 from jaxcl.types import Batch, Key, Model, Output, Params
 
@@ -260,7 +261,7 @@ def _drawing(policy: Policy, limits: Limits, greedy: bool, greedy_answer: bool, 
 
         def answer() -> tuple[jax.Array, jax.Array]:
             if greedy_answer:
-                return jnp.argmax(logits, -1).astype(jnp.int32), jnp.zeros(logits.shape[:1])
+                return thoughts.shadow(logits), jnp.zeros(logits.shape[:1])
             scores = logits / temperature
             token = jax.vmap(categorical)(keys, scores)
             return token, vocabulary.select(scores, token)[0]
