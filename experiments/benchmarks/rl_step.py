@@ -1,4 +1,4 @@
-"""Compares one step of reinforcement learning with TRL's GRPOTrainer on torch: CPU-seconds, one thread each, interleaved.
+"""Compares a step of reinforcement learning with TRL's GRPOTrainer on torch: CPU-seconds, one thread each, in turns.
 
 python -m experiments.benchmarks.rl_step --peer_python=PYTHON_WITH_TORCH_AND_TRL [--vocabularies=512,4096]
 
@@ -147,9 +147,12 @@ def measure(vocab: int, environment: dict[str, str]) -> dict:
     }
     if len({side.about["params"] for side in sides.values()}) > 1:
         raise RuntimeError(f"not the same model: {[side.about for side in sides.values()]}")
+    compiled = dict.fromkeys(("hard", "soft"), 0)
     for i in range(2 + train_step.REPEATS.value):
-        for side in sides.values():
+        for name, side in sides.items():
             result = side.step()
+            if i >= 1 and name in compiled:
+                compiled[name] += result["compilations"]
             if i >= 2:
                 side.repeats.append(result)
     for side in sides.values():
@@ -164,9 +167,7 @@ def measure(vocab: int, environment: dict[str, str]) -> dict:
         "shape": dataclasses.asdict(shape),
         "params": sides["hard"].about["params"],
         "versions": {name: side.about["versions"] for name, side in sides.items()},
-        "compilations_after_two_steps": {
-            name: sum(r["compilations"] for r in sides[name].repeats) for name in ("hard", "soft")
-        },
+        "compilations_after_the_first_step": compiled,
         "minima": least,
         "medians": middle,
         "ratios_of_minima": {name: least[a][part] / least[b][part] for name, a, b, part in RATIOS},
@@ -177,7 +178,8 @@ def measure(vocab: int, environment: dict[str, str]) -> dict:
 
 def show(vocab: int, case: dict) -> None:
     """Prints the table of one vocabulary."""
-    print(f"V={vocab}, {case['params']:,} parameters; compiled later: {case['compilations_after_two_steps']}")
+    later = case["compilations_after_the_first_step"]
+    print(f"V={vocab}, {case['params']:,} parameters; compilations after the first step: {later}")
     print(f"{'':6} {'sample':>15} {'train':>15} {'whole step':>15}   CPU-s, least (median)")
     for name in SIDES:
         pairs = ((case["minima"][name][part], case["medians"][name][part]) for part in case["minima"][name])
