@@ -117,7 +117,7 @@ def test_windows_of_the_limits_change_neither_log_probabilities_nor_gradients(na
     """With stop phrases, so that thoughts and answers begin and end at different places in every row."""
     model, params = made()
     limits = LIMITS._replace(stop=tuple((t,) for t in range(0, 64, 3)))
-    rows = teaching.batch(run(name, limits=limits), PROMPTS, SEGMENTS)
+    rows = teaching.batch(thoughts.make(name), run(name, limits=limits), PROMPTS, SEGMENTS)
     kind = np.asarray(rows.extra["kind"])
     assert len({int(np.sum(row == THOUGHT)) for row in kind}) > 1
     assert len({int(np.argmax(row == ANSWER)) for row in kind}) > 1
@@ -138,8 +138,7 @@ def test_windows_of_the_limits_change_neither_log_probabilities_nor_gradients(na
 @pytest.mark.parametrize("limits", [Limits(0, 3), Limits(3, 0)])
 def test_a_phase_that_is_left_out_has_no_log_probability(limits):
     model, params = made()
-    found = run("soft", limits=limits)
-    rows = teaching.batch(found, PROMPTS, SEGMENTS)
+    rows = teaching.batch(thoughts.make("soft"), run("soft", limits=limits), PROMPTS, SEGMENTS)
     score = teaching.log_probs(thoughts.make("soft"), limits=limits)
     kind = np.asarray(rows.extra["kind"])
     assert set(np.unique(kind)) == {NOTHING, THOUGHT if limits.thoughts else ANSWER}
