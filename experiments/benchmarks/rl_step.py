@@ -51,22 +51,14 @@ class Shape:
     drawn: int = 64
 
 
-def jaxcl_step(shape: Shape, policy: str):
-    """Returns a function that takes one whole step and returns what it took, and the versions."""
-    import flax
-    import jax
+def random_problems(shape: Shape):
+    """Returns 512 prompts that have no right answer."""
     import numpy as np
-    import optax
 
-    from jaxcl import compose, optim
-    from jaxcl.models import transformer
-    from jaxcl.rl import objectives, sample, source, tasks, thoughts, verify
+    from jaxcl.rl import tasks, verify
 
-    sizes = {name: getattr(shape, name) for name in ("vocab", "layers", "embed", "heads", "mlp")}
-    model = transformer.make(**sizes, tied=True, unroll=shape.layers)
-    draw = np.random.default_rng(0)
-    prompts = draw.integers(3, shape.vocab, (512, shape.prompt)).astype(np.int32)
-    problems = tasks.Problems(
+    prompts = np.random.default_rng(0).integers(3, shape.vocab, (512, shape.prompt)).astype(np.int32)
+    return tasks.Problems(
         description={"name": "random"},
         vocab=shape.vocab,
         names=(),
@@ -80,6 +72,22 @@ def jaxcl_step(shape: Shape, policy: str):
         thoughts=shape.drawn - 1,
         baselines={},
     )
+
+
+def jaxcl_step(shape: Shape, policy: str):
+    """Returns a function that takes one whole step and returns what it took, and the versions."""
+    import flax
+    import jax
+    import numpy as np
+    import optax
+
+    from jaxcl import compose, optim
+    from jaxcl.models import transformer
+    from jaxcl.rl import objectives, sample, source, thoughts
+
+    sizes = {name: getattr(shape, name) for name in ("vocab", "layers", "embed", "heads", "mlp")}
+    model = transformer.make(**sizes, tied=True, unroll=shape.layers)
+    problems = random_problems(shape)
     flow = source.make(
         model,
         problems,
@@ -89,7 +97,7 @@ def jaxcl_step(shape: Shape, policy: str):
         group=shape.group,
         judge=lambda golds, answers: np.array([answer[0] % 2 for answer in answers], np.float32),
     )
-    spent, compiled = {}, []
+    spent, compiled, draw = {}, [], np.random.default_rng(1)
 
     def roll(*arrays):
         cpu = time.process_time()

@@ -90,6 +90,7 @@ def log_probs(
         return policy.log_prob(output.logits, output.embedding, record)
 
     def answer(output: Output, record: Record) -> jax.Array:
+        assert output.head is not None
         scaled = output if temperature == 1.0 else output._replace(head=output.head / temperature)
         return losses.log_probs(scaled, record["token"])[0]
 
