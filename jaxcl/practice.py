@@ -70,7 +70,7 @@ class Practice(NamedTuple):
                 return supervised.csft(output, rows)
             return losses.cross_entropy(output, rows, **options)
 
-        return explore.loss_of(self.policy, self.objective, self.rollout.temperature, worked)
+        return explore.loss_of(self.policy, self.objective, self.rollout.temperature, self.limits, worked)
 
     def explorer(self, mesh: jax.sharding.Mesh, model: Model, seed: int) -> explore.Explorer:
         """Returns the source of rollouts on a mesh."""

@@ -112,6 +112,40 @@ def test_draws_belong_to_their_request_and_key():
     assert len({x.tobytes() for x in rows}) == 4
 
 
+@pytest.mark.parametrize("name", ["hard", "soft", "mts"])
+def test_windows_of_the_limits_change_neither_log_probabilities_nor_gradients(name):
+    """With stop phrases, so that thoughts and answers begin and end at different places in every row."""
+    model, params = made()
+    limits = LIMITS._replace(stop=tuple((t,) for t in range(0, 64, 3)))
+    rows = teaching.batch(thoughts.make(name), run(name, limits=limits), PROMPTS, SEGMENTS)
+    kind = np.asarray(rows.extra["kind"])
+    assert len({int(np.sum(row == THOUGHT)) for row in kind}) > 1
+    assert len({int(np.argmax(row == ANSWER)) for row in kind}) > 1
+    share = jax.random.normal(jax.random.key(5), rows.weights.shape)
+
+    def value(params, limits):
+        score = teaching.log_probs(thoughts.make(name), temperature=0.7, limits=limits)(model.apply(params, rows), rows)
+        return jnp.sum(share * score), score
+
+    results = [jax.jit(jax.grad(functools.partial(value, limits=x), has_aux=True))(params) for x in (None, limits)]
+    (slopes, whole), (others, some) = results
+    np.testing.assert_allclose(some, whole, atol=1e-5, rtol=1e-5)
+    assert np.any(whole)
+    for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.max(np.abs(a)))
+
+
+@pytest.mark.parametrize("limits", [Limits(0, 3), Limits(3, 0)])
+def test_a_phase_that_is_left_out_has_no_log_probability(limits):
+    model, params = made()
+    rows = teaching.batch(thoughts.make("soft"), run("soft", limits=limits), PROMPTS, SEGMENTS)
+    score = teaching.log_probs(thoughts.make("soft"), limits=limits)
+    kind = np.asarray(rows.extra["kind"])
+    assert set(np.unique(kind)) == {NOTHING, THOUGHT if limits.thoughts else ANSWER}
+    log_prob = score(model.apply(params, rows), rows)
+    np.testing.assert_allclose(log_prob, rows.extra["behaviour"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_greedy_soft_thoughts_are_the_mixture_and_greedy_hard_ones_the_likeliest_tokens(tied):
     model, params = made(tied)

@@ -310,7 +310,7 @@ def demonstrated(rows: Batch, worked: Batch) -> Batch:
 
 
 def loss_of(
-    policy: Policy, objective: Objective, temperature: float, supervised: Callable[..., Any]
+    policy: Policy, objective: Objective, temperature: float, limits: Limits, supervised: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Returns the loss of any rows of a run, (output, batch) -> (sum, weight), and the score of its rollouts.
 
@@ -318,9 +318,10 @@ def loss_of(
       policy: of the thoughts.
       objective: of rollouts, which are the rows with an advantage.
       temperature: of the answers.
+      limits: of the phases of the rollouts.
       supervised: loss of the others.
     """
-    score = teaching.log_probs(policy, temperature=temperature)
+    score = teaching.log_probs(policy, temperature=temperature, limits=limits)
 
     def loss(output: Output, rows: Batch) -> Any:
         if "advantage" in rows.extra:

@@ -13,12 +13,15 @@ so that no result depends on the slots or on the other rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcl.kernels import vocabulary
+from jaxcl.random import categorical
+from jaxcl.rl import thoughts
 from jaxcl.rl.thoughts import Policy, Record
 from jaxcl.types import Batch, Key, Model, Output, Params
 
@@ -248,28 +251,37 @@ def _drawing(policy: Policy, limits: Limits, greedy: bool, greedy_answer: bool, 
         logits, table = output.logits, output.embedding  # [W, V]
         assert table is not None
         keys = jax.vmap(lambda r, t: jax.random.fold_in(jax.random.fold_in(key, r), t))(request, slots["step"])
-        if greedy:
-            _, record = policy.greedy(logits, table)
-            thought_log_prob = jnp.zeros(logits.shape[:1])
-        else:
-            _, record = jax.vmap(policy.sample, in_axes=(0, None, 0))(logits, table, keys)
-            thought_log_prob = policy.log_prob(logits, table, record)
-        log_probs = jax.nn.log_softmax(logits / temperature)
-        answer = jnp.argmax(logits, -1) if greedy_answer else jax.vmap(jax.random.categorical)(keys, log_probs)
-        chosen = jnp.take_along_axis(log_probs, answer[:, None], axis=1)[:, 0]
         phase = slots["phase"]
-        forced = _forced(limits, slots)
-        token = jnp.select([phase == THOUGHT, phase == FORCED], [record["token"], forced], answer).astype(jnp.int32)
-        log_prob = jnp.select(
-            [phase == THOUGHT, phase == FORCED],
-            [thought_log_prob, jnp.zeros_like(chosen)],
-            jnp.zeros_like(chosen) if greedy_answer else chosen,
-        )
+
+        def think() -> tuple[Record, jax.Array]:
+            if greedy:
+                return policy.greedy(logits, table)[1], jnp.zeros(logits.shape[:1])
+            _, record = jax.vmap(policy.sample, in_axes=(0, None, 0))(logits, table, keys)
+            return record, policy.log_prob(logits, table, record)
+
+        def answer() -> tuple[jax.Array, jax.Array]:
+            if greedy_answer:
+                return thoughts.shadow(logits), jnp.zeros(logits.shape[:1])
+            scores = logits / temperature
+            token = jax.vmap(categorical)(keys, scores)
+            return token, vocabulary.select(scores, token)[0]
+
+        record, thought_log_prob = _if_any((request >= 0) & (phase == THOUGHT), think)
+        token, log_prob = _if_any((request >= 0) & (phase == ANSWER), answer)
+        kinds = [phase == THOUGHT, phase == FORCED]
+        token = jnp.select(kinds, [record["token"], _forced(limits, slots)], token).astype(jnp.int32)
+        log_prob = jnp.select(kinds, [thought_log_prob, jnp.zeros_like(log_prob)], log_prob)
         record = {name: _where(phase == THOUGHT, x, jnp.zeros_like(x)) for name, x in record.items() if name != "token"}
         after, done = _transition(limits, slots, token)
         return {"kind": phase, "token": token, "log_prob": log_prob, "record": record}, after, done
 
     return draw
+
+
+def _if_any(mask: jax.Array, run: Callable[[], Any]) -> Any:
+    """Returns what `run` does, or zeros like it if the mask holds nowhere: mostly all slots are in one phase."""
+    shapes = jax.eval_shape(run)
+    return jax.lax.cond(jnp.any(mask), run, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
 
 def _forced(limits: Limits, slots: Slots) -> jax.Array:

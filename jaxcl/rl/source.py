@@ -139,7 +139,7 @@ def make(
         options |= {"greedy": greedy, "greedy_answer": greedy}
         return jax.jit(lambda *arrays: samples.sample(model, *arrays, **options))
 
-    score = teaching.log_probs(policy, temperature=temperature)
+    score = teaching.log_probs(policy, temperature=temperature, limits=limits)
 
     def teach(rollouts: Rollouts, prompts: Any, segments: Any, columns: dict[str, jax.Array]) -> Batch:
         rows = teaching.batch(policy, rollouts, jnp.asarray(prompts), jnp.asarray(segments))

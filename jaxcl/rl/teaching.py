@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl import losses
-from jaxcl.rl.sample import ANSWER, NOTHING, THOUGHT, Rollouts
-from jaxcl.rl.thoughts import Policy
+from jaxcl.rl.sample import ANSWER, NOTHING, THOUGHT, Limits, Rollouts
+from jaxcl.rl.thoughts import Policy, Record
 from jaxcl.types import Batch, Output
 
 
@@ -69,26 +69,63 @@ def batch(policy: Policy, rollouts: Rollouts, prompts: jax.Array, segments: jax.
     )
 
 
-def log_probs(policy: Policy, *, temperature: float = 1.0) -> Callable[[Output, Batch], jax.Array]:
+def log_probs(
+    policy: Policy, *, temperature: float = 1.0, limits: Limits | None = None
+) -> Callable[[Output, Batch], jax.Array]:
     """Returns the function (output, batch) -> log-probability of what was drawn, float32 [R, L], 0 elsewhere.
 
     Args:
       policy: of the thoughts.
       temperature: of the answers.
+      limits: those that the rows were drawn with, whose thoughts and answers lie together in each row: the vocabulary
+        is then visited once for each of them, and not twice at every place. None = at every place.
     """
+    longest = {} if limits is None else {THOUGHT: limits.thoughts, ANSWER: limits.answer}
 
-    def run(output: Output, rows: Batch) -> jax.Array:
-        kind = rows.extra["kind"]
-        record = {name[7:]: x for name, x in rows.extra.items() if name.startswith("record_")}
-        record["token"] = rows.targets
+    def thought(output: Output, record: Record) -> jax.Array:
         assert output.embedding is not None
         assert output.head is not None
         if policy.fused:
-            thought = policy.fused(output.hidden, output.head, output.embedding, record)
-        else:
-            thought = policy.log_prob(output.logits, output.embedding, record)
+            return policy.fused(output.hidden, output.head, output.embedding, record)
+        return policy.log_prob(output.logits, output.embedding, record)
+
+    def answer(output: Output, record: Record) -> jax.Array:
+        assert output.head is not None
         scaled = output if temperature == 1.0 else output._replace(head=output.head / temperature)
-        answer, _ = losses.log_probs(scaled, rows.targets)
-        return jnp.select([kind == THOUGHT, kind == ANSWER], [thought, answer], 0.0)
+        return losses.log_probs(scaled, record["token"])[0]
+
+    def run(output: Output, rows: Batch) -> jax.Array:
+        record = {name[7:]: x for name, x in rows.extra.items() if name.startswith("record_")}
+        record["token"] = rows.targets
+        total = jnp.zeros(rows.targets.shape, jnp.float32)
+        for kind, score in ((THOUGHT, thought), (ANSWER, answer)):
+            found, length = rows.extra["kind"] == kind, rows.targets.shape[1]
+            size = min(longest.get(kind, length), length)
+            if not size:
+                continue
+            take, give = _window(found, size)
+            part = output._replace(hidden=take(output.hidden))
+            total = jnp.where(found, give(score(part, jax.tree.map(take, record))), total)
+        return total
 
     return run
+
+
+def _window(found: jax.Array, size: int) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Returns functions to and from `size` places of every row, among which are those where `found` [R, L] holds.
+
+    The first maps [R, L, ...] to [R, size, ...], the second [R, size] to [R, L] with zeros elsewhere.
+    """
+    length = found.shape[1]
+    if size == length:
+        return (lambda x: x), (lambda x: x)
+    start = jnp.minimum(jnp.argmax(found, axis=1), length - size)
+
+    def take(x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(x, start)
+
+    def give(x: jax.Array) -> jax.Array:
+        blank = jnp.zeros((length,), x.dtype)
+        return jax.vmap(lambda row, at: jax.lax.dynamic_update_slice_in_dim(blank, row, at, 0))(x, start)
+
+    return take, give

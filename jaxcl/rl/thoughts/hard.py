@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.kernels import vocabulary
+from jaxcl.random import categorical
 from jaxcl.rl import thoughts
 from jaxcl.types import Key
 
@@ -26,7 +27,7 @@ def make(*, temperature: float = 1.0) -> thoughts.Policy:
 
     def sample(logits: jax.Array, table: jax.Array, key: Key) -> tuple[jax.Array, thoughts.Record]:
         logits, table = jax.lax.stop_gradient((logits, table))
-        token = jax.random.categorical(key, thoughts.log_softmax(logits, temperature)).astype(jnp.int32)
+        token = categorical(key, thoughts.scores(logits, temperature))
         return table[token], {"token": token}
 
     def greedy(logits: jax.Array, table: jax.Array) -> tuple[jax.Array, thoughts.Record]:

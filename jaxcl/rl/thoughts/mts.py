@@ -19,6 +19,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcl.random import categorical
 from jaxcl.rl import thoughts
 from jaxcl.types import Key
 
@@ -43,9 +44,8 @@ def make(
 
     def draw(logits: jax.Array, table: jax.Array, key: Key) -> thoughts.Record:
         del table
-        shape = (count, *logits.shape[:-1])
-        tokens = jax.random.categorical(key, thoughts.log_softmax(logits, temperature), shape=shape)
-        return {"tokens": jnp.moveaxis(tokens, 0, -1).astype(jnp.int32)}
+        scores = thoughts.scores(logits, temperature)[..., None, :]
+        return {"tokens": categorical(key, jnp.broadcast_to(scores, (*logits.shape[:-1], count, logits.shape[-1])))}
 
     def log_prob(logits: jax.Array, table: jax.Array, record: thoughts.Record) -> jax.Array:
         del table

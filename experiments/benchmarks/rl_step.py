@@ -1,0 +1,229 @@
+"""Compares a step of reinforcement learning with TRL's GRPOTrainer on torch: CPU-seconds, one thread each, in turns.
+
+python -m experiments.benchmarks.rl_step --peer_python=PYTHON_WITH_TORCH_AND_TRL [--vocabularies=512,4096]
+
+The same Llama samples 8 completions of exactly 64 tokens for each of 4 prompts, they are rewarded, and one update
+with AdamW follows. Three processes take turns: jaxcl with hard tokens, jaxcl with 63 soft thoughts and a token as the
+answer, and TRL. Raw results go to results/rl_step_cpu.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+from absl import app, flags
+
+from experiments.benchmarks import train_step
+from jaxcl import allocator
+
+HERE = pathlib.Path(__file__).resolve().parent
+VOCABULARIES = flags.DEFINE_list("vocabularies", ["512", "4096"], "sizes of the vocabulary to run")
+RESULT = flags.DEFINE_string("result", str(HERE / "results" / "rl_step_cpu.json"), "file of raw results")
+SIDES = ("hard", "soft", "trl")
+# What is compared: name, numerator, denominator, part of the step.
+RATIOS = (
+    ("sampling_trl_over_hard", "trl", "hard", "sample_cpu_s"),
+    ("step_trl_over_hard", "trl", "hard", "cpu_s"),
+    ("sampling_hard_over_soft", "hard", "soft", "sample_cpu_s"),
+    ("step_hard_over_soft", "hard", "soft", "cpu_s"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A Llama with tied embeddings and as many key heads as query heads, and what it samples."""
+
+    vocab: int
+    layers: int = 4
+    embed: int = 256
+    heads: int = 4
+    mlp: int = 688
+    prompts: int = 4
+    group: int = 8
+    prompt: int = 16
+    drawn: int = 64
+
+
+def random_problems(shape: Shape):
+    """Returns 512 prompts that have no right answer."""
+    import numpy as np
+
+    from jaxcl.rl import tasks, verify
+
+    prompts = np.random.default_rng(0).integers(3, shape.vocab, (512, shape.prompt)).astype(np.int32)
+    return tasks.Problems(
+        description={"name": "random"},
+        vocab=shape.vocab,
+        names=(),
+        pad=0,
+        bos=1,
+        eos=2,
+        prompts=prompts,
+        segments=np.ones_like(prompts),
+        answers=np.zeros((512, 1), np.int32),
+        verifier=verify.make("tokens"),
+        thoughts=shape.drawn - 1,
+        baselines={},
+    )
+
+
+def jaxcl_step(shape: Shape, policy: str):
+    """Returns a function that takes one whole step and returns what it took, and the versions."""
+    import flax
+    import jax
+    import numpy as np
+    import optax
+
+    from jaxcl import compose, optim
+    from jaxcl.models import transformer
+    from jaxcl.rl import objectives, sample, source, thoughts
+
+    sizes = {name: getattr(shape, name) for name in ("vocab", "layers", "embed", "heads", "mlp")}
+    model = transformer.make(**sizes, tied=True, unroll=shape.layers)
+    problems = random_problems(shape)
+    flow = source.make(
+        model,
+        problems,
+        policy=thoughts.make(policy),
+        objective=objectives.make("grpo"),
+        limits=sample.Limits(thoughts=shape.drawn - 1, answer=1),
+        group=shape.group,
+        judge=lambda golds, answers: np.array([answer[0] % 2 for answer in answers], np.float32),
+    )
+    spent, compiled, draw = {}, [], np.random.default_rng(1)
+
+    def roll(*arrays):
+        cpu = time.process_time()
+        rollouts = jax.block_until_ready(flow.roll(*arrays))
+        spent["sample_cpu_s"] = time.process_time() - cpu
+        return rollouts
+
+    timed = flow._replace(roll=roll)
+    key = jax.random.key(0)
+    params = jax.jit(model.init)(key)
+    rows, _ = flow(params, np.arange(shape.prompts), key)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
+    tx = optim.make(lr=1e-4, weight_decay=0.0)
+    method = compose.make("cpt", compose.Setting(model, tx, example, 1, flow.loss))
+    state, update, taken = jax.jit(method.init)(params), jax.jit(method.step, donate_argnums=0), 0
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+
+    def take() -> dict:
+        nonlocal state, taken
+        before, numbers = len(compiled), draw.integers(0, 512, shape.prompts)
+        rows, told = timed(state.params, numbers, jax.random.fold_in(key, taken))
+        cpu = time.process_time()
+        state, metrics = update(state, rows, key)
+        jax.block_until_ready(state)
+        loss, taken = float(metrics["loss"]), taken + 1
+        spent["train_cpu_s"] = time.process_time() - cpu
+        return {"loss": loss, "reward": told["reward"], "compilations": len(compiled) - before, **spent}
+
+    versions = {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__}
+    return take, {"params": transformer.count(model), "versions": versions}
+
+
+def serve(take, about: dict) -> None:
+    """Prints `about`, then takes one step for every line on stdin and prints what it took."""
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        told = take()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        print(json.dumps(told | {"cpu_s": cpu, "wall_s": wall}), flush=True)
+
+
+def measure(vocab: int, environment: dict[str, str]) -> dict:
+    """Returns the raw and the derived results of one vocabulary."""
+    shape = Shape(vocab)
+    keep = train_step.KEEP_PAGES.value
+    command = [sys.executable, "-m", "experiments.benchmarks.rl_step", f"--keep_pages={keep}"]
+    told = json.dumps(dataclasses.asdict(shape) | {"keep_pages": keep})
+    peer = [train_step.PEER_PYTHON.value, str(HERE / "trl_step.py"), told]
+    sides = {
+        name: train_step.Side(peer if name == "trl" else [*command, f"--worker={name}:{vocab}"], environment)
+        for name in SIDES
+    }
+    if len({side.about["params"] for side in sides.values()}) > 1:
+        raise RuntimeError(f"not the same model: {[side.about for side in sides.values()]}")
+    compiled = dict.fromkeys(("hard", "soft"), 0)
+    for i in range(2 + train_step.REPEATS.value):
+        for name, side in sides.items():
+            result = side.step()
+            if i >= 1 and name in compiled:
+                compiled[name] += result["compilations"]
+            if i >= 2:
+                side.repeats.append(result)
+    for side in sides.values():
+        side.close()
+    parts = ("sample_cpu_s", "train_cpu_s", "cpu_s")
+    spent = {name: {part: [r[part] for r in side.repeats] for part in parts} for name, side in sides.items()}
+    least, middle = (
+        {name: {part: f(values) for part, values in of.items()} for name, of in spent.items()}
+        for f in (min, statistics.median)
+    )
+    return {
+        "shape": dataclasses.asdict(shape),
+        "params": sides["hard"].about["params"],
+        "versions": {name: side.about["versions"] for name, side in sides.items()},
+        "compilations_after_the_first_step": compiled,
+        "minima": least,
+        "medians": middle,
+        "ratios_of_minima": {name: least[a][part] / least[b][part] for name, a, b, part in RATIOS},
+        "ratios_of_medians": {name: middle[a][part] / middle[b][part] for name, a, b, part in RATIOS},
+        "repeats": {name: side.repeats for name, side in sides.items()},
+    }
+
+
+def show(vocab: int, case: dict) -> None:
+    """Prints the table of one vocabulary."""
+    later = case["compilations_after_the_first_step"]
+    print(f"V={vocab}, {case['params']:,} parameters; compilations after the first step: {later}")
+    print(f"{'':6} {'sample':>15} {'train':>15} {'whole step':>15}   CPU-s, least (median)")
+    for name in SIDES:
+        pairs = ((case["minima"][name][part], case["medians"][name][part]) for part in case["minima"][name])
+        print(f"{name:6} " + " ".join(f"{f'{a:.3f} ({b:.3f})':>15}" for a, b in pairs))
+    for name, *_ in RATIOS:
+        print(f"{name:24} {case['ratios_of_minima'][name]:.2f} ({case['ratios_of_medians'][name]:.2f})", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if train_step.WORKER.value:
+        policy, vocab = train_step.WORKER.value.split(":")
+        if train_step.KEEP_PAGES.value:
+            allocator.keep_pages()
+        serve(*jaxcl_step(Shape(int(vocab)), policy))
+        return
+    if train_step.PEER_PYTHON.value is None:
+        raise app.UsageError("give --peer_python, an interpreter that has torch and trl")
+    # XLA runs independent operations on one thread per core that it sees, whatever its flags say.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    results = {
+        "command": "python -m experiments.benchmarks.rl_step --peer_python=PYTHON "
+        f"--vocabularies={','.join(VOCABULARIES.value)} --repeats={train_step.REPEATS.value}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": train_step.machine(),
+        "environment": train_step.ENVIRONMENT,
+        "keep_pages": train_step.KEEP_PAGES.value,
+        "cases": {},
+    }
+    output = pathlib.Path(RESULT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for vocab in map(int, VOCABULARIES.value):
+        case = results["cases"][str(vocab)] = measure(vocab, os.environ | train_step.ENVIRONMENT)
+        case["load_average_after"] = os.getloadavg()[0]
+        show(vocab, case)
+        output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
