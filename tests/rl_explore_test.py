@@ -135,10 +135,10 @@ def test_the_mean_gradient_is_that_of_the_expected_reward():
 
 
 def test_it_learns():
-    """A few dozen steps of a task that can be guessed by a third. Soft thoughts need a trained model to start from."""
-    made = parts(group=16)
+    """One answer to all problems is right in three of seven. Soft thoughts need a trained model to start from."""
+    made = parts(group=64, thoughts=1)
     params = made.model.init(jax.random.key(0))
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
     slope = made.gradient()
 
     @jax.jit
@@ -148,12 +148,12 @@ def test_it_learns():
 
     opt_state, rewards = tx.init(params), []
     numbers = np.arange(len(made.problems.prompts))
-    for k in range(60):
+    for k in range(150):
         rows, told = made.draw(params, numbers, k)
         params, opt_state = move(params, opt_state, slope(params, rows))
         rewards.append(told["reward"])
     assert np.mean(rewards[:3]) < 0.3
-    assert np.mean(rewards[-5:]) > 0.6
+    assert np.mean(rewards[-5:]) > made.problems.baselines["majority"] + 0.1  # a constant answer is found first
     assert np.any(np.asarray(rows.extra["kind"]) == THOUGHT)
 
 
@@ -186,3 +186,21 @@ def test_long_answers_are_penalised():
     plain, _ = parts().explorer.rewards(rolled.kind, rolled.token, numbers)
     rewards, _ = made.explorer.rewards(rolled.kind, rolled.token, numbers)
     np.testing.assert_allclose(rewards, plain - 1.0)  # all are of two tokens, the limit
+
+
+COMPILED = []
+
+
+def test_other_problems_and_steps_compile_nothing():
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    made = parts("remax", policy="soft", group=3)
+    params = made.model.init(jax.random.key(0))
+    first, _ = made.draw(params, np.array([3, 0]), 1)
+    COMPILED.clear()
+    second, _ = made.draw(jax.tree.map(lambda x: x, params), np.array([1, 4]), 2)
+    assert not COMPILED
+    assert not np.array_equal(first.inputs, second.inputs)
+    jax.jit(lambda x: x * 2 + 1)(np.ones(17))  # the listener hears
+    assert COMPILED

@@ -81,37 +81,41 @@ def jaxcl_step(shape: Shape, policy: str):
     import numpy as np
     import optax
 
-    from jaxcl import compose, optim
+    from jaxcl import compose, optim, practice
+    from jaxcl import mesh as meshes
+    from jaxcl.data.rows import batch_of
     from jaxcl.models import transformer
-    from jaxcl.rl import objectives, sample, source, thoughts
+    from jaxcl.rl.judge import Judge
+    from jaxcl.rl.pool import EVENTS, Verdicts
+
+    class Odd(Judge):
+        """Rewards odd tokens."""
+
+        def __call__(self, numbers, kind, token):
+            return Verdicts((token[:, -1] % 2).astype(np.float32), dict.fromkeys(EVENTS, 0), None)
 
     sizes = {name: getattr(shape, name) for name in ("vocab", "layers", "embed", "heads", "mlp")}
     model = transformer.make(**sizes, tied=True, unroll=shape.layers)
     problems = random_problems(shape)
-    flow = source.make(
-        model,
-        problems,
-        policy=thoughts.make(policy),
-        objective=objectives.make("grpo"),
-        limits=sample.Limits(thoughts=shape.drawn - 1, answer=1),
-        group=shape.group,
-        judge=lambda golds, answers: np.array([answer[0] % 2 for answer in answers], np.float32),
-    )
+    options = practice.Options(policy, "grpo", {"group": shape.group, "thoughts": shape.drawn - 1, "answer": 1})
+    own = practice.make({"random": problems._replace(held_out=problems)}, None, [{}], options)
+    own = own._replace(judge=Odd([problems], own.judge.pools))
+    explorer, rows_of = own.explorer(meshes.make(), model, 0), own.corpora()["random"].train
     spent, compiled, draw = {}, [], np.random.default_rng(1)
 
-    def roll(*arrays):
+    def explore(params, step):
+        numbers = draw.integers(0, 512, shape.prompts)
+        prompts = explorer.place(own.trim(batch_of(rows_of.fetch(numbers), np.zeros(shape.prompts, np.int32)), 0))
         cpu = time.process_time()
-        rollouts = jax.block_until_ready(flow.roll(*arrays))
+        rolled = jax.block_until_ready(explorer.roll(params, prompts, step))
         spent["sample_cpu_s"] = time.process_time() - cpu
-        return rollouts
+        return explorer.judge(rolled, prompts, numbers)
 
-    timed = flow._replace(roll=roll)
-    key = jax.random.key(0)
-    params = jax.jit(model.init)(key)
-    rows, _ = flow(params, np.arange(shape.prompts), key)
+    params = jax.jit(model.init)(jax.random.key(0))
+    rows, _ = explore(params, 0)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
     tx = optim.make(lr=1e-4, weight_decay=0.0)
-    method = compose.make("cpt", compose.Setting(model, tx, example, 1, flow.loss))
+    method = compose.make("cpt", compose.Setting(model, tx, example, 1, own.loss({})[0]))
     state, update, taken = jax.jit(method.init)(params), jax.jit(method.step, donate_argnums=0), 0
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
@@ -119,10 +123,10 @@ def jaxcl_step(shape: Shape, policy: str):
 
     def take() -> dict:
         nonlocal state, taken
-        before, numbers = len(compiled), draw.integers(0, 512, shape.prompts)
-        rows, told = timed(state.params, numbers, jax.random.fold_in(key, taken))
+        before = len(compiled)
+        rows, told = explore(state.params, taken)
         cpu = time.process_time()
-        state, metrics = update(state, rows, key)
+        state, metrics = update(state, rows, jax.random.key(0))
         jax.block_until_ready(state)
         loss, taken = float(metrics["loss"]), taken + 1
         spent["train_cpu_s"] = time.process_time() - cpu
