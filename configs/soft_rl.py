@@ -15,13 +15,12 @@ def get_config():
     config = ConfigDict()
     config.seed = 0
 
-    # Not tied: the noise is a share of the table's root mean square, and a head blows up rows that are never targets.
     shape = {"layers": 2, "embed": 64, "heads": 2, "kv_heads": 2, "head_dim": 32, "mlp": 256, "max_length": 16}
-    config.model = ConfigDict({"name": "transformer", "preset": "tiny", "tied": False, **shape})
+    config.model = ConfigDict({"name": "transformer", "preset": "tiny", **shape})
     config.sources = ConfigDict({"mnns": {"name": "mnns", "count": 3, "low": 1, "high": 20, "problems": 8000}})
     config.stream = ConfigDict({"batch": 32})
     config.stream.stages = (
-        {"name": "csft", "steps": 2000, "mixture": {"mnns": 1.0}, "learn": "csft"},
+        {"name": "csft", "steps": 3500, "mixture": {"mnns": 1.0}, "learn": "csft"},
         {"name": "rl", "steps": 500, "mixture": {"mnns": 1.0}, "learn": "rl"},
     )
 

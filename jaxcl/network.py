@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxcl import schema, tree, vocabulary
+from jaxcl import saved, schema, tree, vocabulary
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import peft, read
 from jaxcl.models import lora, transformer
@@ -104,7 +106,8 @@ def make(
     """Returns the model of `config.model`, with `config.adapter` if there is one.
 
     Args:
-      options: `name` of a module of jaxcl.models and the options of its `make`; or `checkpoint`, a folder in the
+      options: `name` of a module of jaxcl.models and the options of its `make`, and `start`, the folder of a run that
+        the parameters are taken from; or `checkpoint`, a folder in the
         format of Hugging Face, with options that are named in FREE. A larger `vocab` grows the embedding, by
         `new_rows`: "mean" (the default), "normal" or "zeros", see `jaxcl.vocabulary.grow`.
       words: the tokenizer; a vocabulary that is smaller is refused.
@@ -185,6 +188,9 @@ def _adapted(base: Network, options: Mapping[str, Any]) -> Network:
 
 def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:
     """Returns the model of a shape, with a vocabulary for the tokenizer."""
+    if "start" in options:
+        rest = {key: value for key, value in options.items() if key != "start"}
+        return started(_initialised(rest, words, length), options["start"])
     model = schema.make("jaxcl.models", options, field="model")
     vocab = _vocab(model, length)
     if not words.vocab <= vocab <= words.vocab + VOCAB_SLACK:
@@ -198,6 +204,38 @@ def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length
         )
     fields = {key: value for key, value in options.items() if key != "name"}
     return Network(model, None, transformer.shape(**fields) if options["name"] == "transformer" else None)
+
+
+def started(network: Network, folder: Any) -> Network:
+    """Returns a network whose parameters are those of another run's newest checkpoint.
+
+    Raises:
+      UserError: it is no run; and from `load`, its parameters are not those of this model.
+    """
+    if not isinstance(folder, str) or not (Path(folder) / "checkpoints").is_dir():
+        raise UserError(f"config.model.start={folder!r}: give the folder of a run that has checkpoints")
+
+    def load(key: Key, abstract: PyTree) -> Params:
+        del key
+        wanted, found = (
+            dict(tree.named_leaves(abstract)),
+            dict(tree.named_leaves(saved.params(f"{folder}/checkpoints")[1])),
+        )
+        for name in [*wanted, *found]:
+            shapes = [None if name not in side else tuple(side[name].shape) for side in (wanted, found)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"config.model.start={folder!r}: {name} has the shape {shapes[1]} there and {shapes[0]} here; "
+                    "make config.model that of the run"
+                )
+
+        def put(name: str, leaf: Any) -> jax.Array:
+            host = np.asarray(found[name])
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda where: host[where])
+
+        return tree.map_named(put, abstract)
+
+    return network._replace(load=load)
 
 
 def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:

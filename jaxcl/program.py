@@ -228,6 +228,9 @@ def measures(
         "held_out": {name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
     }
     if own:
+        known["problems"] = {
+            n: min(chosen.rows, len(one.held_out.prompts)) for n, one in own.problems.items() if one.held_out
+        }
         known["baselines"] = {name: one.held_out.baselines for name, one in own.problems.items() if one.held_out}
         explorer = plan.explorer or own.explorer(mesh, model, plan.seed)
         held = {name: one.held_out for name, one in own.problems.items() if one.held_out}

@@ -172,9 +172,10 @@ def readable(config: Mapping[str, Any]) -> str:
 
 
 def named(config: Mapping[str, Any], key: str) -> str:
-    """Returns the name of a part that is written as text or as a dict with a name; empty if there is none."""
+    """Returns the name of a part, written as 'name', 'name(option=1)' or a dict; empty if there is none."""
     value = config.get(key)
-    return str((value.get("name") if isinstance(value, Mapping) else value) or "")
+    text = str((value.get("name") if isinstance(value, Mapping) else value) or "")
+    return text.partition("(")[0].strip()
 
 
 def parts(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
