@@ -99,7 +99,7 @@ class Rollouts(NamedTuple):
         numbers = self.practice.numbers(self.flow, self.index(step, kept))
         rolled.kind.block_until_ready()
         drawn = time.perf_counter()
-        rows, told = self.explorer.judge(rolled, prompts, numbers)
+        rows, told = self.explorer.judge(rolled, prompts, numbers, step)
         return rows, told | {"time/sample_s": drawn - began, "time/verify_s": time.perf_counter() - drawn}
 
     def refilled(self, params: Any, rolled: Rolled, prompts: Batch, step: int, kept: Kept) -> tuple[Batch, Told]:
@@ -110,15 +110,15 @@ class Rollouts(NamedTuple):
         """
         explorer, began = self.explorer, time.perf_counter()
         numbers = self.practice.numbers(self.flow, self.index(step, kept))
-        rewards, failed = explorer.rewards(rolled.kind, rolled.token, numbers)
-        greedy = None if rolled.greedy is None else explorer.rewards(*rolled.greedy, numbers)[0]
+        rewards, failed = explorer.rewards(rolled.kind, rolled.token, numbers, step)
+        greedy = None if rolled.greedy is None else explorer.rewards(*rolled.greedy, numbers, step)[0]
         rounds = 0
         while rounds < explorer.rollout.refill and (blank := np.flatnonzero(np.ptp(rewards, axis=1) == 0)).size:
             rounds += 1
             shown, others = self.prompts(step, kept, rounds)
             more = explorer.roll(params, shown, step, rounds)
-            found, wrong = explorer.rewards(more.kind, more.token, others)
-            bases = None if more.greedy is None else explorer.rewards(*more.greedy, others)[0]
+            found, wrong = explorer.rewards(more.kind, more.token, others, step)
+            bases = None if more.greedy is None else explorer.rewards(*more.greedy, others, step)[0]
             failed += wrong
             good = np.flatnonzero((np.ptp(found, axis=1) > 0) & (others >= 0))[: len(blank)]
             source = np.full(len(numbers), -1, np.int32)

@@ -110,7 +110,11 @@ def make(
     if "rl" in learns and not options.objective:
         raise UserError("config.objective: missing, but a stage has learn='rl'; choose one, such as 'rloo'")
     limits = explore.limits_of(rollout, every, words)
-    objective = objective_of(options.objective or "rloo", limits)
+    objective = objective_of(options.objective or "rloo", limits, rollout.ahead)
+    if rollout.tags and every[0].names:
+        raise UserError(
+            f"config.rollout.tags={list(rollout.tags)}: of text; generated problems have none, leave it out"
+        )
     if "rl" in learns:
         explore.check(rollout, objective)
     for name, one in ordered.items():
@@ -140,14 +144,23 @@ def policy_of(given: Any, field: str = "policy") -> Policy:
     return schema.make("jaxcl.rl.thoughts", one_of(given, field), field=field)
 
 
-def objective_of(given: Any, limits: explore.Limits) -> Objective:
-    """Returns the objective of `config.objective`; its longest completion is that of the limits."""
+def objective_of(given: Any, limits: explore.Limits, ahead: bool) -> Objective:
+    """Returns the objective of `config.objective`; its longest completion is that of the limits.
+
+    Raises:
+      UserError: also if it takes rollouts of the parameters before for those of the present ones.
+    """
     options = one_of(given, "objective")
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise UserError(f"config.objective={given!r}: has no name, such as 'rloo'")
     if name == "dr_grpo":
         options = {"length": limits.thoughts + limits.answer} | options
+    if ahead and name in ("rloo", "remax", "reinforce") and options.get("correction", "none") == "none":
+        raise UserError(
+            f"config.rollout.ahead=True: {name} knows no ratio to the policy one step before; take grpo, or "
+            f"config.objective=\"{name}(correction='sequence', proximal='current')\""
+        )
     return objectives.make(name, **options)
 
 

@@ -183,8 +183,9 @@ def test_long_answers_are_penalised():
     params = made.model.init(jax.random.key(0))
     numbers = np.array([3, 0])
     rolled = made.explorer.roll(params, made.prompts(numbers), 1)
-    plain, _ = parts().explorer.rewards(rolled.kind, rolled.token, numbers)
-    rewards, _ = made.explorer.rewards(rolled.kind, rolled.token, numbers)
+    plain, _ = made.explorer.rewards(rolled.kind, rolled.token, numbers)
+    rewards, _ = made.explorer.rewards(rolled.kind, rolled.token, numbers, 0)
+    assert set(plain.ravel().tolist()) <= {0.0, 1.0}
     np.testing.assert_allclose(rewards, plain - 1.0)  # all are of two tokens, the limit
 
 

@@ -155,10 +155,37 @@ def test_the_filter_keeps_exactly_what_some_rollout_solves():
         assert np.array_equal(index.row[same], plain.row[same])
 
 
+def test_demonstrations_a_reference_and_an_adapter_in_one_run():
+    """Rollouts and worked rows in one step, a divergence from the start, and only the adapter moves."""
+    settings = rl_small.config(
+        adapter="lora",
+        method="reference(at='start') + chord(mu=0.5, end=0.25, steps=2)",
+        objective="grpo(kl=0.1)",
+        rollout__demonstrations=True,
+    )
+    settings["stream"] = {"batch": 4, "stages": [{"name": "a", "steps": 4, "mixture": {"three": 1.0}}]}
+    made = rl_small.build(settings)
+    state = made.create()
+    base = np.asarray(state.memory["frozen"]["base"]["embedding"])
+    shares = []
+    for step in range(3):
+        rows, _ = made.rollouts.now(state, made.place(step), step, {})
+        assert rows.task.shape == (4 * 4 + 4,)
+        state, metrics = made.step(state, rows)
+        assert np.isfinite(float(metrics["loss"]))
+        assert float(metrics["chord"]) > 0
+        shares.append(float(metrics["chord/mu"]))
+    np.testing.assert_allclose(shares, [0.5, 0.375, 0.25], rtol=1e-6)
+    np.testing.assert_array_equal(state.memory["frozen"]["base"]["embedding"], base)
+    assert set(state.params) == {"lora"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rollout__group": 1}, r"config\.rollout\.group=1"),
+        ({"rollout__ahead": True}, r"config\.rollout\.ahead=True: rloo knows no ratio"),
+        ({"rollout__tags": ["think"]}, r"config\.rollout\.tags=.*of text"),
         ({"rollout__group": 0}, r"config\.rollout\.group=0: must be at least 1"),
         ({"rollout__thoughts": 14}, r"config\.model\.max_length=16: rows of 18 tokens"),
         ({"rollout__answer": 0}, r"config\.rollout\.answer=0: must be at least 1 token"),
@@ -168,6 +195,7 @@ def test_the_filter_keeps_exactly_what_some_rollout_solves():
         ({"policy": "soft + hard"}, r"config\.policy=.*write one name"),
         ({"objective": "rlo"}, r"config\.objective\.name='rlo'.*did you mean 'rloo'"),
         ({"objective": None}, None),
+        ({"method": "chord"}, r"config\.method chord: no demonstration rows.*config\.rollout\.demonstrations"),
         ({"objective": {"kl": 0.1}}, r"config\.objective=.*has no name"),
         ({"model__vocab": 4}, r"config\.model\.vocab=4: smaller than that of the tokenizer 'task'"),
         ({"packing": {"length": 8}}, r"config\.packing: of text"),

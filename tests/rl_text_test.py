@@ -90,6 +90,19 @@ def test_a_judge_that_throws_hangs_or_says_nan_costs_the_sample_and_is_counted(f
         assert np.isfinite(record["loss"])
 
 
+def test_tags_have_a_share_of_the_reward_that_falls(folder):
+    made = rl_small.build(settings(folder, rollout__tags=["a"], rollout__tags_share=[1.0, 0.0], rollout__tags_steps=4))
+    explorer, words = made.rollouts.explorer, made.rollouts.practice.words
+    texts = ["<a></a>", "<a>", "</a><a>", "<a>x</a>"]
+    token = np.zeros((4, 12), np.int32)
+    kind = np.zeros((4, 12), np.int8)
+    for row, text in enumerate(texts):
+        numbers = words.encode(text)
+        token[row, : len(numbers)], kind[row, : len(numbers)] = numbers, THOUGHT
+    found = [explorer.rewards(kind, token, np.array([0]), step)[0][0] for step in (0, 2, 4, None)]
+    np.testing.assert_allclose(found, [[1, 0, 0, 1], [0.5, 0, 0, 0.5], [0] * 4, [0] * 4], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -54,6 +54,9 @@ class Rollout(NamedTuple):
     filter: int = 0  # rollouts per problem at the beginning of a stage; what none of them solves is left out (RIF)
     demonstrations: bool = False  # append the worked row of every problem, for chord
     overlong: int = 0  # last tokens of the limit over which a penalty grows to 1 (DAPO)
+    tags: Sequence[str] = ()  # of text: a share of the reward is for <tag> ... </tag> in this order (Datarus-R1)
+    tags_share: Sequence[float] = (0.5, 0.0)  # that share at the first step and after `tags_steps`, by half a cosine
+    tags_steps: int = 500
     workers: int = 2  # processes of a verifier that is not cheap
     timeout: float = 5.0  # seconds that it has for an answer
     memory: int = 1024  # MiB that it may use
@@ -89,21 +92,22 @@ class Explorer(NamedTuple):
         """Returns what is drawn for the prompts of a step; `draw` counts those of one step."""
         return self.draw(params, prompts, self.whole(np.array([step, draw], np.int32)))
 
-    def judge(self, rolled: Rolled, prompts: Batch, numbers: np.ndarray) -> tuple[Batch, Told]:
+    def judge(self, rolled: Rolled, prompts: Batch, numbers: np.ndarray, step: int = 0) -> tuple[Batch, Told]:
         """Returns the rows to train on, N x G of them (and N demonstrations), and what happened.
 
         Args:
           rolled: of `roll`.
           prompts: of the same step.
           numbers: int [N] of the problems; -1 = padding, which does not count.
+          step: of the run, by which the share of tags is.
 
         Returns:
           The batch, and reward (mean), solved (share of problems with a reward above 0), signal (share of groups whose
           rewards differ), thoughts and length (mean numbers), drawn (all tokens), stopped and ended (shares of rows),
           busy (share of slot steps in use), failed (answers that the verifier could not judge).
         """
-        rewards, failed = self.rewards(rolled.kind, rolled.token, numbers)
-        greedy = None if rolled.greedy is None else self.rewards(*rolled.greedy, numbers)[0][:, 0]
+        rewards, failed = self.rewards(rolled.kind, rolled.token, numbers, step)
+        greedy = None if rolled.greedy is None else self.rewards(*rolled.greedy, numbers, step)[0][:, 0]
         return self.valued(rolled, prompts, numbers, rewards, greedy, failed)
 
     def valued(
@@ -117,15 +121,25 @@ class Explorer(NamedTuple):
         rows = self.teach(rolled.rollouts, prompts, columns)
         return rows, {**self.measures(rolled, rewards[numbers >= 0]), "failed": float(failed)}
 
-    def rewards(self, kind: jax.Array, token: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the rewards [N, R / N], float32, and how many answers could not be judged."""
+    def rewards(
+        self, kind: jax.Array, token: jax.Array, numbers: np.ndarray, step: int | None = None
+    ) -> tuple[np.ndarray, int]:
+        """Returns the rewards [N, R / N], float32, and how many answers could not be judged.
+
+        Without a step they are those of the verifier; with one, tags and lengths count as the options say.
+        """
         host_kind, host_token = meshes.fetch((kind, token))
         group = len(host_kind) // len(numbers)
         found = self.judge_rows(np.repeat(numbers, group), host_kind, host_token)
-        rewards = found.rewards
-        if self.rollout.overlong and group > 1:
+        rewards, rollout = found.rewards, self.rollout
+        if step is not None and rollout.tags:
+            (w0, w1), steps = rollout.tags_share, rollout.tags_steps
+            texts = self.judge_rows.texts(host_kind, host_token)
+            placed = np.array([shaping.tags(text, rollout.tags) for text in texts], np.float32)
+            rewards = shaping.curriculum(placed, rewards, step, w0=w0, w1=w1, steps=steps)
+        if step is not None and rollout.overlong:
             lengths = np.sum(host_kind != samples.NOTHING, axis=1)
-            rewards = rewards + shaping.overlong(lengths, limit=self.limits.total, buffer=self.rollout.overlong)
+            rewards = rewards + shaping.overlong(lengths, limit=self.limits.total, buffer=rollout.overlong)
         return rewards.reshape(len(numbers), group).astype(np.float32), sum(found.events.values())
 
     def measures(self, rolled: Rolled, rewards: np.ndarray) -> Told:
@@ -195,6 +209,9 @@ def check(rollout: Rollout, objective: Objective) -> None:
         ("refill", rollout.refill >= 0, "must not be negative"),
         ("filter", rollout.filter >= 0, "must not be negative"),
         ("overlong", rollout.overlong >= 0, "must not be negative"),
+        ("tags_share", len(rollout.tags_share) == 2, "give two numbers, at the first step and at the last"),
+        ("tags_share", all(0 <= w <= 1 for w in rollout.tags_share), "must lie in [0, 1]"),
+        ("tags_steps", rollout.tags_steps >= 1, "must be at least 1"),
         ("samples", rollout.samples >= 1, "must be at least 1"),
         ("filter", rollout.filter % max(rollout.group, 1) == 0, f"must be a multiple of group={rollout.group}"),
         ("refill", not (rollout.refill and rollout.ahead), "needs ahead=False"),

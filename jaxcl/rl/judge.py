@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxcl.rl.pool import EVENTS, Pool, Verdicts
-from jaxcl.rl.sample import ANSWER, FORCED
+from jaxcl.rl.sample import ANSWER, FORCED, NOTHING
 from jaxcl.rl.tasks import Problems
 
 Decode = Callable[[Any], str]  # tokens -> text
@@ -59,6 +59,11 @@ class Judge:
             events = {event: count + verdicts.events[event] for event, count in events.items()}
             message = message or verdicts.message
         return Verdicts(rewards, events, message)
+
+    def texts(self, kind: np.ndarray, token: np.ndarray) -> list[str]:
+        """Returns what was drawn and forced in each row, as text."""
+        assert self.decode is not None
+        return [self.decode(row[used]) for row, used in zip(token, kind != NOTHING, strict=True)]
 
     def answer(self, problems: Problems, kind: np.ndarray, token: np.ndarray) -> Any:
         """Returns the answer of a row: its tokens, or its text."""
