@@ -17,7 +17,7 @@ from jaxcl import allocator, checkpoint, distributed, folder, frozen, mesh, metr
 from jaxcl import feed as feeds
 from jaxcl.data.archive import Archive
 from jaxcl.report import terminal
-from jaxcl.types import Batch, Metrics, TrainState
+from jaxcl.types import Batch, TrainState
 
 
 class Loop(NamedTuple):
@@ -50,7 +50,7 @@ class Session:
         self.state: TrainState
         self.step = 0
         self.ledger: dict[str, dict[str, int]] = {}
-        self.pending: tuple[int, Metrics] | None = None
+        self.pending: tuple[int, Mapping[str, Any]] | None = None
         self.clock = time.perf_counter()
         self.fresh = self.rolled_back = False
         self.saved: int | None = None  # step of the newest checkpoint

@@ -183,7 +183,7 @@ def math(gold: str, answer: str, *, partial: float = 0.0, scale: float = 1.0) ->
       UserError: the package is missing.
     """
     try:
-        import math_verify  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (an extra; it loads SymPy)
+        math_verify: Any = importlib.import_module("math_verify")  # an extra; it loads SymPy
     except ImportError as error:
         raise UserError("config.verifier.name='math': needs math-verify; pip install 'jaxcl[rl]'") from error
     if equivalence.last_box(answer) is None:
