@@ -193,7 +193,7 @@ def test_sweeps_of_rollouts_can_be_built_and_share_their_start(shipped, name):
             source["problems"] = 60
         made = program.build(**{**train.split(one)[1], "mesh": {"devices": jax.devices()[:1]}})
         assert 1e5 < made.facts["parameters"] < 3e5
-        learns, index = made.rollouts.practice.learns, made.stream.index(0)
+        learns, index = [stage["learn"] for stage in one["stream"]["stages"]], made.stream.index(0)
         starts[one["label"]] = (learns[0], made.stream.stages[0], index.source.tolist(), index.row.tolist())
         assert learns[0] in ("csft", "sft")
         assert set(learns[1:]) <= {"rl", "sft"}
