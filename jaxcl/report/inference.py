@@ -55,7 +55,7 @@ def rolled(run: Run) -> bool:
 
 def own_mode(run: Run) -> str:
     """Returns the mode that the run learns with: its policy, else the only one that is measured between boundaries."""
-    if policy := named(run.config, "policy").partition("(")[0].strip():  # without its options, as modes are recorded
+    if policy := named(run.config, "policy"):
         return policy
     for record in run.thinking.values():
         found = {mode for table in record["inference"].values() for mode in table}
