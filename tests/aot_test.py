@@ -277,7 +277,7 @@ PROBLEMS = {path.stem for path in (ROOT / "configs").glob("*rl*.py")}
 
 @pytest.mark.parametrize("name", sorted(PROBLEMS))
 def test_runs_on_problems_are_refused(name):
-    config = main.plain(importlib.import_module(f"configs.{name}").get_config())
+    config, _ = abstract.one_run(main.plain(importlib.import_module(f"configs.{name}").get_config()))
     with pytest.raises(UserError, match=r"config\.sources: problems; only runs on text and tables"):
         abstract.make(config, jax.devices())
 

@@ -16,11 +16,13 @@ outputs = [out for cell in book.cells if cell.cell_type == "code" for out in cel
 for out in outputs:
     print(out.get("text", "") or out.get("data", {}).get("text/plain", ""))
 """
+PRINTED = {"soft_rl": "pass@16"}  # of a notebook that compares other things than methods
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path):
     environment = os.environ | {"JAXCL_STEPS": "4", "IPYTHONDIR": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path)}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # a few steps: the compiler need not try
     run = subprocess.run(
         [sys.executable, "-c", RUN, str(path)],
         check=False,
@@ -30,7 +32,7 @@ def test_notebook_runs(path, tmp_path):
         cwd=path.parent,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "naive" in run.stdout, "the comparison is printed"
+    assert PRINTED.get(path.stem, "naive") in run.stdout, "the comparison is printed"
     assert "Warning" not in run.stdout
 
 

@@ -311,6 +311,16 @@ def test_seeds_have_intervals_and_paired_differences_in_accuracy(tmp_path):
     assert shown(results).splitlines()[0].split() == ["method", "greedy", "pass@1", "pass@4", "pass@16"]
 
 
+def test_options_of_a_policy_are_not_part_of_its_mode(tmp_path):
+    """`config.policy` may be text with options; the records name the mode without them."""
+    folder = fake_run.make_thinking(tmp_path / "run", policy="soft")
+    found = report.write([folder])["inference"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"policy": "soft(temperature=1.0)"}))
+    assert report.write([folder])["inference"] == found
+    assert found["mode"] == "soft"
+
+
 def test_runs_side_by_side_in_progress_show_the_modes_that_were_measured_last(tmp_path):
     for policy in ("hard", "soft"):
         fake_run.make_thinking(tmp_path / policy, label=policy, policy=policy, stop=85)

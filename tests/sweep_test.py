@@ -183,3 +183,31 @@ def test_the_comparison_has_every_dose_five_seeds_and_a_control_for_each_meta_up
         assert any(rest(other) == rest(one) and other["schedule"] == pytest.approx(wanted) for other in plain), one[
             "label"
         ]
+
+
+@pytest.mark.parametrize("name", ["soft_rl_compare", "continual_rl"])
+def test_sweeps_of_rollouts_can_be_built_and_share_their_start(shipped, name):
+    starts = {}
+    for one in sweep.expand({**shipped(name), "seeds": [2]}):
+        one["model"].pop("start", None)  # a run that is not there
+        for source in one["sources"].values():
+            source["problems"] = 60
+        made = program.build(**{**train.split(one)[1], "mesh": {"devices": jax.devices()[:1]}})
+        assert 1e5 < made.facts["parameters"] < 3e5
+        learns, index = [stage["learn"] for stage in one["stream"]["stages"]], made.stream.index(0)
+        starts[one["label"]] = (made.stream.stages[0].mixture, index.source.tolist(), index.row.tolist())
+        assert learns[1:] == (["rl"] if name == "soft_rl_compare" else learns[:1] * 2) or one["label"] == "discrete SFT"
+    assert len(starts) >= 4
+    assert all(start == next(iter(starts.values())) for start in starts.values())
+
+
+def test_the_pilot_of_soft_rl_has_other_seeds_than_the_comparison(shipped):
+    spec = importlib.util.spec_from_file_location("soft_rl_launch", ROOT / "experiments" / "soft_rl" / "launch.py")
+    pilot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pilot)
+    config = shipped("soft_rl_compare")
+    runs = sweep.expand(pilot.pilot(config, [10, 20]))
+    told = [(one["policy"], one["stream"]["stages"][0]["steps"], one["seed"]) for one in runs]
+    assert told == [(p, n, s) for p in ("soft(temperature=1.0)", "hard") for n in (10, 20) for s in (0, 1)]
+    assert {one["seed"] for one in runs}.isdisjoint(config["seeds"])
+    assert {one["stream"]["stages"][1]["steps"] for one in runs} == {config["stream"]["stages"][1]["steps"]}
