@@ -29,7 +29,7 @@ from jaxcl.rl import worker
 from jaxcl.rl.verify import Answer, Verifier
 from jaxcl.schema import UserError
 
-EVENTS: tuple[str, ...] = ("timeout", "crash", "memory", "error", "value")  # ways in which an answer gets no reward but 0
+EVENTS: tuple[str, ...] = ("timeout", "crash", "memory", "error", "value")  # why an answer gets no reward but 0
 START = 120.0  # seconds that a worker may take to load its verifier
 _CHUNK = 1 << 16
 
