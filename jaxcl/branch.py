@@ -83,7 +83,7 @@ def _grown(
     """Returns a checkpoint with more tokens: step, state as nested dicts on the first device, and host part."""
     config = about["config"]
     if not config.get("packing"):
-        raise UserError(f"{source}: --vocab={vocab}: the run is a classifier, without a vocabulary; leave it out")
+        raise UserError(f"{source}: --vocab={vocab}: only the vocabulary of a run on text can grow; leave it out")
     if config.get("adapter"):
         raise UserError(
             f"{source}: --vocab={vocab}: an adapter has no vocabulary; export it merged (python -m jaxcl.hf export) "

@@ -107,6 +107,8 @@ def build(
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
     own = practice.Options(policy, objective, rollout)
+    if chosen.alignment and domains.practising(sources):
+        raise UserError("config.evaluation.alignment=True: compares losses of text; leave it out for problems")
     made = domains.make(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}
@@ -231,6 +233,7 @@ def measures(
         known["problems"] = {
             n: min(chosen.rows, len(one.held_out.prompts)) for n, one in own.problems.items() if one.held_out
         }
+        known["row_length"] = own.length
         known["baselines"] = {name: one.held_out.baselines for name, one in own.problems.items() if one.held_out}
         explorer = plan.explorer or own.explorer(mesh, model, plan.seed)
         held = {name: one.held_out for name, one in own.problems.items() if one.held_out}

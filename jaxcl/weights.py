@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +41,10 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
     """
     about = folder.about(run)
     config = about["config"]
-    if not config.get("packing"):
-        raise UserError(f"{run}: a classifier; evaluation, export and merging are for language models")
+    length = length_of(run, about)
     model = network.based(config["model"], config.get("adapter"))
     words = network.tokenizer_of(config.get("tokenizer"), model)
-    made = network.make(model, words, config["packing"]["length"], config.get("adapter"))
+    made = network.make(model, words, length, config.get("adapter"))
     key = key_for(config.get("seed", 0), "init")
     step, leaves = saved.params(run / "checkpoints", step=step, sharding=sharding, base=made.base_of(key))
     names = {name for name, _ in named_leaves(jax.eval_shape(made.model.init, jax.random.key(0)))}
@@ -52,3 +52,19 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
         raise UserError(f"{run}: checkpoint {step} holds another model than run.json describes; restore run.json")
     host = json.loads((run / "checkpoints" / str(step) / "host.json").read_text())
     return Weights(made, leaves, words, step, about, host["ledger"])
+
+
+def length_of(run: Path, about: Mapping[str, Any]) -> int:
+    """Returns the tokens of a row that a language model was trained on.
+
+    Raises:
+      UserError: the run is not one of a language model with a tokenizer.
+    """
+    config = about["config"]
+    if packing := config.get("packing"):
+        return packing["length"]
+    if (length := about["facts"].get("row_length")) is None:
+        raise UserError(f"{run}: a classifier; evaluation, export and merging are for language models")
+    if any(source.get("name") != "questions" for source in config["sources"].values()):
+        raise UserError(f"{run}: its problems make their own vocabulary; evaluation, export and merging are for text")
+    return length

@@ -185,6 +185,7 @@ def test_demonstrations_a_reference_and_an_adapter_in_one_run():
     [
         ({"rollout__group": 1}, r"config\.rollout\.group=1"),
         ({"rollout__ahead": True}, r"config\.rollout\.ahead=True: rloo knows no ratio"),
+        ({"evaluation": {"alignment": True}}, r"config\.evaluation\.alignment=True: compares losses of text"),
         ({"rollout__tags": ["think"]}, r"config\.rollout\.tags=.*of text"),
         ({"rollout__group": 0}, r"config\.rollout\.group=0: must be at least 1"),
         ({"rollout__thoughts": 14}, r"config\.model\.max_length=16: rows of 18 tokens"),

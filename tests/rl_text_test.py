@@ -82,6 +82,8 @@ def test_a_judge_that_throws_hangs_or_says_nan_costs_the_sample_and_is_counted(f
     given = settings(folder, policy="hard", rollout__timeout=0.3)
     given["sources"]["sums"]["verifier"] = {"name": "judge_of_test:score"}
     rl_small.run(given, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")  # what was trained by rollouts goes back to Hugging Face
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
     steps = small.records(tmp_path / "run", "train")
     assert len(steps) == 2
     for record in steps:

@@ -6,6 +6,7 @@ import pytest
 import rl_small
 
 from jaxcl import saved
+from jaxcl.hf.__main__ import export
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
 
@@ -63,3 +64,8 @@ def test_another_shape_or_no_run_is_refused(trunk, tmp_path):
         rl_small.build(begun(trunk, mlp=16)).create()
     with pytest.raises(UserError, match=r"config\.model\.start=.*give the folder of a run that has checkpoints"):
         rl_small.build(begun(tmp_path / "none"))
+
+
+def test_generated_problems_cannot_be_exported(trunk, tmp_path):
+    with pytest.raises(UserError, match="its problems make their own vocabulary"):
+        export(trunk, tmp_path / "out")

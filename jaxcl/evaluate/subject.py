@@ -49,7 +49,7 @@ def load(path: Path, *, steps: str | None = None, window: int | None = None) -> 
         raise UserError(f"--steps={steps}: {path} is a Hugging Face folder, which has one set of weights; leave it out")
     chosen = steps_of(path, steps) if run else [0]
     first = weights.load(path, step=chosen[0]) if run else imported(path)
-    trained = first.about["config"]["packing"]["length"] if run else WINDOW
+    trained = weights.length_of(path, first.about) if run else WINDOW
     longest = first.network.shape.max_length if first.network.shape else trained
     if window is not None and not 1 <= window <= longest:
         raise UserError(f"--window={window}: must be from 1 to {longest}, the model's max_length")
@@ -110,6 +110,10 @@ def held_out(subject: Subject) -> Measure:
         raise UserError(f"--tasks=held_out: {subject.path} is no run and has no domains of its own; name task files")
     config: Mapping[str, Any] = subject.found.about["config"]
     words: tokenizers.Tokenizer = subject.found.tokenizer
+    if not config.get("packing"):
+        raise UserError(
+            f"--tasks=held_out: {subject.path} was trained on problems, whose report has the figures; name task files"
+        )
     packed = schema.call(domains.Packing, config["packing"], field="packing")
     corpora = domains.of_text(config["sources"], words, packed)
     limit = schema.call(program.Evaluation, config.get("evaluation") or {}, field="evaluation").rows
