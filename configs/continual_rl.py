@@ -16,7 +16,7 @@ intervals are those of what comes after, not of other starts. Equal names are on
 from ml_collections import ConfigDict
 
 TASKS = ("sums", "reach", "modular")
-START, STEPS = 3000, 120  # of the mixture, and of each task
+START, STEPS = 3000, 250  # of the mixture, and of each task
 
 
 def stages(learn):
@@ -45,7 +45,7 @@ def get_config(part="sweep"):
     config.rollout = ConfigDict({"group": 8, "samples": 8, "modes": ("hard",)})
     config.method = "cpt"
     config.optim = ConfigDict({"name": "adamw", "clip": 1.0})
-    config.schedule = ConfigDict({"name": "rewarm_cosine", "peak": 2e-4, "warmup": 10, "end": 5e-5})
+    config.schedule = ConfigDict({"name": "rewarm_cosine", "peak": 5e-4, "warmup": 10, "end": 1e-4})
     config.guard = ConfigDict({"spike": float("inf")})  # skips what is not finite; spikes are part of the result
     config.evaluation = ConfigDict({"every": 40, "rows": 128})
     config.checkpoint = ConfigDict({"every_steps": 1000, "every_minutes": 1.0, "keep": 1})
@@ -63,7 +63,7 @@ def get_config(part="sweep"):
     config.control = "SFT"
     config.variants = (
         variant("SFT", learn="sft"),
-        variant("LoRA-SFT", "hard", ("adapter", "lora"), ("schedule.peak", 2e-3), learn="sft"),  # ten times the rate
+        variant("LoRA-SFT", "hard", ("adapter", "lora"), ("schedule.peak", 3e-3), learn="sft"),
         variant("RLOO"),
         variant("soft RLOO", "soft(temperature=1.0)"),
         variant("RLOO + CPO", "hard", ("method", "cpo")),
