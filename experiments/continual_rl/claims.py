@@ -1,7 +1,7 @@
 """What three tasks in sequence do to each other: python -m experiments.continual_rl.claims RUNS [--out=FILE]
 
 Reads the folders of configs/continual_rl.py and prints the table of the README: percent of held-out problems solved
-with greedy thoughts of the run's own kind, mean and 95 % interval over seeds, and differences to supervision, seed by seed.
+with greedy thoughts of the run's own kind, mean and 95 % interval over seeds, and paired differences to supervision.
 
   start       mean over tasks before the sequence
   learned     mean over tasks of the accuracy right after each
