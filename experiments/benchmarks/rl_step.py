@@ -5,6 +5,9 @@ python -m experiments.benchmarks.rl_step --peer_python=PYTHON_WITH_TORCH_AND_TRL
 The same Llama samples 8 completions of exactly 64 tokens for each of 4 prompts, they are rewarded, and one update
 with AdamW follows. Three processes take turns: jaxcl with hard tokens, jaxcl with 63 soft thoughts and a token as the
 answer, and TRL. Raw results go to results/rl_step_cpu.json.
+
+With --gpu it is a Llama of 0.5 B parameters in bfloat16 (8 prompts of 128 tokens x 8 completions of 256; seconds
+on the wall of one GPU), for the interpreter that runs this and the peer's, both with a GPU: results/rl_step_gpu.json.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ from jaxcl import allocator
 
 HERE = pathlib.Path(__file__).resolve().parent
 VOCABULARIES = flags.DEFINE_list("vocabularies", ["512", "4096"], "sizes of the vocabulary to run")
-RESULT = flags.DEFINE_string("result", str(HERE / "results" / "rl_step_cpu.json"), "file of raw results")
+GPU = flags.DEFINE_bool("gpu", False, "compare on a GPU")
+RESULT = flags.DEFINE_string("result", None, "file of raw results; by default results/rl_step_cpu.json or _gpu.json")
 SIDES = ("hard", "soft", "trl")
 # What is compared: name, numerator, denominator, part of the step.
 RATIOS = (
-    ("sampling_trl_over_hard", "trl", "hard", "sample_cpu_s"),
-    ("step_trl_over_hard", "trl", "hard", "cpu_s"),
-    ("sampling_hard_over_soft", "hard", "soft", "sample_cpu_s"),
-    ("step_hard_over_soft", "hard", "soft", "cpu_s"),
+    ("sampling_trl_over_hard", "trl", "hard", "sample_"),
+    ("step_trl_over_hard", "trl", "hard", ""),
+    ("sampling_hard_over_soft", "hard", "soft", "sample_"),
+    ("step_hard_over_soft", "hard", "soft", ""),
 )
 
 
@@ -49,6 +53,28 @@ class Shape:
     group: int = 8
     prompt: int = 16
     drawn: int = 64
+    gpu: bool = False
+
+    @property
+    def unit(self) -> str:
+        """Which clock counts."""
+        return "wall_s" if self.gpu else "cpu_s"
+
+
+def shape_of(vocab: int) -> Shape:
+    """Returns the small Llama, or the one for a GPU."""
+    large = {"layers": 24, "embed": 896, "heads": 14, "mlp": 4864, "prompts": 8, "prompt": 128, "drawn": 256}
+    return Shape(vocab, gpu=True, **large) if GPU.value else Shape(vocab)
+
+
+def clocks() -> dict[str, float]:
+    """Returns both clocks."""
+    return {"cpu_s": time.process_time(), "wall_s": time.perf_counter()}
+
+
+def since(before: dict[str, float], part: str) -> dict[str, float]:
+    """Returns what both clocks say since then, as `part` and the unit."""
+    return {f"{part}{unit}": now - before[unit] for unit, now in clocks().items()}
 
 
 def random_problems(shape: Shape):
@@ -95,7 +121,8 @@ def jaxcl_step(shape: Shape, policy: str):
             return Verdicts((token[:, -1] % 2).astype(np.float32), dict.fromkeys(EVENTS, 0), None)
 
     sizes = {name: getattr(shape, name) for name in ("vocab", "layers", "embed", "heads", "mlp")}
-    model = transformer.make(**sizes, tied=True, unroll=shape.layers)
+    more = {"compute_dtype": "bfloat16"} if shape.gpu else {"unroll": shape.layers}
+    model = transformer.make(**sizes, tied=True, **more)
     problems = random_problems(shape)
     options = practice.Options(policy, "grpo", {"group": shape.group, "thoughts": shape.drawn - 1, "answer": 1})
     own = practice.make({"random": problems._replace(held_out=problems)}, None, [{}], options)
@@ -106,9 +133,9 @@ def jaxcl_step(shape: Shape, policy: str):
     def explore(params, step):
         numbers = draw.integers(0, 512, shape.prompts)
         prompts = explorer.place(own.trim(batch_of(rows_of.fetch(numbers), np.zeros(shape.prompts, np.int32)), 0))
-        cpu = time.process_time()
+        before = clocks()
         rolled = jax.block_until_ready(explorer.roll(params, prompts, step))
-        spent["sample_cpu_s"] = time.process_time() - cpu
+        spent.update(since(before, "sample_"))
         return explorer.judge(rolled, prompts, numbers)
 
     params = jax.jit(model.init)(jax.random.key(0))
@@ -123,14 +150,14 @@ def jaxcl_step(shape: Shape, policy: str):
 
     def take() -> dict:
         nonlocal state, taken
-        before = len(compiled)
+        known = len(compiled)
         rows, told = explore(state.params, taken)
-        cpu = time.process_time()
+        before = clocks()
         state, metrics = update(state, rows, jax.random.key(0))
         jax.block_until_ready(state)
         loss, taken = float(metrics["loss"]), taken + 1
-        spent["train_cpu_s"] = time.process_time() - cpu
-        return {"loss": loss, "reward": told["reward"], "compilations": len(compiled) - before, **spent}
+        spent.update(since(before, "train_"))
+        return {"loss": loss, "reward": told["reward"], "compilations": len(compiled) - known, **spent}
 
     versions = {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__}
     return take, {"params": transformer.count(model), "versions": versions}
@@ -140,17 +167,16 @@ def serve(take, about: dict) -> None:
     """Prints `about`, then takes one step for every line on stdin and prints what it took."""
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
-        cpu, wall = time.process_time(), time.perf_counter()
+        before = clocks()
         told = take()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        print(json.dumps(told | {"cpu_s": cpu, "wall_s": wall}), flush=True)
+        print(json.dumps(told | since(before, "")), flush=True)
 
 
 def measure(vocab: int, environment: dict[str, str]) -> dict:
     """Returns the raw and the derived results of one vocabulary."""
-    shape = Shape(vocab)
+    shape = shape_of(vocab)
     keep = train_step.KEEP_PAGES.value
-    command = [sys.executable, "-m", "experiments.benchmarks.rl_step", f"--keep_pages={keep}"]
+    command = [sys.executable, "-m", "experiments.benchmarks.rl_step", f"--keep_pages={keep}", f"--gpu={GPU.value}"]
     told = json.dumps(dataclasses.asdict(shape) | {"keep_pages": keep})
     peer = [train_step.PEER_PYTHON.value, str(HERE / "trl_step.py"), told]
     sides = {
@@ -169,7 +195,7 @@ def measure(vocab: int, environment: dict[str, str]) -> dict:
                 side.repeats.append(result)
     for side in sides.values():
         side.close()
-    parts = ("sample_cpu_s", "train_cpu_s", "cpu_s")
+    parts = [f"{part}{shape.unit}" for part in ("sample_", "train_", "")]
     spent = {name: {part: [r[part] for r in side.repeats] for part in parts} for name, side in sides.items()}
     least, middle = (
         {name: {part: f(values) for part, values in of.items()} for name, of in spent.items()}
@@ -182,8 +208,9 @@ def measure(vocab: int, environment: dict[str, str]) -> dict:
         "compilations_after_the_first_step": compiled,
         "minima": least,
         "medians": middle,
-        "ratios_of_minima": {name: least[a][part] / least[b][part] for name, a, b, part in RATIOS},
-        "ratios_of_medians": {name: middle[a][part] / middle[b][part] for name, a, b, part in RATIOS},
+        "ratios_of_minima": {n: least[a][p + shape.unit] / least[b][p + shape.unit] for n, a, b, p in RATIOS},
+        "ratios_of_medians": {n: middle[a][p + shape.unit] / middle[b][p + shape.unit] for n, a, b, p in RATIOS},
+        "drawn_tokens_a_step": shape.prompts * shape.group * shape.drawn,
         "repeats": {name: side.repeats for name, side in sides.items()},
     }
 
@@ -192,7 +219,7 @@ def show(vocab: int, case: dict) -> None:
     """Prints the table of one vocabulary."""
     later = case["compilations_after_the_first_step"]
     print(f"V={vocab}, {case['params']:,} parameters; compilations after the first step: {later}")
-    print(f"{'':6} {'sample':>15} {'train':>15} {'whole step':>15}   CPU-s, least (median)")
+    print(f"{'':6} {'sample':>15} {'train':>15} {'whole step':>15}   seconds, least (median)")
     for name in SIDES:
         pairs = ((case["minima"][name][part], case["medians"][name][part]) for part in case["minima"][name])
         print(f"{name:6} " + " ".join(f"{f'{a:.3f} ({b:.3f})':>15}" for a, b in pairs))
@@ -205,25 +232,28 @@ def main(argv: list[str]) -> None:
         policy, vocab = train_step.WORKER.value.split(":")
         if train_step.KEEP_PAGES.value:
             allocator.keep_pages()
-        serve(*jaxcl_step(Shape(int(vocab)), policy))
+        serve(*jaxcl_step(shape_of(int(vocab)), policy))
         return
     if train_step.PEER_PYTHON.value is None:
         raise app.UsageError("give --peer_python, an interpreter that has torch and trl")
     # XLA runs independent operations on one thread per core that it sees, whatever its flags say.
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if not GPU.value:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    vocabularies = ["151936"] if GPU.value else VOCABULARIES.value
+    environment = os.environ | ({} if GPU.value else train_step.ENVIRONMENT)
     results = {
         "command": "python -m experiments.benchmarks.rl_step --peer_python=PYTHON "
-        f"--vocabularies={','.join(VOCABULARIES.value)} --repeats={train_step.REPEATS.value}",
+        f"--vocabularies={','.join(vocabularies)} --repeats={train_step.REPEATS.value} --gpu={GPU.value}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": train_step.machine(),
-        "environment": train_step.ENVIRONMENT,
+        "environment": {} if GPU.value else train_step.ENVIRONMENT,
         "keep_pages": train_step.KEEP_PAGES.value,
         "cases": {},
     }
-    output = pathlib.Path(RESULT.value)
+    output = pathlib.Path(RESULT.value or HERE / "results" / f"rl_step_{'gpu' if GPU.value else 'cpu'}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    for vocab in map(int, VOCABULARIES.value):
-        case = results["cases"][str(vocab)] = measure(vocab, os.environ | train_step.ENVIRONMENT)
+    for vocab in map(int, vocabularies):
+        case = results["cases"][str(vocab)] = measure(vocab, environment)
         case["load_average_after"] = os.getloadavg()[0]
         show(vocab, case)
         output.write_text(json.dumps(results, indent=1) + "\n")

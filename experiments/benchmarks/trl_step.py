@@ -24,7 +24,9 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 
 torch.manual_seed(0)
-torch.set_num_threads(1)
+GPU = shape["gpu"]
+if not GPU:
+    torch.set_num_threads(1)
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 words = SPECIAL + [str(i) for i in range(len(SPECIAL), shape["vocab"])]
 inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<eos>"))
@@ -52,7 +54,9 @@ lengths, spent, start = [], {}, []
 
 
 def clock() -> tuple[float, float]:
-    """Returns CPU-seconds and seconds."""
+    """Returns CPU-seconds and seconds, when all that was started is done."""
+    if GPU:
+        torch.cuda.synchronize()
     return time.process_time(), time.perf_counter()
 
 
@@ -68,13 +72,13 @@ class Trainer(trl.GRPOTrainer):
     def _generate(self, *args, **kwargs):
         before = clock()
         result = super()._generate(*args, **kwargs)
-        spent["sample_cpu_s"] = clock()[0] - before[0]
+        spent["sample_cpu_s"], spent["sample_wall_s"] = (b - a for a, b in zip(before, clock(), strict=True))
         return result
 
     def _generate_and_score_completions(self, *args, **kwargs):
         before = clock()
         result = super()._generate_and_score_completions(*args, **kwargs)
-        spent["rollout_cpu_s"] = clock()[0] - before[0]
+        spent["rollout_cpu_s"], spent["rollout_wall_s"] = (b - a for a, b in zip(before, clock(), strict=True))
         return result
 
 
@@ -93,6 +97,7 @@ class Turns(transformers.TrainerCallback):
         # "rollout" lies inside a step only if its preparation of the batch does.
         assert cpu > spent["rollout_cpu_s"] > spent["sample_cpu_s"], (cpu, spent)
         told = {"cpu_s": cpu, "wall_s": wall, "train_cpu_s": cpu - spent["rollout_cpu_s"], **spent}
+        told["train_wall_s"] = wall - spent["rollout_wall_s"]
         print(json.dumps(told), flush=True)
         spent.clear()
 
@@ -114,8 +119,8 @@ config = trl.GRPOConfig(
     logging_steps=1_000_000,
     save_strategy="no",
     report_to=[],
-    use_cpu=True,
-    bf16=False,
+    use_cpu=not GPU,
+    bf16=GPU,
     disable_tqdm=True,
 )
 trainer = Trainer(
