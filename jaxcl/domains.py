@@ -124,7 +124,11 @@ def _of_problems(
 
 def problems_of(name: str, options: Mapping[str, Any], words: tokenizers.Tokenizer | None) -> Problems:
     """Returns the problems of a domain."""
-    return tasks.make(options, words, field=f"sources.{name}")
+    try:
+        return tasks.make(options, words, field=f"sources.{name}")
+    except UserError as error:
+        text = str(error).replace("config.task.", f"config.sources.{name}.")
+        raise UserError(text.replace("config.verifier.", f"config.sources.{name}.verifier.")) from error
 
 
 def of_tables(kinds: Mapping[str, bool], **sections: Any) -> bool:

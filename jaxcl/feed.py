@@ -17,7 +17,7 @@ from jaxcl import frozen
 from jaxcl.data import stream as streams
 from jaxcl.data.permutation import fold_in, key_of
 from jaxcl.practice import Practice
-from jaxcl.rl.explore import Explorer, Rolled, Told
+from jaxcl.rl.explore import Explorer, Rewarded, Rolled, Told
 from jaxcl.types import Batch, TrainState
 
 AHEAD = 2  # batches that are read and placed while the device works
@@ -99,7 +99,7 @@ class Rollouts(NamedTuple):
         numbers = self.practice.numbers(self.flow, self.index(step, kept))
         rolled.kind.block_until_ready()
         drawn = time.perf_counter()
-        rows, told = self.explorer.judge(rolled, prompts, numbers, step)
+        rows, told = self.explorer.judge(rolled, prompts, numbers, self.local(step))
         return rows, told | {"time/sample_s": drawn - began, "time/verify_s": time.perf_counter() - drawn}
 
     def refilled(self, params: Any, rolled: Rolled, prompts: Batch, step: int, kept: Kept) -> tuple[Batch, Told]:
@@ -110,27 +110,40 @@ class Rollouts(NamedTuple):
         """
         explorer, began = self.explorer, time.perf_counter()
         numbers = self.practice.numbers(self.flow, self.index(step, kept))
-        rewards, failed = explorer.rewards(rolled.kind, rolled.token, numbers, step)
-        greedy = None if rolled.greedy is None else explorer.rewards(*rolled.greedy, numbers, step)[0]
-        rounds = 0
-        while rounds < explorer.rollout.refill and (blank := np.flatnonzero(np.ptp(rewards, axis=1) == 0)).size:
+        got, base = self.rewarded(rolled, numbers, step)
+        rounds, events = 0, dict(got.events)
+        while rounds < explorer.rollout.refill and (blank := _blank_groups(explorer, numbers, got, base)).size:
             rounds += 1
             shown, others = self.prompts(step, kept, rounds)
             more = explorer.roll(params, shown, step, rounds)
-            found, wrong = explorer.rewards(more.kind, more.token, others, step)
-            bases = None if more.greedy is None else explorer.rewards(*more.greedy, others, step)[0]
-            failed += wrong
-            good = np.flatnonzero((np.ptp(found, axis=1) > 0) & (others >= 0))[: len(blank)]
+            found, other_base = self.rewarded(more, others, step)
+            events = {name: count + found.events[name] for name, count in events.items()}
+            empty = _blank_groups(explorer, others, found, other_base)
+            good = np.setdiff1d(np.flatnonzero(others >= 0), empty)[: len(blank)]  # padding is neither
             source = np.full(len(numbers), -1, np.int32)
             source[blank[: len(good)]] = good
-            rewards[source >= 0], numbers[source >= 0] = found[good], others[good]
-            if greedy is not None and bases is not None:
-                greedy[source >= 0] = bases[good]
+            where = source >= 0
+            got.values[where], got.right[where], numbers[where] = found.values[good], found.right[good], others[good]
+            if base is not None and other_base is not None:
+                base[where] = other_base[good]
+            got = got._replace(message=got.message or found.message)
             rolled, prompts = explorer.merge((rolled, prompts), (more, shown), explorer.whole(source))
-        drawn = time.perf_counter()
-        base = None if greedy is None else greedy[:, 0]
-        rows, told = explorer.valued(rolled, prompts, numbers, rewards, base, failed)
-        return rows, told | {"refills": float(rounds), "time/sample_s": drawn - began}
+        spent = time.perf_counter() - began
+        rows, told = explorer.valued(rolled, prompts, numbers, got._replace(events=events), base)
+        del told["busy"]  # of several draws there is no one number
+        return rows, told | {"refills": float(rounds), "time/sample_s": spent}
+
+    def rewarded(self, rolled: Rolled, numbers: np.ndarray, step: int) -> tuple[Rewarded, np.ndarray | None]:
+        """Returns the rewards, and those of the greedy baseline [N] if there is one."""
+        explorer, local = self.explorer, self.local(step)
+        got = explorer.rewards(rolled.kind, rolled.token, numbers, local)
+        base = None if rolled.greedy is None else explorer.rewards(*rolled.greedy, numbers, local).values[:, 0]
+        return got, base
+
+    def local(self, step: int) -> int:
+        """Returns the step within its stage."""
+        stage = self.flow.stage_of(step)
+        return step - self.flow.boundaries[stage] + self.flow.stages[stage].steps
 
     def solved(self, state: TrainState, stage: int) -> list[list[int]]:
         """Returns the rows of every source that any of `filter` rollouts solves; all of a source if there is none.
@@ -148,7 +161,7 @@ class Rollouts(NamedTuple):
         return kept
 
     def successes(self, params: Any, source: int, stage: int, step: int) -> np.ndarray:
-        """Returns how many of `filter` rollouts of each row of a source are rewarded, int [rows]."""
+        """Returns how many of `filter` rollouts of each row of a source are right, int [rows]."""
         size, width = int(self.flow.sizes[source]), self.flow.width
         count, rounds = np.zeros(size, int), self.explorer.rollout.filter // self.explorer.rollout.group
         blank, zero = np.full(width, -1, np.int32), np.zeros(width, bool)
@@ -161,9 +174,14 @@ class Rollouts(NamedTuple):
             prompts, numbers = self.place(index, stage), self.practice.numbers(self.flow, index)
             for draw in range(rounds):
                 rolled = self.explorer.roll(params, prompts, step, -1 - draw - rounds * start)
-                rewards, _ = self.explorer.rewards(rolled.kind, rolled.token, numbers)
-                count[row[inside]] += (rewards[inside] > 0).sum(axis=1)
+                right = self.explorer.rewards(rolled.kind, rolled.token, numbers).right
+                count[row[inside]] += right[inside].sum(axis=1)
         return count
+
+
+def _blank_groups(explorer: Explorer, numbers: np.ndarray, got: Rewarded, base: np.ndarray | None) -> np.ndarray:
+    """Returns the groups that teach nothing, int."""
+    return np.flatnonzero(np.all(explorer.value(numbers, got, base).values == 0, axis=1) & (numbers >= 0))
 
 
 class Feed:
@@ -212,7 +230,7 @@ class Feed:
         for step in steps:
             prompts, numbers = self.rollouts.prompts(step, self.held.kept)
             rolled = self.rollouts.explorer.roll(frozen.whole(state), prompts, step, self.flow.total_steps)
-            rows.append(self.rollouts.explorer.judge(rolled, prompts, numbers)[0])
+            rows.append(self.rollouts.explorer.judge(rolled, prompts, numbers, self.rollouts.local(step))[0])
         return rows
 
     def close(self) -> None:

@@ -115,8 +115,7 @@ def make(
         raise UserError(
             f"config.rollout.tags={list(rollout.tags)}: of text; generated problems have none, leave it out"
         )
-    if "rl" in learns:
-        explore.check(rollout, objective)
+    explore.check(rollout, objective if "rl" in learns else None)
     for name, one in ordered.items():
         if one.held_out is None:
             raise UserError(f"config.sources.{name}: holds out no problem; set its held_out")
@@ -125,7 +124,11 @@ def make(
     policies = {one.name: one for one in (policy_of(mode, "rollout.modes") for mode in rollout.modes)}
     policies = {policy.name: policy} | policies | {policy.name: policy}  # the run's own goes before one of its name
     how = {"workers": rollout.workers, "timeout": rollout.timeout, "memory": rollout.memory}
-    judge = Judge(every, [Pool(one.verifier, **how) for one in every], words.decode)
+    try:
+        pools = [Pool(one.verifier, **how) for one in every]
+    except UserError as error:
+        raise UserError(str(error).replace("config.verifier.", "config.rollout.")) from error
+    judge = Judge(every, pools, words.decode)
     return Practice(ordered, words, size, form, learns, policy, policies, objective, rollout, limits, judge)
 
 
@@ -133,10 +136,25 @@ def one_of(given: Any, field: str) -> dict[str, Any]:
     """Returns 'name', 'name(option=1)' or a dict as a dict."""
     if isinstance(given, Mapping):
         return dict(given)
-    parts = schema.parse(given, field=field) if isinstance(given, str) else []
+    try:
+        parts = schema.parse(given, field=field) if isinstance(given, str) else []
+    except UserError:
+        parts = []
     if len(parts) != 1:
         raise UserError(f"config.{field}={given!r}: write one name, as in 'soft' or 'soft(temperature=1.0)'")
     return parts[0]
+
+
+def check_method(practice: Practice, objective: Any, method: Any) -> None:
+    """Raises UserError if an option needs a part of the method that is not there."""
+    entries = schema.parse(method, field="method") if isinstance(method, str) else method
+    entries = [entries] if isinstance(entries, Mapping) else entries
+    names = {entry.get("name") for entry in entries if isinstance(entry, Mapping)}
+    if practice.rollout.demonstrations and "chord" not in names:
+        raise UserError("config.rollout.demonstrations=True: nothing learns from them; add chord to config.method")
+    kl = one_of(objective, "objective").get("kl") if objective else None
+    if kl and "reference" not in names:
+        raise UserError(f"config.objective kl={kl}: the divergence is from a reference; add reference to config.method")
 
 
 def policy_of(given: Any, field: str = "policy") -> Policy:

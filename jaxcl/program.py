@@ -110,6 +110,8 @@ def build(
     if chosen.alignment and domains.practising(sources):
         raise UserError("config.evaluation.alignment=True: compares losses of text; leave it out for problems")
     made = domains.make(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
+    if made.practice:
+        practice.check_method(made.practice, objective, method)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}
     ready = plans.make(devices, made.network, stream=stream, **learning)

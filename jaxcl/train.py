@@ -56,6 +56,7 @@ class Session:
         self.saved: int | None = None  # step of the newest checkpoint
         self.records = 0  # in metrics.jsonl, as `metrics.count` has it; kept by process 0
         self.feed: feeds.Feed | None = None
+        self.noted = False  # whether it was said why an answer could not be judged
         self.held: feeds.Held = feeds.Held()  # of the feed, as the checkpoint has it
         self.archive: Archive | None = None
         if made.stream.contents:
@@ -187,6 +188,9 @@ class Session:
                 self.step += 1
                 self.flush()  # the step before: by now its metrics are there, and the device is busy with this one
                 self.feed.settle()
+                if (note := told.pop("note", None)) and not self.noted:
+                    self.noted = True
+                    self.event("verifier", f"an answer could not be judged: {note}")
                 self.pending = (self.step, values | told)
                 if self.step in flow.boundaries:
                     self.end_task(flow.boundaries.index(self.step))

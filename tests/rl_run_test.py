@@ -188,6 +188,14 @@ def test_demonstrations_a_reference_and_an_adapter_in_one_run():
         ({"rollout__group": 1}, r"config\.rollout\.group=1"),
         ({"rollout__ahead": True}, r"config\.rollout\.ahead=True: rloo knows no ratio"),
         ({"evaluation": {"alignment": True}}, r"config\.evaluation\.alignment=True: compares losses of text"),
+        ({"rollout__overlong": 5}, r"config\.rollout\.overlong=5: must be at most 2"),
+        ({"rollout__stop": ["zzz"]}, r"config\.rollout\.stop='zzz': 'zzz' is no word"),
+        ({"rollout__stop": [""]}, r"config\.rollout\.stop=.*an empty phrase"),
+        ({"rollout__forced": "zzz"}, r"config\.rollout\.forced='zzz'"),
+        ({"rollout__demonstrations": True}, r"config\.rollout\.demonstrations=True: nothing learns from them"),
+        ({"rollout__workers": 0}, r"config\.rollout\.workers=0"),
+        ({"objective": "grpo(kl=0.1)"}, r"config\.objective kl=0\.1: .*add reference to config\.method"),
+        ({"policy": "soft(temperature=nan)"}, r"config\.policy='soft\(temperature=nan\)': write one name"),
         ({"rollout__tags": ["think"]}, r"config\.rollout\.tags=.*of text"),
         ({"rollout__group": 0}, r"config\.rollout\.group=0: must be at least 1"),
         ({"rollout__thoughts": 14}, r"config\.model\.max_length=16: rows of 18 tokens"),
@@ -205,6 +213,11 @@ def test_demonstrations_a_reference_and_an_adapter_in_one_run():
         ({"tokenizer": {"name": "byte"}}, r"config\.tokenizer: generated problems make their own vocabulary"),
         ({"method": "er(capacity=8)"}, r"config\.method: keeps rows.* stages learn in different ways"),
         ({"model": {"name": "mlp"}}, r"config\.model"),
+        ({"sources": {"a": {"name": "mnns", "count": 0}}}, r"config\.sources\.a\.count=0"),
+        (
+            {"sources": {"a": {"name": "modular", "held_out": 1.5}}},
+            r"config\.sources\.a\.held_out=1\.5: must lie between",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(change, message):

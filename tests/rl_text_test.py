@@ -101,7 +101,7 @@ def test_tags_have_a_share_of_the_reward_that_falls(folder):
     for row, text in enumerate(texts):
         numbers = words.encode(text)
         token[row, : len(numbers)], kind[row, : len(numbers)] = numbers, THOUGHT
-    found = [explorer.rewards(kind, token, np.array([0]), step)[0][0] for step in (0, 2, 4, None)]
+    found = [explorer.rewards(kind, token, np.array([0]), step).values[0] for step in (0, 2, 4, None)]
     np.testing.assert_allclose(found, [[1, 0, 0, 1], [0.5, 0, 0, 0.5], [0] * 4, [0] * 4], atol=1e-6)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from jaxcl.memory import REPLAYED
 from jaxcl.random import key_for
 from jaxcl.rl import sample as samples
 from jaxcl.rl import shaping, teaching
+from jaxcl.rl.advantages import Advantages
 from jaxcl.rl.judge import Judge
 from jaxcl.rl.objectives import Objective
 from jaxcl.rl.sample import Limits, Rollouts
@@ -35,7 +37,16 @@ from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output, Params
 
 DEMONSTRATION = "demonstration"  # column of Batch.extra, float32 [B]: 1 for a row to be imitated, 0 for a rollout
-Told = dict[str, float]
+Told = dict[str, Any]  # numbers, and `note`: why the first answer that could not be judged could not
+
+
+class Rewarded(NamedTuple):
+    """What the answers are worth."""
+
+    values: np.ndarray  # float32 [N, G]
+    right: np.ndarray  # bool [N, G], by the verifier alone
+    events: dict[str, int]  # how many could not be judged, see `pool.EVENTS`
+    message: str | None  # why the first of these could not
 
 
 class Rollout(NamedTuple):
@@ -56,7 +67,7 @@ class Rollout(NamedTuple):
     overlong: int = 0  # last tokens of the limit over which a penalty grows to 1 (DAPO)
     tags: Sequence[str] = ()  # of text: a share of the reward is for <tag> ... </tag> in this order (Datarus-R1)
     tags_share: Sequence[float] = (0.5, 0.0)  # that share at the first step and after `tags_steps`, by half a cosine
-    tags_steps: int = 500
+    tags_steps: int = 500  # of a stage
     workers: int = 2  # processes of a verifier that is not cheap
     timeout: float = 5.0  # seconds that it has for an answer
     memory: int = 1024  # MiB that it may use
@@ -99,38 +110,49 @@ class Explorer(NamedTuple):
           rolled: of `roll`.
           prompts: of the same step.
           numbers: int [N] of the problems; -1 = padding, which does not count.
-          step: of the run, by which the share of tags is.
+          step: of the stage, by which the share of tags falls.
 
         Returns:
-          The batch, and reward (mean), solved (share of problems with a reward above 0), signal (share of groups whose
-          rewards differ), thoughts and length (mean numbers), drawn (all tokens), stopped and ended (shares of rows),
+          The batch, and reward (mean), solved (share of problems with a right answer), signal (share of groups that
+          teach something), thoughts and length (mean numbers), drawn (all tokens), stopped and ended (shares of rows),
           busy (share of slot steps in use), failed (answers that the verifier could not judge).
         """
-        rewards, failed = self.rewards(rolled.kind, rolled.token, numbers, step)
-        greedy = None if rolled.greedy is None else self.rewards(*rolled.greedy, numbers, step)[0][:, 0]
-        return self.valued(rolled, prompts, numbers, rewards, greedy, failed)
+        rewarded = self.rewards(rolled.kind, rolled.token, numbers, step)
+        greedy = None if rolled.greedy is None else self.rewards(*rolled.greedy, numbers, step).values[:, 0]
+        return self.valued(rolled, prompts, numbers, rewarded, greedy)
+
+    def value(self, numbers: np.ndarray, rewarded: Rewarded, greedy: np.ndarray | None) -> Advantages:
+        """Returns what the rollouts [N, G] are worth to the objective."""
+        valid = np.repeat(numbers[:, None] >= 0, self.rollout.group, axis=1)
+        return self.objective.advantages(rewarded.values, greedy, valid)
 
     def valued(
-        self, rolled: Rolled, prompts: Batch, numbers: np.ndarray, rewards: Any, greedy: Any, failed: int
+        self, rolled: Rolled, prompts: Batch, numbers: np.ndarray, rewarded: Rewarded, greedy: np.ndarray | None
     ) -> tuple[Batch, Told]:
-        """Returns what `judge` does, given the rewards [N, G]."""
-        valid = np.repeat(numbers[:, None] >= 0, self.rollout.group, axis=1)
-        value = self.objective.advantages(rewards, greedy, valid)
+        """Returns what `judge` does, given the rewards; `greedy` [N] are those of the baseline."""
+        value = self.value(numbers, rewarded, greedy)
         columns = {"advantage": value.values, "share": value.share}
         columns = self.place({name: np.asarray(x, np.float32).reshape(-1) for name, x in columns.items()})
         rows = self.teach(rolled.rollouts, prompts, columns)
-        return rows, {**self.measures(rolled, rewards[numbers >= 0]), "failed": float(failed)}
+        told: Told = self.measures(rolled)
+        used = numbers >= 0
+        told |= {
+            "reward": float(rewarded.values[used].mean()),
+            "solved": float(rewarded.right[used].any(axis=1).mean()),
+            "signal": float(np.any(value.values[used] != 0, axis=1).mean()),
+            "failed": float(sum(rewarded.events.values())),
+        }
+        told |= {f"failed/{name}": float(count) for name, count in rewarded.events.items() if count}
+        return rows, told | ({"note": rewarded.message} if rewarded.message else {})
 
-    def rewards(
-        self, kind: jax.Array, token: jax.Array, numbers: np.ndarray, step: int | None = None
-    ) -> tuple[np.ndarray, int]:
-        """Returns the rewards [N, R / N], float32, and how many answers could not be judged.
+    def rewards(self, kind: jax.Array, token: jax.Array, numbers: np.ndarray, step: int | None = None) -> Rewarded:
+        """Returns the rewards of N x G rows.
 
-        Without a step they are those of the verifier; with one, tags and lengths count as the options say.
+        Without a step they are those of the verifier; with one, of the stage, tags and lengths count too.
         """
         host_kind, host_token = meshes.fetch((kind, token))
-        group = len(host_kind) // len(numbers)
-        found = self.judge_rows(np.repeat(numbers, group), host_kind, host_token)
+        each = np.repeat(numbers, len(host_kind) // len(numbers))
+        found = self.judge_rows(each, host_kind, host_token)
         rewards, rollout = found.rewards, self.rollout
         if step is not None and rollout.tags:
             (w0, w1), steps = rollout.tags_share, rollout.tags_steps
@@ -140,9 +162,11 @@ class Explorer(NamedTuple):
         if step is not None and rollout.overlong:
             lengths = np.sum(host_kind != samples.NOTHING, axis=1)
             rewards = rewards + shaping.overlong(lengths, limit=self.limits.total, buffer=rollout.overlong)
-        return rewards.reshape(len(numbers), group).astype(np.float32), sum(found.events.values())
+        shape = (len(numbers), -1)
+        right = self.judge_rows.right(each, found.rewards)
+        return Rewarded(rewards.reshape(shape).astype(np.float32), right.reshape(shape), found.events, found.message)
 
-    def measures(self, rolled: Rolled, rewards: np.ndarray) -> Told:
+    def measures(self, rolled: Rolled) -> Told:
         """Returns what happened; see `judge`."""
         kind, stopped, ended, steps = meshes.fetch(
             (rolled.kind, rolled.rollouts.stopped, rolled.rollouts.ended, rolled.rollouts.steps)
@@ -150,9 +174,6 @@ class Explorer(NamedTuple):
         live = np.sum(kind != samples.NOTHING)
         width = min(self.rollout.slots or len(kind), len(kind))
         return {
-            "reward": float(rewards.mean()),
-            "solved": float((rewards.max(axis=1) > 0).mean()),
-            "signal": float((np.ptp(rewards, axis=1) > 0).mean()),
             "thoughts": float(np.sum(kind == samples.THOUGHT, axis=1).mean()),
             "length": float(live / len(kind)),
             "drawn": float(live),
@@ -185,26 +206,31 @@ def limits_of(rollout: Rollout, problems: Sequence[Problems], words: Tokenizer) 
     if answer < 1:
         raise UserError(f"config.rollout.answer={answer}: must be at least 1 token, or nothing is rewarded")
 
-    def tokens(text: str) -> tuple[int, ...]:
-        return tuple(int(t) for t in words.encode(text))
+    def tokens(text: str, key: str) -> tuple[int, ...]:
+        try:
+            return tuple(int(t) for t in words.encode(text))
+        except KeyError as error:
+            raise UserError(f"config.rollout.{key}={text!r}: {error} is no word of these problems") from error
 
-    stop = tuple(dict.fromkeys(tokens(form) for phrase in rollout.stop for form in (phrase, " " + phrase)))
-    fixed = bool(problems[0].names)
-    return Limits(
-        thoughts,
-        answer,
-        stop=stop if not fixed else tuple(map(tokens, rollout.stop)),
-        forced=tokens(rollout.forced),
-        late=tokens(rollout.late),
-        end=(words.eos,),
-    )
+    if not all(phrase.strip() for phrase in rollout.stop):
+        raise UserError(f"config.rollout.stop={list(rollout.stop)}: an empty phrase ends nothing; leave it out")
+    forms = ("{}",) if problems[0].names else ("{}", " {}")  # text is tokenised by what stands before it
+    stop = dict.fromkeys(tokens(form.format(phrase), "stop") for phrase in rollout.stop for form in forms)
+    forced, late = tokens(rollout.forced, "forced"), tokens(rollout.late, "late")
+    limits = Limits(thoughts, answer, stop=tuple(stop), forced=forced, late=late, end=(words.eos,))
+    if rollout.overlong > limits.total:
+        raise UserError(
+            f"config.rollout.overlong={rollout.overlong}: must be at most the limit of {limits.total} tokens"
+        )
+    return limits
 
 
-def check(rollout: Rollout, objective: Objective) -> None:
-    """Raises UserError for options that the signature cannot rule out."""
+def check(rollout: Rollout, objective: Objective | None) -> None:
+    """Raises UserError for options that the signature cannot rule out; no objective: no stage learns from rollouts."""
     rules = (
         ("group", rollout.group >= 1, "must be at least 1"),
-        ("temperature", rollout.temperature > 0, "must be above 0"),
+        ("temperature", 0 < rollout.temperature < math.inf, "must be above 0, and finite"),
+        ("tags", len(set(rollout.tags)) == len(rollout.tags), "name every tag once"),
         ("slots", rollout.slots is None or rollout.slots >= 1, "must be at least 1, or None for all rows"),
         ("refill", rollout.refill >= 0, "must not be negative"),
         ("filter", rollout.filter >= 0, "must not be negative"),
@@ -219,6 +245,8 @@ def check(rollout: Rollout, objective: Objective) -> None:
     for key, holds, remedy in rules:
         if not holds:
             raise UserError(f"config.rollout.{key}={getattr(rollout, key)}: {remedy}")
+    if objective is None:
+        return
     try:
         greedy = np.zeros(1, np.float32) if objective.name == "remax" else None
         objective.advantages(np.zeros((1, rollout.group), np.float32), greedy)

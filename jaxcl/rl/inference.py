@@ -63,7 +63,9 @@ class Bench(NamedTuple):
         found = self.measure(params, [self.own])
         loss = {domain: one[self.own]["drift"] for domain, one in found.items()}
         accuracy = {domain: one[self.own]["greedy"] for domain, one in found.items()}
-        return {"loss": loss, "bits_per_byte": {}, "accuracy": accuracy, "inference": _inference(found)}
+        failed = {domain: one[self.own]["failed"] for domain, one in found.items() if one[self.own]["failed"]}
+        scores = {"loss": loss, "bits_per_byte": {}, "accuracy": accuracy, "inference": _inference(found)}
+        return scores | ({"failed": failed} if failed else {})  # answers that could not be judged
 
     def compare(self, params: Params) -> Scores:
         """Returns inference, entropy and drift of every domain in all modes."""
@@ -91,10 +93,13 @@ class Bench(NamedTuple):
         kind, token, nll = meshes.fetch(mode.greedy(params, *shown, chunk.gold, chunk.used, step))
         drawn, drawn_token, entropies, inside = meshes.fetch(mode.sample(params, *shown, step))
         right = chunk.numbers >= 0
-        rewards = self.judge(np.repeat(chunk.numbers, self.samples), drawn, drawn_token).rewards
+        each = np.repeat(chunk.numbers, self.samples)
+        found, best = self.judge(each, drawn, drawn_token), self.judge(chunk.numbers, kind, token)
+        solved = self.judge.right(each, found.rewards)
         return {
-            "greedy": self.judge(chunk.numbers, kind, token).rewards[right],
-            "sample": rewards.reshape(len(right), self.samples)[right],
+            "greedy": self.judge.right(chunk.numbers, best.rewards)[right],
+            "sample": solved.reshape(len(right), self.samples)[right],
+            "failed": np.array([sum(found.events.values()) + sum(best.events.values())]),
             "nll": nll[right],
             "entropy": entropies.reshape(len(right), self.samples, -1)[right],
             "inside": inside.reshape(len(right), self.samples, -1)[right],
@@ -103,13 +108,14 @@ class Bench(NamedTuple):
     def summary(self, pieces: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         """Returns the figures of all pieces."""
         whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        correct = (whole["sample"] >= 1).sum(axis=1)
+        correct = whole["sample"].sum(axis=1)
         ks = [k for k in (1, 4, 16, 64, 256) if k <= self.samples]
         passed = {str(k): float(evaluate.pass_at(k, np.full_like(correct, self.samples), correct).mean()) for k in ks}
         width = whole["entropy"].shape[-1]
         profile = evaluate.entropy_profile(whole["entropy"].reshape(-1, width), whole["inside"].reshape(-1, width))
         return {
-            "greedy": float((whole["greedy"] >= 1).mean()),
+            "greedy": float(whole["greedy"].mean()),
+            "failed": int(whole["failed"].sum()),
             "sample": passed,
             "drift": float(np.sum(whole["nll"][:, 0]) / np.sum(whole["nll"][:, 1])),
             "entropy": [float(x) for x in profile if np.isfinite(x)],

@@ -60,6 +60,12 @@ class Judge:
             message = message or verdicts.message
         return Verdicts(rewards, events, message)
 
+    def right(self, numbers: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+        """Returns which rewards, float [R], are those of right answers to the problems `numbers`, bool [R]."""
+        least = np.array([one.verifier.right for one in self.problems])
+        domain = np.searchsorted(self.first, numbers, side="right") - 1
+        return (numbers >= 0) & (rewards >= least[np.clip(domain, 0, len(least) - 1)])
+
     def texts(self, kind: np.ndarray, token: np.ndarray) -> list[str]:
         """Returns what was drawn and forced in each row, as text."""
         assert self.decode is not None

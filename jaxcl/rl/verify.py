@@ -7,6 +7,7 @@ comes from a model is untrusted: nothing here evaluates it, powers are not compu
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,11 @@ class Verifier(NamedTuple):
     options: dict[str, Any]
     cheap: bool  # safe and quick enough for the training process
 
+    @property
+    def right(self) -> float:
+        """Least reward of a right answer: `scale`, if the function has such an option, else 1."""
+        return float(self.options.get("scale", 1.0))
+
     def score(self, gold: Answer, answer: Answer) -> float:
         """Returns the reward, as the function gives it; nothing is caught."""
         return function(self.place)(gold, answer, **self.options)
@@ -48,6 +54,10 @@ def make(name: str, **options: Any) -> Verifier:
     if ":" not in name and name not in OWN:
         raise UserError(f"config.verifier.name={name!r}: no such verifier{nearest(name, [*OWN])}, or 'module:function'")
     schema.check(function(place), options, field="verifier", positional=2)
+    try:
+        inspect.signature(function(place)).bind(None, None, **options)
+    except TypeError as error:
+        raise UserError(f"config.verifier.name={name!r}: is called as function(gold, answer): {error}") from error
     return Verifier(place, dict(options), ":" not in name and name != "math")
 
 

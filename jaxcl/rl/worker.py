@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxcl.rl import verify
 
+LARGEST = 3.4e38  # of a float32; NaN and what is beyond are no rewards
 _GRACE = 2  # seconds beyond the time that the pool gives an answer
 
 
@@ -65,7 +66,7 @@ def rewarded(function: verify.Reward, request: Mapping[str, Any], options: Mappi
         return {"event": "memory"}
     except (Exception, SystemExit) as error:
         return {"event": "error", "message": " ".join(f"{type(error).__name__}: {error}"[:200].split())}
-    return {"reward": reward} if math.isfinite(reward) else {"event": "value", "message": f"reward {reward}"}
+    return {"reward": reward} if abs(reward) <= LARGEST else {"event": "value", "message": f"reward {reward}"}
 
 
 def _say(replies: Any, reply: Mapping[str, Any]) -> None:

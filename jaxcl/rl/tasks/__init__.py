@@ -130,6 +130,8 @@ def split(groups: np.ndarray, share: float, seed: int, *, field: str) -> tuple[n
     Raises:
       UserError: a part would be empty.
     """
+    if not 0 < share < 1:
+        raise UserError(f"config.{field}={share}: must lie between 0 and 1, a share of the problems")
     unique, member = np.unique(groups, return_inverse=True)
     count = round(share * len(unique))
     if not 0 < count < len(unique):
