@@ -272,7 +272,8 @@ def test_loaded_parameters_are_those_of_the_rest():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
     loaded = found.load(jax.random.key(2), shapes)
     jax.tree.map(np.testing.assert_array_equal, gate.without(loaded), given)
-    jax.tree.map(np.testing.assert_array_equal, loaded["gate"], found.model.init(jax.random.key(2))["gate"])
+    fresh = found.model.init(jax.random.key(2))["gate"]  # not compiled: the logarithms round differently
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), loaded["gate"], fresh)
     assert network.gated(network.Network(model, None, None)).load is None
 
 
