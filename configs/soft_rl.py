@@ -3,7 +3,7 @@
 Task:     digits d1 d2 d3 from 1 to 20; the smallest sum +-d1 +-d2 +-d3 that is not negative. Guessing by parity: 26 %.
 Claim:    RLOO with soft thoughts raises what sampled soft thoughts solve, and more so what HARD thoughts solve.
 Command:  python -m jaxcl.main --config=configs/soft_rl.py --workdir=runs/soft_rl
-          --config.policy=hard|"soft(temperature=1.0)"|fuzzy|"mts(count=3)"|dirichlet|gumbel
+          --config.policy=hard|"soft(temperature=1.0)"|fuzzy|"mts(count=3)"|dirichlet|gumbel|hrpo
           --config.objective=rloo|grpo|dr_grpo|dapo|gspo|cispo|remax
 Expected: report.html in the workdir; numbers, seeds and time in experiments/soft_rl/README.md.
 """

@@ -119,6 +119,7 @@ def _of_problems(
     network = networks.make(model, practice.words, practice.length, adapter)
     if network.shape is None:
         raise UserError(f"config.model.name={model.get('name')!r}: thoughts are fed to a transformer; choose that")
+    network = networks.gated(network) if practice.policy.gated else network
     return Domains(network, practice.corpora, practice)
 
 

@@ -17,6 +17,7 @@ from jaxcl.hf import peft, read
 from jaxcl.models import lora, transformer
 from jaxcl.models.config import Config, resolve
 from jaxcl.random import named
+from jaxcl.rl import gate
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Params, PyTree
 
@@ -147,6 +148,25 @@ def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Netw
     if len(found) != 2 or found[1] < classes:
         raise UserError(f"config.model: gives logits {found[1:]}, but there are {classes} classes; set its option")
     return Network(model, None, None)
+
+
+def gated(base: Network) -> Network:
+    """Returns a transformer with the gate of HRPO, which starts anew if the rest is loaded.
+
+    Raises:
+      UserError: it has an adapter.
+    """
+    if base.adapter is not None:
+        raise UserError("config.adapter: 'hrpo' trains a gate beside the whole model; leave the adapter out")
+    model, below = gate.gated(base.model), base.load
+
+    def load(key: Key, abstract: PyTree) -> Params:
+        assert below
+        places = jax.tree.map(lambda x: x.sharding, abstract[gate.NAME])
+        fresh = jax.jit(lambda: model.init(key)[gate.NAME], out_shardings=places)()
+        return {**below(key, gate.without(abstract)), gate.NAME: fresh}
+
+    return base._replace(model=model, load=load if below else None)
 
 
 def _adapted(base: Network, options: Mapping[str, Any]) -> Network:

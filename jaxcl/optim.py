@@ -26,7 +26,7 @@ from jaxcl.tree import map_named, named_leaves
 from jaxcl.types import Params, PyTree
 
 # Not decayed unless told otherwise: decay pulls weights to 0, which is no neutral value for gains, offsets and tables.
-NO_DECAY = ("norm", "bias", "scale", "embed")
+NO_DECAY = ("norm", "bias", "scale", "embed", "^gate/decay$")
 
 
 def _check_options(options: Mapping[str, Any], field: str) -> None:
@@ -57,7 +57,7 @@ def make(
       lr: learning rate or schedule of the number of finished updates.
       name: adamw, adam, lion or sgd.
       clip: global norm that the gradient of the trainable parameters is scaled down to; None = no clipping.
-      no_decay: patterns of parameters without weight decay; None = norms, biases, scales, embeddings.
+      no_decay: patterns of parameters without weight decay; None = norms, biases, scales, embeddings, Lambda of a gate.
       frozen: patterns of parameters that are not trained; they have no optimiser state and do not count in `clip`.
       multipliers: pattern -> factor on the learning rate; where several match, their product.
       field: the configuration field, for messages.

@@ -123,6 +123,11 @@ def make(
     size = table.size_of(every, form, words)
     policies = {one.name: one for one in (policy_of(mode, "rollout.modes") for mode in rollout.modes)}
     policies = {policy.name: policy} | policies | {policy.name: policy}  # the run's own goes before one of its name
+    for name, one in policies.items():
+        if one.gated and not policy.gated:
+            raise UserError(
+                f"config.rollout.modes: {name} needs a gate; train with config.policy='hrpo', or leave it out"
+            )
     how = {"workers": rollout.workers, "timeout": rollout.timeout, "memory": rollout.memory}
     try:
         pools = [Pool(one.verifier, **how) for one in every]

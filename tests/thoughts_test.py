@@ -14,6 +14,7 @@ B, L, V, D = 4, 3, 11, 6
 KEY = jax.random.key(5)
 OPTIONS = {
     "hard": {"temperature": 0.8},
+    "hrpo": {"temperature": 0.8},
     "soft": {},
     "fuzzy": {},
     "none": {},
@@ -52,7 +53,8 @@ def test_what_is_fed_and_recorded(label):
     assert policy.soft == (label != "hard") == ("thought" in record)
     assert policy.name == label.split("-")[0]
     np.testing.assert_array_equal(fed, record["thought"] if policy.soft else table[record["token"]])
-    if policy.soft:
+    assert policy.gated == (label == "hrpo")
+    if policy.soft and not policy.gated:
         np.testing.assert_array_equal(record["token"], np.argmax(logits, axis=-1))
     again, found, (mean, still) = jax.jit(
         lambda: (policy.feed(table, record), policy.log_prob(logits, table, record), policy.greedy(logits, table))
@@ -68,7 +70,7 @@ def test_what_is_fed_and_recorded(label):
 def test_a_mixture_is_what_is_fed(label):
     policy = policy_of(label)
     logits, table = case()
-    assert (policy.mixture is None) == (policy.name in ("hard", "soft", "fuzzy", "none"))
+    assert (policy.mixture is None) == (policy.name in ("hard", "soft", "fuzzy", "none", "hrpo"))
     if policy.mixture is None:
         return
     fed, record = drawer(label)(logits, table, KEY)
@@ -109,11 +111,12 @@ def test_shapes_and_dtypes(label, dtype, shape):
 def test_keys(label):
     logits, table = case()
     (fed, record), (again, same) = drawer(label)(logits, table, KEY), drawer(label)(logits, table, KEY)
-    other, _ = drawer(label)(logits, table, jax.random.key(6))
+    drawn = (lambda pair: table[pair[1]["token"]]) if label == "hrpo" else (lambda pair: pair[0])  # beside its token
+    other = drawn(drawer(label)(logits, table, jax.random.key(6)))
     np.testing.assert_array_equal(fed, again)
     jax.tree.map(np.testing.assert_array_equal, record, same)
-    assert bool(np.any(np.asarray(fed) != np.asarray(other))) == (label != "none")
-    equal, _ = drawer(label)(jnp.asarray(np.broadcast_to(logits[:1, :1], logits.shape)), table, KEY)
+    assert bool(np.any(np.asarray(drawn((fed, record))) != np.asarray(other))) == (label != "none")
+    equal = drawn(drawer(label)(jnp.asarray(np.broadcast_to(logits[:1, :1], logits.shape)), table, KEY))
     if label != "none":  # rows with equal logits differ from each other
         assert len(np.unique(np.asarray(equal).reshape(B * L, D), axis=0)) > 2
 
@@ -175,6 +178,8 @@ def test_padding_has_no_nan(label):
         ("soft", {"norm": "row"}, "norm='row': expected 'coordinate' or 'vector'"),
         ("fuzzy", {"temperature": -1e-4}, "temperature=-0.0001: must be positive"),
         ("none", {"gamma": 0.1}, "config.policy.gamma: unknown key"),
+        ("hrpo", {"temperature": 0.0}, "config.policy temperature=0.0: must be positive"),
+        ("hrpo", {"gamma": 0.1}, "config.policy.gamma: unknown key"),
         ("mts", {"count": 0}, "count=0: must be at least 1"),
         ("mts", {"count": 1.5}, "count=1.5: expected int"),
         ("mts", {"ratio": "mean"}, "ratio='mean': expected 'product' or 'geometric'"),

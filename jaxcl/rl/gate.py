@@ -5,17 +5,82 @@ r"""The gate of HRPO: the embedding of a drawn token, and as much of the mean em
 
 The token is drawn as by `thoughts.hard` and its log-probability is that of `thoughts.hard`: what is fed is a function
 of it, so that any objective on tokens holds. Source: Yue et al. 2025, 2505.18454, equations 3 and 4.
+
+`gated` gives a model a gate, which lies beside its other parameters as "gate". The paper trains the model at a rate of
+5e-6, the kernels of the gate at 1e-4 and Lambda at 1e-3; with a schedule for the model that is
+
+  config.optim.multipliers = {"^gate/(recurrent|input)/": 20.0, "^gate/decay$": 200.0}
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from jaxcl.models.layers import lookup
+from jaxcl.random import named
 from jaxcl.rl import thoughts
-from jaxcl.types import Params
+from jaxcl.schema import UserError
+from jaxcl.types import Batch, Key, Model, Output, Params
 
 DECAY = 8.0  # the paper's constant c
+MOST = 0.999  # largest a^2 that a gate starts at
+NAME = "gate"  # of the gate among the parameters of a model
+
+
+def gated(model: Model, *, least: float = 0.98) -> Model:
+    """Returns `model` with a gate: what it is given of a token where `batch.extra` says so.
+
+    Where `soft` holds, bool [B, L], the input is gate(E[token], mixture), of the columns `inputs` and `mixture`
+    [B, L, D]: differentiable in the gate and in the table E, while the mixture is data. All else is as without a gate,
+    also the columns `thought`, `shares` and `support`.
+
+    Kernels and biases start at 0 and Lambda so that a^2 is uniform between `least` and 0.999, drawn for every
+    coordinate (the reference code: with kernels that are not 0, so that a varies about that).
+
+    Args:
+      model: one whose parameters have the table as "embedding", [V, D], such as the transformer.
+      least: a is at least this at the start, in (0, 0.999).
+
+    Raises:
+      UserError: `least` out of range, or a model without a table.
+    """
+    if not 0 < least < MOST:
+        raise UserError(f"least={least}: the gate starts between it and {MOST}; choose one in (0, {MOST})")
+    shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+    if not isinstance(shapes, Mapping) or "embedding" not in shapes:
+        raise UserError("config.model: has no table of embeddings, which the gate of hrpo needs; choose a transformer")
+    width = shapes["embedding"].shape[1]
+
+    def init(key: Key) -> Params:
+        square = jax.random.uniform(named(key, NAME), (width,), jnp.float32, least, MOST)
+        fresh: Params = {
+            name: {"kernel": jnp.zeros((width, width), jnp.float32), "bias": jnp.zeros((width,), jnp.float32)}
+            for name in ("recurrent", "input")
+        }
+        return {**model.init(key), NAME: {**fresh, "decay": -jnp.log(jnp.expm1(-jnp.log(square) / DECAY))}}
+
+    def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
+        extra = dict(batch.extra)
+        if (mixed := extra.pop("mixture", None)) is not None:
+            where = extra["soft"][..., None]
+            # Elsewhere a token may be none and the mixture anything: 0 * NaN would reach the gradients.
+            e = jnp.where(where, lookup(params["embedding"], batch.inputs), 0)
+            extra["thought"] = gate(params[NAME], e, jax.lax.stop_gradient(jnp.where(where, mixed, 0)))
+        return model.apply(without(params), dataclasses.replace(batch, extra=extra), cache)
+
+    # One of the two axes of a kernel may be cut; the name can stand there once.
+    affine = {"kernel": ("embed", None), "bias": ("embed",)}
+    return Model(init, apply, {**model.axes, NAME: {"recurrent": affine, "input": affine, "decay": ("embed",)}})
+
+
+def without(params: Params) -> Params:
+    """Returns the parameters less those of the gate."""
+    return {name: leaf for name, leaf in params.items() if name != NAME}
 
 
 def gate(params: Params, token_embedding: jax.Array, mixture: jax.Array) -> jax.Array:

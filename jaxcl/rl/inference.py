@@ -233,7 +233,7 @@ def _mode(mesh: jax.sharding.Mesh, model: Model, policy: Policy, explorer: Explo
 
 def _inputs(rows: Batch) -> Batch:
     """Returns the rows with no columns but those a model reads."""
-    names = ("soft", "thought", "support", "shares")
+    names = ("soft", "thought", "mixture", "support", "shares")
     return dataclasses.replace(rows, extra={name: rows.extra[name] for name in names if name in rows.extra})
 
 

@@ -75,7 +75,7 @@ def sample(
     """Draws `group` completions of every prompt. Pure: jit it with all but the arrays fixed.
 
     Args:
-      model: takes `cache`, `extra["thought"]` and `extra["soft"]`, and gives `embedding`, as the transformer does.
+      model: takes `cache`, `extra["soft"]` and `extra[policy.column]`, and gives `embedding`, as the transformer does.
       params: its parameters.
       prompts: int32 [N, P], padded on the left.
       segments: int32 [N, P]: 0 = padding, 1 = prompt.
@@ -97,7 +97,7 @@ def sample(
 
     def feed(drawn: dict[str, Any], request: jax.Array, step: jax.Array, cache: Any) -> Output:
         place = lengths[jnp.clip(request, 0) // group] + step
-        return _feed(model, params, drawn, request >= 0, place, cache)
+        return _feed(model, params, policy.column, drawn, request >= 0, place, cache)
 
     def begin(state: dict[str, Any]) -> dict[str, Any]:
         return _begin(state, first, limits, size)
@@ -232,13 +232,15 @@ def _insert(cache: Any, prompts: Any, source: jax.Array, taken: jax.Array, lengt
     )
 
 
-def _feed(model: Model, params: Params, drawn: dict[str, Any], live: jax.Array, place: jax.Array, cache: Any) -> Output:
+def _feed(
+    model: Model, params: Params, column: str, drawn: dict[str, Any], live: jax.Array, place: jax.Array, cache: Any
+) -> Output:
     """Returns what the model says after what was drawn."""
     token, inside = drawn["token"][:, None], live.astype(jnp.int32)[:, None]
     extra = {}
     if "thought" in drawn["record"]:
         soft = live & (drawn["kind"] == THOUGHT)
-        extra = {"thought": drawn["record"]["thought"][:, None], "soft": soft[:, None]}
+        extra = {column: drawn["record"]["thought"][:, None], "soft": soft[:, None]}
     weights = jnp.zeros(token.shape, jnp.float32)
     batch = Batch(token, token, weights, inside, place[:, None], jnp.zeros(token.shape[:1], jnp.int32), extra)
     return model.apply(params, batch, cache=cache)

@@ -31,8 +31,9 @@ def batch(policy: Policy, rollouts: Rollouts, prompts: jax.Array, segments: jax.
       Rows of L = P + T - 1 places. `targets` are the tokens that were drawn, `weights` 1 where something was drawn and
       not forced. `extra`: `kind` int8 [R, L], `behaviour` float32 [R, L] the sampler's log-probability, `soft` bool
       [R, L] where no token was fed, `thought` [R, L, D] what was instead, and `record_*`, the policy's record. If the
-      policy mixes tokens, `support` int32 [R, L, S] (not if S = V) and `shares` float32 [R, L, S] say what was fed,
-      and there are neither `thought` nor `record_thought`; greedy thoughts are data.
+      policy is gated, `mixture` [R, L, D] stands for `thought` and is fed beside the token. If the policy mixes tokens,
+      `support` int32 [R, L, S] (not if S = V) and `shares` float32 [R, L, S] say what was fed, and there are neither
+      `thought` nor `record_thought`; greedy thoughts are data.
     """
     group = rollouts.kind.shape[0] // prompts.shape[0]
     width = prompts.shape[1]
@@ -56,7 +57,9 @@ def batch(policy: Policy, rollouts: Rollouts, prompts: jax.Array, segments: jax.
         support, shares = policy.mixture(record)
         extra |= {"shares": fed(shares)} | ({} if support is None else {"support": fed(support)})
     elif policy.soft:
-        extra["thought"] = fed(record["thought"])
+        extra[policy.column] = fed(record["thought"])
+        if policy.gated:
+            del record["thought"]  # no part of the density
     extra |= {f"record_{name}": drawn(x) for name, x in record.items()}
     return Batch(
         inputs=jnp.concatenate([shown, rollouts.token[:, :-1]], axis=1),

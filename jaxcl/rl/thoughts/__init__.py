@@ -24,12 +24,14 @@ Record = dict[str, jax.Array]  # what was drawn and fed; every array starts with
 class Policy(NamedTuple):
     """A distribution over the next input of the model, given logits [..., V] and the embedding table [V, D].
 
-    Every record has `token`, int32 [...]: the token drawn if the policy is hard, else the argmax of the logits (the
-    shadow that stop phrases are looked for in). Soft ones have `thought` [..., D]: what was fed, in the table's dtype.
+    Every record has `token`, int32 [...]: the token drawn if the policy is hard or gated, else the argmax of the
+    logits (the shadow that stop phrases are looked for in). Soft ones have `thought`
+    [..., D]: what was fed, in the table's dtype.
 
     `log_prob` and `feed` stop the gradient of the record. Both are differentiable in the table, where the density or
     the input depends on it. Policies with a `mixture` compose their input of rows of the table. A training pass that
     feeds `record["thought"]` instead has the same values, and lacks the gradient through the table.
+    What a gated policy calls fed is the `thought` that a gate of the model mixes with the token (`jaxcl.rl.gate`).
     A record of zeros, as in padding, has a finite density with a finite gradient.
     """
 
@@ -42,10 +44,16 @@ class Policy(NamedTuple):
     fused: Callable[[jax.Array, jax.Array, jax.Array, Record], jax.Array] | None = None
     # (hidden [..., D], head [D, V], table, record) -> float32 [...]: log_prob without logits [..., V]
     mixture: Callable[[Record], Mixture] | None = None  # of a sampled record: what `feed` sums; None: it sums no rows
+    gated: bool = False  # whether the model is given the token and the thought, and not one of them
+
+    @property
+    def column(self) -> str:
+        """Returns the column of a batch that thoughts are fed in."""
+        return "mixture" if self.gated else "thought"
 
 
 def make(name: str, **options: Any) -> Policy:
-    """Returns the policy `name` of this package: hard, soft, fuzzy, none, mts, dirichlet or gumbel.
+    """Returns the policy `name` of this package: hard, soft, fuzzy, none, mts, dirichlet, gumbel or hrpo.
 
     Raises:
       UserError: no such policy, unknown option, wrong type or value out of range.
