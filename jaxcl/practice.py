@@ -150,14 +150,18 @@ def one_of(given: Any, field: str) -> dict[str, Any]:
     return parts[0]
 
 
-def check_method(practice: Practice, objective: Any, method: Any) -> None:
-    """Raises UserError if an option needs a part of the method that is not there."""
+def check(practice: Practice | None, options: Options, method: Any, alignment: bool) -> None:
+    """Raises UserError if an option needs a part of the method that is not there, or has no meaning for problems."""
+    if practice is None:
+        return
+    if alignment:
+        raise UserError("config.evaluation.alignment=True: compares losses of text; leave it out for problems")
     entries = schema.parse(method, field="method") if isinstance(method, str) else method
     entries = [entries] if isinstance(entries, Mapping) else entries
     names = {entry.get("name") for entry in entries if isinstance(entry, Mapping)}
     if practice.rollout.demonstrations and "chord" not in names:
         raise UserError("config.rollout.demonstrations=True: nothing learns from them; add chord to config.method")
-    kl = one_of(objective, "objective").get("kl") if objective else None
+    kl = one_of(options.objective, "objective").get("kl") if options.objective else None
     if kl and "reference" not in names:
         raise UserError(f"config.objective kl={kl}: the divergence is from a reference; add reference to config.method")
 

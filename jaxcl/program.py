@@ -107,11 +107,8 @@ def build(
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
     own = practice.Options(policy, objective, rollout)
-    if chosen.alignment and domains.practising(sources):
-        raise UserError("config.evaluation.alignment=True: compares losses of text; leave it out for problems")
     made = domains.make(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
-    if made.practice:
-        practice.check_method(made.practice, objective, method)
+    practice.check(made.practice, own, method, chosen.alignment)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}
     ready = plans.make(devices, made.network, stream=stream, **learning)
