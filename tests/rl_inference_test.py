@@ -40,7 +40,7 @@ def parts(**rollout):
 def after(model, params, prompts, fed=None):
     """Returns the log-probabilities after each prompt, [n, V], and after what is fed behind it, [n, D]."""
     n, length = prompts.shape
-    tokens = np.concatenate([prompts, np.zeros((n, fed is not None), np.int32)], axis=1)
+    tokens = np.concatenate([prompts, np.zeros((n, int(fed is not None)), np.int32)], axis=1)
     ones = np.ones_like(tokens)
     places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     inputs = params["embedding"][tokens]
@@ -139,19 +139,22 @@ def bench_of(samples, judge=None):
 
 
 def test_summaries_count_problems_tokens_and_live_thoughts_alike():
-    """What is rewarded below 1, for a form, is not solved; longer answers count for as many tokens as they have."""
+    """Longer answers count for as many tokens as they have, chains for as many thoughts."""
     nan = np.nan
     pieces = [
-        {"greedy": np.array([1.0, 0.1]), "sample": np.array([[1, 0.1, 0, 0], [0.1, 0.1, 0.1, 0.1]])}
+        {"greedy": np.array([True, False]), "sample": np.array([[True, False, False, False], [False] * 4])}
+        | {"failed": np.array([2])}
         | {"nll": np.array([[2.0, 1], [9.0, 3]]), "entropy": np.array([[[1.0, 2.0]] * 4, [[3.0, nan]] * 4])}
         | {"inside": np.array([[[1, 1]] * 4, [[1, 0]] * 4])},
-        {"greedy": np.array([0.0]), "sample": np.array([[1.0, 1, 0, 0]]), "nll": np.array([[1.0, 2]])}
+        {"greedy": np.array([False]), "sample": np.array([[True, True, False, False]]), "nll": np.array([[1.0, 2]])}
+        | {"failed": np.array([1])}
         | {"entropy": np.array([[[5.0, nan]] * 4]), "inside": np.array([[[1, 0]] * 4])},
     ]
     made = bench_of(4).summary(pieces)
     assert made["greedy"] == pytest.approx(1 / 3)
     assert made["sample"] == pytest.approx({"1": (1 / 4 + 0 + 1 / 2) / 3, "4": 2 / 3})
     assert made["drift"] == pytest.approx(12 / 6)
+    assert made["failed"] == 3
     assert made["entropy"] == pytest.approx([3.0, 2.0])
 
 
@@ -159,9 +162,14 @@ def test_samples_belong_to_their_problems_and_filled_rows_count_for_nothing():
     chunk = inference.Chunk(np.array([7, 9, -1]), *(np.zeros((3, 1), np.int32),) * 4)
     asked, steps = [], []
 
-    def judge(numbers, kind, token):
-        asked.append((numbers.tolist(), token[:, 0].tolist()))
-        return types.SimpleNamespace(rewards=np.where(numbers >= 0, numbers + token[:, 0] / 100, 0))
+    class Judge:
+        def __call__(self, numbers, kind, token):
+            asked.append((numbers.tolist(), token[:, 0].tolist()))
+            rewards = np.where(numbers >= 0, numbers + token[:, 0] / 100, 0)
+            return types.SimpleNamespace(rewards=rewards, events={"error": 1, "timeout": 2})
+
+        def right(self, numbers, rewards):
+            return rewards * 10  # told apart from the rewards
 
     def greedy(params, prompts, segments, gold, used, step):
         steps.append(int(step))
@@ -172,11 +180,12 @@ def test_samples_belong_to_their_problems_and_filled_rows_count_for_nothing():
         wide = np.arange(12.0)[:, None]  # one thought of 3 problems x 4 samples
         return np.zeros((12, 1)), np.arange(12)[:, None], wide, np.ones_like(wide)
 
-    found = bench_of(4, judge).piece(None, inference.Mode(greedy, sample), chunk, 5)
+    found = bench_of(4, Judge()).piece(None, inference.Mode(greedy, sample), chunk, 5)
     assert asked == [([7] * 4 + [9] * 4 + [-1] * 4, list(range(12))), ([7, 9, -1], [0, 1, 2])]
     assert steps == [5, 5]
-    np.testing.assert_allclose(found["greedy"], [7, 9.01])
-    np.testing.assert_allclose(found["sample"], [[7, 7.01, 7.02, 7.03], [9.04, 9.05, 9.06, 9.07]])
+    np.testing.assert_allclose(found["greedy"], [70, 90.1])
+    np.testing.assert_allclose(found["sample"], [[70, 70.1, 70.2, 70.3], [90.4, 90.5, 90.6, 90.7]])
+    assert found["failed"] == [6]
     np.testing.assert_allclose(found["nll"][:, 0], [1, 2])
     np.testing.assert_allclose(found["entropy"][:, :, 0], [[0, 1, 2, 3], [4, 5, 6, 7]])
 

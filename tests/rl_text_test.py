@@ -92,6 +92,23 @@ def test_a_judge_that_throws_hangs_or_says_nan_costs_the_sample_and_is_counted(f
         assert np.isfinite(record["loss"])
 
 
+def test_only_the_full_reward_is_a_right_answer(folder):
+    """The paper's rewards: 100 for a right answer, 10 for a wrong one in a box."""
+    given = settings(folder)
+    given["sources"]["sums"]["verifier"] = {"name": "boxed", "scale": 100.0, "partial": 0.1}
+    made = rl_small.build(given)
+    explorer, words = made.rollouts.explorer, made.rollouts.practice.words
+    gold = made.rollouts.practice.problems["sums"].gold(0)
+    texts = ["\\boxed{" + gold + "}", "\\boxed{99}", gold, ""]
+    token, kind = np.zeros((4, 20), np.int32), np.zeros((4, 20), np.int8)
+    for row, text in enumerate(texts):
+        numbers = words.encode(text)
+        token[row, : len(numbers)], kind[row, : len(numbers)] = numbers, ANSWER
+    found = explorer.rewards(kind, token, np.array([0]))
+    assert found.values.tolist() == [[100, 10, 0, 0]]
+    assert found.right.tolist() == [[True, False, False, False]]
+
+
 def test_tags_have_a_share_of_the_reward_that_falls(folder):
     made = rl_small.build(settings(folder, rollout__tags=["a"], rollout__tags_share=[1.0, 0.0], rollout__tags_steps=4))
     explorer, words = made.rollouts.explorer, made.rollouts.practice.words

@@ -100,17 +100,11 @@ def random_problems(shape: Shape):
     )
 
 
-def jaxcl_step(shape: Shape, policy: str):
-    """Returns a function that takes one whole step and returns what it took, and the versions."""
-    import flax
-    import jax
+def practice_of(shape: Shape, policy: str):
+    """Returns what is drawn and rewarded: odd tokens are right."""
     import numpy as np
-    import optax
 
-    from jaxcl import compose, optim, practice
-    from jaxcl import mesh as meshes
-    from jaxcl.data.rows import batch_of
-    from jaxcl.models import transformer
+    from jaxcl import practice
     from jaxcl.rl.judge import Judge
     from jaxcl.rl.pool import EVENTS, Verdicts
 
@@ -120,13 +114,28 @@ def jaxcl_step(shape: Shape, policy: str):
         def __call__(self, numbers, kind, token):
             return Verdicts((token[:, -1] % 2).astype(np.float32), dict.fromkeys(EVENTS, 0), None)
 
-    sizes = {name: getattr(shape, name) for name in ("vocab", "layers", "embed", "heads", "mlp")}
-    more = {"compute_dtype": "bfloat16"} if shape.gpu else {"unroll": shape.layers}
-    model = transformer.make(**sizes, tied=True, **more)
     problems = random_problems(shape)
     options = practice.Options(policy, "grpo", {"group": shape.group, "thoughts": shape.drawn - 1, "answer": 1})
     own = practice.make({"random": problems._replace(held_out=problems)}, None, [{}], options)
-    own = own._replace(judge=Odd([problems], own.judge.pools))
+    return own._replace(judge=Odd([problems], own.judge.pools))
+
+
+def jaxcl_step(shape: Shape, policy: str):
+    """Returns a function that takes one whole step and returns what it took, and the versions."""
+    import flax
+    import jax
+    import numpy as np
+    import optax
+
+    from jaxcl import compose, optim
+    from jaxcl import mesh as meshes
+    from jaxcl.data.rows import batch_of
+    from jaxcl.models import transformer
+
+    sizes = {name: getattr(shape, name) for name in ("vocab", "layers", "embed", "heads", "mlp")}
+    more = {"compute_dtype": "bfloat16"} if shape.gpu else {"unroll": shape.layers}
+    model = transformer.make(**sizes, tied=True, **more)
+    own = practice_of(shape, policy)
     explorer, rows_of = own.explorer(meshes.make(), model, 0), own.corpora()["random"].train
     spent, compiled, draw = {}, [], np.random.default_rng(1)
 
