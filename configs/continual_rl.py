@@ -5,7 +5,7 @@ Claim:    accuracy on earlier tasks after each: supervision of all parameters or
           thoughts, and with CPO.
 Command:  python -m jaxcl.main --config=configs/continual_rl.py:start --workdir=runs/continual_rl/start
           python -m jaxcl.main --config=configs/continual_rl.py --workdir=runs/continual_rl/sweep
-Expected: report.html in the second workdir with accuracy and forgetting of every task. Not measured.
+Expected: report.html in the second workdir; numbers and time in experiments/continual_rl/README.md.
 
 The first command supervises a start on the mixture of all three, which should be right more often than a guesser but
 far from always: --config.stream.stages[0].steps=N. All variants and seeds go on from it (model.start), so that the

@@ -50,7 +50,7 @@ def numbers(run: Run, figures: dict[str, Any]) -> str:
         hint = "points of accuracy, best minus end, earlier domains; 0 is ideal"
         entries.append(("Forgetting", words.nats(100 * average, 1), hint))
     if np.isfinite(signal := recent(run, "signal")):
-        entries.append(("Signal", words.share(signal, 0), f"groups whose rewards differ, last {RECENT} steps"))
+        entries.append(("Signal", words.share(signal, 0), f"groups that teach something, last {RECENT} steps"))
     return page.tiles(entries)
 
 
@@ -64,12 +64,12 @@ def recent(run: Run, column: str) -> float:
 def rewards(run: Run, spans: list[Span]) -> str:
     """Returns the curves of reward, solved and signal."""
     caption = (
-        "Of the rollouts of each step, on training problems. Reward: mean. Solved: problems with at least one reward "
-        "above 0. Signal: groups whose rewards differ; the others teach nothing."
+        "Of the rollouts of each step, on training problems. Reward: mean. Solved: problems with a right answer. "
+        "Signal: groups in which some answer is worth more or less than expected; the others teach nothing."
     )
     failed = run.train.get("failed", np.array([]))
     if count := int(np.nansum(failed)):
-        caption += f" {count:,} answer{'s' if count != 1 else ''} could not be verified (crash or timeout)."
+        caption += f" {count:,} answer{'s' if count != 1 else ''} could not be verified and got no reward."
     return figure(
         _lines(run.train, {"reward": "reward", "solved": "solved", "signal": "signal"}),
         title="Rewards",
