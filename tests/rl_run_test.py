@@ -188,7 +188,7 @@ def test_demonstrations_a_reference_and_an_adapter_in_one_run():
         ({"rollout__group": 1}, r"config\.rollout\.group=1"),
         ({"rollout__ahead": True}, r"config\.rollout\.ahead=True: rloo knows no ratio"),
         ({"evaluation": {"alignment": True}}, r"config\.evaluation\.alignment=True: compares losses of text"),
-        ({"rollout__overlong": 5}, r"config\.rollout\.overlong=5: must be at most 2"),
+        ({"rollout__overlong": 5}, r"config\.rollout\.overlong=5: must be at most the limit of 2 tokens"),
         ({"rollout__stop": ["zzz"]}, r"config\.rollout\.stop='zzz': 'zzz' is no word"),
         ({"rollout__stop": [""]}, r"config\.rollout\.stop=.*an empty phrase"),
         ({"rollout__forced": "zzz"}, r"config\.rollout\.forced='zzz'"),

@@ -233,7 +233,7 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
     assert replayed == 12
     with pytest.raises(UserError, match="a classifier; evaluation, export and merging are for language models"):
         weights.load(tmp_path / "run")
-    with pytest.raises(UserError, match="--vocab=50: the run is a classifier"):
+    with pytest.raises(UserError, match="--vocab=50: only the vocabulary of a run on text can grow"):
         branch.make(tmp_path / "run", tmp_path / "branch", vocab=50)
     for change, text in (
         ({"model": {**settings["model"], "classes": 2}}, r"gives logits \(2,\), but there are 3 classes"),
