@@ -28,7 +28,7 @@ def get_config():
     worked = ({"name": "sft", "steps": steps, "mixture": {"mnns": 1.0}, "learn": "sft"},)
     one_rate = ("schedule.peak", config.schedule.peak[0])
 
-    config.seeds = (2, 3, 4)  # those of the pilot, which chose steps and rates, are 0 and 1
+    config.seeds = (2, 3, 4)  # the pilot, which chose the start, had seed 0
     config.control = "soft"
     config.variants = (
         variant("soft", SOFT),
