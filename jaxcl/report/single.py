@@ -216,12 +216,13 @@ def machinery(run: Run) -> str:
         line = Line("", columns["step"], columns[name], colour, thin=True)
         return figure([line], title=title, x="step", y=unit, spans=shaded, half=True, **more)
 
-    rolled = inference.rolled(run)
-    objective = "objective" if rolled else "nats per token"
+    rolled, paired = inference.rolled(run), "dpo/accuracy" in train
+    objective = "objective" if rolled or paired else "nats per token"
     meant = "Where stages learn by rollouts: the objective, which is no likelihood and need not fall." if rolled else ""
+    meant += " Where they learn from pairs: 0.69 before anything is preferred." if paired else ""
     return "<h2>How the training went</h2>" + page.pairs(
         [
-            one(train, "loss", "Training loss", objective, 0, caption=meant),
+            one(train, "loss", "Training loss", objective, 0, caption=meant.strip()),
             one(train, "lr", "Learning rate", "learning rate", 2, zero=True),
             one(train, "grad_norm", "Gradient norm", "norm", 3, zero=True),
             one(

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl import losses
 from jaxcl import mesh as meshes
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.memory import REPLAYED
@@ -30,7 +31,7 @@ from jaxcl.rl.advantages import Advantages
 from jaxcl.rl.judge import Judge
 from jaxcl.rl.objectives import Objective
 from jaxcl.rl.sample import Limits, Rollouts
-from jaxcl.rl.table import Size
+from jaxcl.rl.table import REJECTED, Size
 from jaxcl.rl.tasks import Problems
 from jaxcl.rl.thoughts import Policy
 from jaxcl.schema import UserError
@@ -357,7 +358,7 @@ def demonstrated(rows: Batch, worked: Batch) -> Batch:
 def loss_of(
     policy: Policy, objective: Objective, temperature: float, limits: Limits, supervised: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns the loss of any rows of a run, (output, batch) -> (sum, weight), and the score of its rollouts.
+    """Returns the loss of any rows of a run, (output, batch) -> (sum, weight), and the score of its rollouts and pairs.
 
     Args:
       policy: of the thoughts.
@@ -366,7 +367,10 @@ def loss_of(
       limits: of the phases of the rollouts.
       supervised: loss of the others.
     """
-    score = teaching.log_probs(policy, temperature=temperature, limits=limits)
+    rolled = teaching.log_probs(policy, temperature=temperature, limits=limits)
+
+    def score(output: Output, rows: Batch) -> jax.Array:
+        return losses.log_probs(output, rows.targets)[0] if REJECTED in rows.extra else rolled(output, rows)
 
     def loss(output: Output, rows: Batch) -> Any:
         if "advantage" in rows.extra:
