@@ -97,8 +97,7 @@ def build(
       microbatches: passes per step; divides the batch.
       seed: of everything that is random.
       policy: of problems: how thoughts are drawn, such as "soft(temperature=1.0)"; see `jaxcl.rl.thoughts`.
-      objective: of problems: how rollouts are valued, such as "rloo" or "grpo(kl=0.04)"; see `jaxcl.rl.objectives`;
-        and how pairs are, "dpo(beta=5.0)", see `jaxcl.rl.supervised`. For stages of both kinds "rloo + dpo".
+      objective: of problems: how rollouts and pairs are valued, "rloo", "dpo(beta=5.0)", "grpo + dpo"; see `jaxcl.rl`.
       rollout: of problems, see `jaxcl.rl.explore.Rollout`.
 
     Raises:

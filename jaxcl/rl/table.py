@@ -2,7 +2,7 @@
 
     form     behind the prompt               what is learned from a row
     prompt   nothing                         what its rollouts earn
-    sft      the discrete chain, the answer  cross-entropy of chain and answer
+    sft      the discrete chain, the answer  cross-entropy of chain and answer, or of the chosen completion
     csft     mixtures of tokens, the answer  divergence of the distributions of thoughts, cross-entropy of the answer
 
 All rows of a run have one shape: prompts are padded on the left, chains on the right. A prompt is the first P places
