@@ -1,6 +1,7 @@
 """Pairs as a stage of the loop: packed rows, loss and gradient of both sides apart, mixtures of stages, bad input."""
 
 import contextlib
+import functools
 import itertools
 import json
 
@@ -118,25 +119,24 @@ def test_generated_pairs_prefer_the_right_answer(options):
 ROWS, ROOM = 8, 24  # of the rows that hold one completion each
 
 
+@functools.cache
+def forward(vocab):
+    """Returns the logits of a model of `settings`."""
+    shape = {"layers": 1, "embed": 16, "mlp": 32, "heads": 2, "kv_heads": 1, "max_length": 64}
+    model = transformer.make(preset="tiny", vocab=vocab, **shape)
+    return jax.jit(lambda params, rows: model.apply(params, rows).logits)
+
+
 def apart(params, pairs, side):
     """Returns logits, targets and weights of one side of the pairs: a row of its own for each, [ROWS, ROOM]."""
-    model = transformer.make(
-        preset="tiny",
-        layers=1,
-        embed=16,
-        mlp=32,
-        heads=2,
-        kv_heads=1,
-        max_length=64,
-        vocab=params["embedding"].shape[0],
-    )
     tokens, used, weights = np.zeros((3, ROWS, ROOM + 1), np.int32)
     for i, (prompt, *tails) in enumerate(pairs):
         end = len(prompt) + len(tails[side])
         tokens[i, :end], used[i, :end], weights[i, len(prompt) : end] = prompt + tails[side], 1, 1
     places = np.broadcast_to(np.arange(ROOM, dtype=np.int32), (ROWS, ROOM))
     columns = tokens[:, :-1], tokens[:, 1:], weights[:, 1:].astype("f"), used[:, :-1], places
-    return model.apply(params, Batch(*columns, np.zeros(ROWS, np.int32))).logits, tokens[:, 1:], weights[:, 1:]
+    rows = Batch(*columns, np.zeros(ROWS, np.int32))
+    return forward(params["embedding"].shape[0])(params, rows), tokens[:, 1:], weights[:, 1:]
 
 
 def oracle(params, reference, pairs, beta, normalise):
@@ -267,7 +267,7 @@ def test_pairs_and_rollouts_in_one_run_and_resume(tmp_path):
     assert ["dpo/accuracy" in one for one in steps] == [True, True, False, False]
     assert ["reward" in one for one in steps] == [False, False, True, True]
     assert [one["weight"] for one in steps[:2]] == [4, 4]
-    assert steps[2]["ewc"] > 0  # the Fisher matrix is not empty
+    assert steps[3]["ewc"] > 0  # the Fisher matrix is not empty
     ends = [record for record in straight if record["kind"] == "eval" and record["boundary"] is not None]
     assert [set(record["inference"]) for record in ends] == [{"three"}] * 3
     ledger = [record for record in straight if record["kind"] == "ledger"][1]["sources"]["three"]
