@@ -76,8 +76,7 @@ def make(
       seed: of the split.
 
     Raises:
-      UserError: no such file or field, an answer that does not fit the form, a prompt that is too long, half a pair, or
-        one whose sides are equal.
+      UserError: no such file or field, an answer that does not fit the form, a prompt that is too long, or half a pair.
     """
     template = template or (CHOICE_TEMPLATE if form == "choice" else TEMPLATE)
     if "{question}" not in template:
@@ -93,16 +92,17 @@ def make(
 
     def read(paths: str | list[str]) -> Problems:
         records = _records(files(paths), fields, sides, problems)
-        items = [
-            _item(place, record, form, names, answer, choices)._replace(pair=_pair(place, record, sides))
-            for place, record in records
-        ]
+        items = [_item(*one, form, names, answer, choices)._replace(pair=_pair(*one, sides)) for one in records]
         made = _problems(items, tokenizer, template, checked, form, longest)
         return made._replace(description=description, licence=licence)
 
-    everything = read(path)
     if isinstance(held_out, (str, list)):
-        return _measured(everything)._replace(held_out=_measured(read(held_out)))
+        return _measured(read(path))._replace(held_out=_measured(read(held_out)))
+    return _divided(read(path), held_out, seed)
+
+
+def _divided(everything: Problems, held_out: float, seed: int) -> Problems:
+    """Returns the problems, a share of them held out."""
     groups = np.unique(everything.prompts, axis=0, return_inverse=True)[1].ravel()  # equal questions stay together
     train, rest = split(groups, held_out, seed, field="task.held_out")
     return _measured(part(everything, train))._replace(held_out=_measured(part(everything, rest)))
