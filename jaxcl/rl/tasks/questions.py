@@ -65,8 +65,7 @@ def make(
       question: field of the question, or several whose texts are joined by a space.
       answer: field of the answer.
       choices: field of the choices: a list of texts, or {"text": [...], "label": [...]}.
-      chosen: field of the completion to be preferred, with `rejected`; a record that has neither is no pair.
-      rejected: field of the other.
+      chosen, rejected: fields of the completion to be preferred and of the other; a record with neither is no pair.
       template: of the prompt, in which {question} is replaced.
       verifier: `name` and options, see `jaxcl.rl.verify.make`; by default that of the form.
       held_out: share of the questions, or other files.
