@@ -115,3 +115,58 @@ def test_the_baseline_of_remax_is_the_reward_of_the_completion_that_argmax_finds
     values = np.asarray(rows.extra["advantage"]).reshape(-1, 4)
     np.testing.assert_allclose(values, rewards.reshape(-1, 4) - base[:, None], atol=1e-6)
     assert np.any(base[:, None] != rewards.reshape(-1, 4))
+
+
+class Failing:
+    """A judge to whom some rows, and a call on fewer rows, are as if the verifier had thrown."""
+
+    def __init__(self, judge, rows, greedy=()):
+        self.judge, self.rows, self.greedy = judge, list(rows), list(greedy)
+        self.right = judge.right
+
+    def __call__(self, numbers, kind, token):
+        found = self.judge(numbers, kind, token)
+        rewards, failed = found.rewards.copy(), found.failed.copy()
+        mine = self.rows if len(numbers) > len(NUMBERS) else self.greedy
+        rewards[mine], failed[mine] = 0, True
+        return found._replace(rewards=rewards, failed=failed, events=found.events | {"error": len(mine)})
+
+
+def valued(objective, rows, greedy=()):
+    """Returns rewards, advantages and shares [N, G] where some rows fail, and what is told."""
+    parts, params = made(objective=objective, policy="hard", group=4)
+    prompts = parts.prompts(NUMBERS)
+    explorer = parts.explorer._replace(judge_rows=Failing(parts.explorer.judge_rows, rows, greedy))
+    rolled = explorer.roll(params, prompts, 1)
+    rewards = parts.explorer.rewards(rolled.kind, rolled.token, NUMBERS).values
+    batch, told = explorer.judge(rolled, prompts, NUMBERS)
+    values, share = (np.asarray(batch.extra[name]).reshape(-1, 4) for name in ("advantage", "share"))
+    return rewards, values, share, told
+
+
+def test_an_answer_that_cannot_be_judged_is_in_no_baseline_and_has_no_weight():
+    rewards, *_ = valued("rloo", ())
+    mixed = int(np.flatnonzero(np.ptp(rewards, axis=1) > 0)[0])
+    lost = int(np.flatnonzero(rewards[mixed] == rewards[mixed].max())[0])
+    rewards, values, share, told = valued("rloo", [4 * mixed + lost])
+    left = np.ones(rewards.shape, bool)
+    left[mixed, lost] = False
+    for row, (r, some) in enumerate(zip(rewards, left, strict=True)):
+        for i in range(4):
+            others = [r[j] for j in range(4) if some[j] and j != i]
+            signal = some[i] and np.ptp(r[some]) > 0
+            assert values[row, i] == pytest.approx(r[i] - np.mean(others) if signal else 0, abs=1e-6)
+            assert share[row, i] == signal
+    assert told["failed"] == 1
+
+
+def test_a_greedy_answer_that_cannot_be_judged_is_no_baseline():
+    _, whole, shares, _ = valued("remax", ())
+    assert np.any(whole[1:3] != 0)
+    row = 1 if np.any(whole[1] != 0) else 2
+    _, values, share, _ = valued("remax", (), [row])
+    assert not np.any(values[row])
+    assert not np.any(share[row])
+    rest = np.arange(len(whole)) != row
+    np.testing.assert_array_equal(values[rest], whole[rest])
+    np.testing.assert_array_equal(share[rest], shares[rest])

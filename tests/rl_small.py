@@ -43,13 +43,7 @@ def config(**overrides):
         "checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 3},
         "tensorboard": False,
     }
-    for key, value in overrides.items():
-        section, _, name = key.partition("__")
-        if name:
-            made[section] = {**made[section], name: value}
-        else:
-            made[section] = value
-    return made
+    return small.overridden(made, overrides)
 
 
 TOTAL = 12
