@@ -46,8 +46,8 @@ class Part(NamedTuple):
     where the weight must not depend on the parameters; a penalty returns (penalty, 1). `project` changes the gradient,
     given the incoming rows and a function from rows to the gradient of the training loss alone (at most one part of a
     method may have it).
-    `settle` remembers, once the step is taken. `end_task` gets K annotated batches of the task just ended, stacked
-    [K, B, ...].
+    `settle` remembers, once the step is taken. `end_task` gets K batches of the task just ended, stacked [K, B, ...];
+    they are annotated, by the memories of before, so that they have the training loss of a step.
     `metrics` names scalars of the rows trained on; they are reported as `part/name`.
     """
 
@@ -177,7 +177,7 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         memory = dict(state.memory)
-        if any(part.annotate for part in parts.values()):  # a part may take their gradient
+        if any(part.annotate for part in parts.values()):  # one batch at a time, as in a step
             batch = jax.lax.map(lambda rows: _annotate(parts, state.memory, rows), batch)
         for name, part in parts.items():
             if part.end_task:

@@ -138,6 +138,12 @@ def make(
     for name, one in ordered.items():
         if one.held_out is None:
             raise UserError(f"config.sources.{name}: holds out no problem; set its held_out")
+    if policy.gated and "csft" in learns:
+        where = f"config.stream.stages[{learns.index('csft')}].learn='csft'"
+        raise UserError(
+            f"{where}: feeds mixtures past the gate of {policy.name}; set learn='sft', or let a run with "
+            "config.policy='soft' learn it and start from that (config.model.start)"
+        )
     form = "csft" if "csft" in learns else "sft" if "sft" in learns or rollout.demonstrations else "prompt"
     size = table.size_of(every, form, words)
     size = size._replace(pair=table.pair_of(every, words)) if "dpo" in learns else size

@@ -107,7 +107,8 @@ def build(
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
     own = practice.Options(policy, objective, rollout)
-    made = domains.make(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
+    given = domains.Sections(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
+    made = domains.make(given)
     practice.check(made.practice, own, method, chosen.alignment)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}

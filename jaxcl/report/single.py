@@ -39,7 +39,8 @@ def body(run: Run, figures: dict[str, Any]) -> str:
 
 def header(run: Run, figures: dict[str, Any]) -> str:
     """Returns title, state and verdict."""
-    state = '<span class="pill">complete</span>' if run.complete else '<span class="pill going">in progress</span>'
+    going = "in progress" if run.stopped is None else f"stopped at step {run.stopped:,}"
+    state = '<span class="pill">complete</span>' if run.complete else f'<span class="pill going">{going}</span>'
     described, branch = readable(run.config), run.about.get("branch")
     facts = [
         *([described] if described != run.label else []),
