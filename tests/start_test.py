@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import rl_small
 
-from jaxcl import saved
+from jaxcl import network, saved
 from jaxcl.hf.__main__ import export
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
@@ -64,6 +64,13 @@ def test_another_shape_or_no_run_is_refused(trunk, tmp_path):
         rl_small.build(begun(trunk, mlp=16)).create()
     with pytest.raises(UserError, match=r"config\.model\.start=.*give the folder of a run that has checkpoints"):
         rl_small.build(begun(tmp_path / "none"))
+
+
+def test_no_parameter_of_the_run_is_left_behind(trunk, monkeypatch):
+    step, there = saved.params(trunk / "checkpoints")
+    monkeypatch.setattr(network.saved, "params", lambda directory: (step, {**there, "more": np.zeros(3)}))
+    with pytest.raises(UserError, match=r"config\.model\.start=.*more has the shape \(3,\) there and None here"):
+        rl_small.build(begun(trunk)).create()
 
 
 def test_generated_problems_cannot_be_exported(trunk, tmp_path):
