@@ -62,8 +62,9 @@ def test_an_adapter_begins_as_what_it_adapts(trunk):
 def test_another_shape_or_no_run_is_refused(trunk, tmp_path):
     with pytest.raises(UserError, match=r"config\.model\.start=.*layers/mlp/\w+ has the shape .* there and .* here"):
         rl_small.build(begun(trunk, mlp=16)).create()
-    with pytest.raises(UserError, match=r"config\.model\.start=.*give the folder of a run that has checkpoints"):
-        rl_small.build(begun(tmp_path / "none"))
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError, match=r"config\.model\.start=.*give the folder of a run that has checkpoints"):
+            rl_small.build(begun(folder))
 
 
 def test_no_parameter_of_the_run_is_left_behind(trunk, monkeypatch):
