@@ -107,8 +107,7 @@ def build(
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
     own = practice.Options(policy, objective, rollout)
-    given = domains.Sections(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
-    made = domains.make(given)
+    made = domains.make(domains.Sections(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own))
     practice.check(made.practice, own, method, chosen.alignment)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}
