@@ -207,6 +207,17 @@ def test_the_penalty_is_0_at_the_reference_and_positive_after_a_step():
     np.testing.assert_allclose(again, column, rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [{"score": toys.score}, {"example": toys.rollouts(0)}])
+def test_a_reference_needs_rollouts_and_their_score(parts):
+    with pytest.raises(UserError, match=r"config\.method reference: only for runs with config\.objective"):
+        reference.make(toys.setting(**parts))
+
+
+def test_rows_of_supervision_get_no_column():
+    part, rows = reference.make(setting()), toys.text(0)
+    assert part.annotate(part.init(toys.language_model().init(key(7))), rows) is rows
+
+
 @pytest.mark.parametrize("at", ["start", "task"])
 def test_the_reference_is_kept_or_renewed(at):
     part = reference.make(setting(), at=at)
