@@ -24,6 +24,7 @@ class Setting(NamedTuple):
     loss: Callable[[Output, Batch], tuple[jax.Array, jax.Array]]  # (sum, weight) of the rows
     microbatches: int = 1
     score: Callable[[Output, Batch], jax.Array] | None = None  # [B, L] log-probability of what was drawn, of rollouts
+    boxed: Any = None  # `jaxcl.models.boxed.Boxed`, if the weights of the model come from boxes
 
 
 class Taken(NamedTuple):

@@ -23,6 +23,9 @@ from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Model
 
 
+BOXED = ("hyperinterval", "intercontinet")  # methods of models whose weights come from boxes
+
+
 class Plan(NamedTuple):
     """What is trained, how and on which devices: all of a run but its corpora."""
 
@@ -64,7 +67,8 @@ def make(
         examples = examples_of(flow, practice, explorer, network)
         tx = optimisers.make(lr=rate, **optim)
         cost, score = practice.loss(checked(loss or {})) if practice else (loss_of(loss or {}), None)
-        setting = compose.Setting(network.model, tx, examples[0], len(flow.stages), cost, microbatches, score)
+        setting = compose.Setting(network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, network.boxed)
+        check_boxed(method, network, patterns)
         learner = learner_of(method, setting, guard, patterns, network.keyed)
         check_forms(learner, network, examples)
         return Plan(mesh, network, setting, learner, flow, rate, patterns, seed, explorer)
@@ -112,6 +116,23 @@ def check_forms(learner: Method, network: Network, examples: Sequence[Batch]) ->
             ) from error
         if not all(jax.tree.leaves(same)):
             raise UserError("config.method: keeps rows of one kind, but the stages learn in different ways")
+
+
+def check_boxed(method: Any, network: Network, patterns: Sequence[str]) -> None:
+    """Raises UserError if boxes of weights meet a method that knows nothing of them."""
+    if network.boxed is None:
+        return
+    entries = schema.parse(method, field="method") if isinstance(method, str) else method
+    entries = [entries] if isinstance(entries, Mapping) else entries
+    names = [entry.get("name") for entry in entries if isinstance(entry, Mapping)]
+    for name in names:
+        if name not in BOXED:
+            raise UserError(
+                f"config.method={name!r}: trains weights, but config.adapter makes boxes of them; choose one of "
+                f"{', '.join(BOXED)}, or leave the adapter out"
+            )
+    if patterns:
+        raise UserError("config.optim.frozen: not with boxes of weights; leave it out, or give no config.adapter")
 
 
 def frozen_of(optim: dict[str, Any], network: Network) -> tuple[dict[str, Any], tuple[str, ...]]:
