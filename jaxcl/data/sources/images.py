@@ -49,16 +49,13 @@ def make(
 ) -> Table:
     """Returns the images of files or of a dataset, float32 [N, H, W, C] in [0, 1] (flat rows of an `.npz`: [N, D]).
 
-    A number in `held_out` takes held-out rows out of the training rows, so that test rows stay unseen while options
-    are chosen; equal images are then on one side.
-
     Args:
       path: an `.npz`, an IDX file of images that has its labels beside it, or a folder with the four files of MNIST.
       held_out_path: the same, of the rows that are only evaluated on.
       dataset: name of a TFDS dataset instead of a path, such as "mnist" or "cifar100".
       split: of the dataset that is trained on, or a part of it, as in "train[:10%]"; "train" unless given.
-      held_out: of files, share (below 1) or number of training rows that are taken, 0.1 where test rows are not beside
-        them; of a dataset, the split that is only evaluated on, "test" unless given.
+      held_out: of a dataset, the split that is only evaluated on, "test" unless given. Of files, share (below 1) or
+        number of training rows that are taken, 0.1 where no test rows lie beside them; equal images stay together.
       classes: labels of the rows that are kept; None = all.
       relabel: whether these become 0, 1, ... in the order given, so that tasks share the outputs of a model.
       pad: black pixels that are added on every side.
