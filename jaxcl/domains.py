@@ -64,7 +64,7 @@ def make(
         corpora = {name: tabular.corpus(table) for name, table in made.items()}
         example = next(tables.batches(next(iter(corpora.values())).train, size=1))
         network = networks.classifier(model, example, tabular.classes(made.values()))
-        network = networks.with_boxes(network, adapter, example, len(sources)) if adapter else network
+        network = networks.with_boxes(network, adapter, example, len(stages)) if adapter else network
         return Domains(network, lambda: corpora, None)
     packed = schema.call(Packing, packing, field="packing")
     model = networks.based(model, adapter)

@@ -22,7 +22,6 @@ from jaxcl.rl.explore import Explorer
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Model
 
-
 BOXED = ("hyperinterval", "intercontinet")  # methods of models whose weights come from boxes
 
 
@@ -67,7 +66,9 @@ def make(
         examples = examples_of(flow, practice, explorer, network)
         tx = optimisers.make(lr=rate, **optim)
         cost, score = practice.loss(checked(loss or {})) if practice else (loss_of(loss or {}), None)
-        setting = compose.Setting(network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, network.boxed)
+        setting = compose.Setting(
+            network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, network.boxed
+        )
         check_boxed(method, network, patterns)
         learner = learner_of(method, setting, guard, patterns, network.keyed)
         check_forms(learner, network, examples)

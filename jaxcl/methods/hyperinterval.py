@@ -17,15 +17,15 @@ into it while training. `project=False` leaves the ledger alone, as published; n
 
 Deviations. R is averaged over tasks once; `average="twice"` divides it by their number again, as the published code
 does. gamma_i rises along a half cosine to gamma at `ramp` of the task and kappa_i falls with it;
-`schedule="published"` is a ramp to I / 2 with a jump of kappa to its end. Moments start anew with every task (`fresh`), as
-published. `spread` rewards wide boxes, which leave room for later tasks. `point="middle"` trains the middle of the box,
-which is no output of the hypernetwork. With `lookahead` R is that of the parameters after the step that the loss of the
-task alone would take (von Oswald et al., 1906.00695, eq. 2). `sample` earlier tasks enter R in each step.
+`schedule="published"` is a ramp to I / 2 with a jump of kappa to its end. Moments start anew with every task
+(`fresh`), as published. `spread` rewards wide boxes, which leave room for later tasks. `point="middle"` trains the
+middle of the box, which is no output of the hypernetwork. With `lookahead` R is that of the parameters after the step
+that the loss of the task alone would take (von Oswald et al., 1906.00695, eq. 2). `sample` earlier tasks enter R in
+each step.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -37,7 +37,7 @@ from jaxcl import grad, tree
 from jaxcl.compose import Setting
 from jaxcl.models import boxed as boxes
 from jaxcl.models.boxed import LEDGER, Boxed
-from jaxcl.models.interval import Interval, bounds
+from jaxcl.models.interval import Interval
 from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Memory, Method, Metrics, Output, Params, TrainState
@@ -128,12 +128,7 @@ def make(
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         task, params = batch.task[0, 0], state.params
-        ledger = params[LEDGER]
-        params = (
-            boxes.close(made, params, task)
-            if project
-            else {**params, LEDGER: {**ledger, "done": ledger["done"].at[task].set(1.0)}}
-        )
+        params = boxes.close(made, params, task) if project else boxes.over(params, task)
         memory = {**state.memory, "age": jnp.zeros((), jnp.int32)}
         if beta:
             every = jnp.arange(made.tasks)
@@ -166,12 +161,6 @@ def started(made: Boxed, params: Params, task: jax.Array, first: jax.Array) -> P
     begun = made.begin(params["generator"], task, before)
     generator = tree.where(first & known & ~over & (task != before), begun, params["generator"])
     return {"generator": generator, LEDGER: {**ledger, "current": task.astype(jnp.float32)}}
-
-
-def worst(logits: Interval, batch: Batch) -> jax.Array:
-    """Returns the least logits of the targets and the greatest of all others, [B, V]."""
-    own = batch.targets[..., None] == jnp.arange(logits.lower.shape[-1])[None]
-    return jnp.where(own, logits.lower, logits.upper)
 
 
 def drift(
@@ -237,11 +226,7 @@ def _losses(
 
 def _worst(made: Boxed, found: Interval, output: Output, rows: Batch, gamma: jax.Array) -> jax.Array:
     """Returns the worst logits of a box; those of the point network itself where the box is that point."""
-    lower, upper = made.unravel(found.lower), made.unravel(found.upper)
-    logits = bounds(lambda params, batch: made.target.apply(params, batch).logits)(
-        jax.tree.map(Interval, lower, upper), rows
-    )
-    return jnp.where(gamma == 0, output.logits, worst(logits, rows))
+    return jnp.where(gamma == 0, output.logits, boxes.worst(boxes.logits(made, found, rows), rows))
 
 
 def _chosen(before: jax.Array, sample: int | None, key: Key) -> tuple[jax.Array, jax.Array]:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models.interval import Interval
+from jaxcl.models.interval import Interval, bounds
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Output, Params
 
@@ -153,7 +153,7 @@ def box(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = False) -
 
 
 def around(centre: jax.Array, radius: jax.Array, held: jax.Array, where: Interval) -> Interval:
-    """Returns centre -+ radius clipped into a box, [N]; rounding does not put `held`, a network in that box, outside."""
+    """Returns centre -+ radius clipped into a box, [N], in which `held` stays whatever the rounding."""
     lower, upper = inside(centre - radius, where), inside(centre + radius, where)
     return Interval(jnp.minimum(lower, held), jnp.maximum(upper, held))
 
@@ -172,6 +172,30 @@ def close(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = True) 
         "current": ledger["current"],
     }
     return {**params, LEDGER: new}
+
+
+def over(params: Params, task: jax.Array) -> Params:
+    """Returns the parameters with a task noted as over, and nothing promised for it."""
+    return {**params, LEDGER: {**params[LEDGER], "done": params[LEDGER]["done"].at[task].set(1.0)}}
+
+
+def logits(boxed: Boxed, box: Interval, batch: Batch, *, outward: bool = False) -> Interval:
+    """Returns bounds of the logits of every network in a box [N], float32 [B, V]."""
+    ends = jax.tree.map(Interval, boxed.unravel(box.lower), boxed.unravel(box.upper))
+    return bounds(lambda params, rows: boxed.target.apply(params, rows).logits, outward=outward)(ends, batch)
+
+
+def worst(logits: Interval, batch: Batch) -> jax.Array:
+    """Returns the least logits of the targets and the greatest of all others, [B, V]."""
+    own = batch.targets[..., None] == jnp.arange(logits.lower.shape[-1])[None]
+    return jnp.where(own, logits.lower, logits.upper)
+
+
+def certain(logits: Interval, batch: Batch) -> jax.Array:
+    """Returns the rows that all networks of a box get right, bool [B]: the target's least logit beats all others."""
+    own = batch.targets[:, None] == jnp.arange(logits.lower.shape[-1])[None]
+    others = jnp.max(jnp.where(own, -jnp.inf, logits.upper), axis=-1)
+    return jnp.sum(jnp.where(own, logits.lower, 0), axis=-1) > others
 
 
 @jax.custom_vjp

@@ -3,7 +3,7 @@ r"""HyperInterval: boxes of weights from intervals around embeddings of tasks (K
     embedding of task t      centre c_t, radius eps_t in R^M
       task networks          c_t = e_t,                        eps_t = gamma softmax(v_t)
       one universal network  c_t = (gamma / 2M) cos(e_t),      eps_t = gamma / M
-    hidden layers            c <- W c + b, r <- |W| r;   l, u = relu(c - r), relu(c + r);   c, r <- (u + l) / 2, (u - l) / 2
+    hidden layers            c <- W c + b, r <- |W| r;  l, u = relu(c -+ r);  c, r <- (u + l) / 2, (u - l) / 2
     weights                  centre V c + b, radius |V| r      V [N, K], N weights of the target network
 
 gamma is the sum of the radii of an embedding: that of one coordinate is gamma / M. All tasks that are asked for pass

@@ -1,7 +1,9 @@
-"""Boxes of weights as parameters of their own: a centre and a radius for every weight, without a hypernetwork.
+r"""Boxes of weights as parameters of their own: a centre and a radius for every weight, without a hypernetwork.
 
-Source: Wolczyk et al. 2022, InterContiNet (ICML); the training in two phases is `jaxcl.methods.intercontinet`. Memory:
-four numbers for every weight of the network, beside the ledger.
+    centre_t = centre + tanh(shift) radius,     radius_t = sigmoid(scale) (1 - |tanh(shift)|) radius
+
+The new box lies inside the old one whatever shift and scale are. Source: Wolczyk et al. 2022, InterContiNet (ICML); its
+training in two phases is `jaxcl.methods.intercontinet`. Memory: four numbers for every weight, beside the ledger.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from jaxcl.models.boxed import Boxed
 from jaxcl.schema import UserError
 from jaxcl.types import Key, Model, Params
 
+FULL = 5.0  # scale at the start of a task: sigmoid(5) = 0.993 of the radius that is left
 
-def make(target: Model, *, tasks: int, radius: float = 0.1) -> Boxed:
+
+def make(target: Model, *, tasks: int, radius: float = 1.0) -> Boxed:
     """Returns one universal network of boxed weights.
 
-    Parameters: `generator/centre`, `generator/log_radius`, [N] each, and the ledger, see `jaxcl.models.boxed`.
+    Parameters: `generator/{centre, radius, shift, scale}`, float32 [N] each, and the ledger, see `jaxcl.models.boxed`.
 
     Args:
       target: a network of float32 parameters.
       tasks: T.
-      radius: of every weight at first, above 0.
+      radius: of every weight before the first task, above 0.
 
     Raises:
       UserError: a radius that is not above 0.
@@ -35,20 +39,39 @@ def make(target: Model, *, tasks: int, radius: float = 0.1) -> Boxed:
 
     def init(key: Key) -> Params:
         centre = boxed.ravel(target.init(key))
-        return {"centre": centre, "log_radius": jnp.full_like(centre, math.log(radius))}
+        full = {"radius": jnp.full_like(centre, radius), "scale": jnp.full_like(centre, FULL)}
+        return {"centre": centre, "shift": jnp.zeros_like(centre), **full}
 
     def wide(generator: Params, which: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-        centre = jnp.broadcast_to(generator["centre"][None], (which.size, generator["centre"].size))
-        return centre, scales[:, None] * jnp.exp(generator["log_radius"])[None]
+        centre, spread = present(generator)
+        return jnp.broadcast_to(centre[None], (which.size, centre.size)), scales[:, None] * spread[None]
 
     return boxed.make(
         target,
         init,
-        {"centre": ("mlp",), "log_radius": ("mlp",)},
+        dict.fromkeys(("centre", "radius", "shift", "scale"), ("mlp",)),
         tasks,
         True,
         boxes=wide,
-        tight=lambda generator, task: (generator["centre"], jnp.exp(generator["log_radius"])),
+        tight=lambda generator, task: present(generator),
         begin=lambda generator, task, before: generator,
         keep=lambda generator, old, task: generator,
     )
+
+
+def present(generator: Params) -> tuple[jax.Array, jax.Array]:
+    """Returns centre and radius of the box, [N] each."""
+    shift = jnp.tanh(generator["shift"])
+    spread = jax.nn.sigmoid(generator["scale"]) * (1 - jnp.abs(shift)) * generator["radius"]
+    return generator["centre"] + shift * generator["radius"], spread
+
+
+def settled(generator: Params) -> Params:
+    """Returns the generator of the same box with nothing shifted, for the next task to move in."""
+    centre, radius = present(generator)
+    return {
+        "centre": centre,
+        "radius": radius,
+        "shift": jnp.zeros_like(centre),
+        "scale": jnp.full_like(centre, FULL),
+    }
