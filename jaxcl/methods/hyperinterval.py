@@ -114,7 +114,7 @@ def make(
         task, age = batch.task[0], state.memory["age"]
         params = started(made, state.params, task, age == 0)
         gamma, share = rates(options, age)
-        losses = _losses(setting, made, options, params[LEDGER], state.memory, gamma, share, task, key)
+        losses = _losses(setting, made, options, params, state.memory, gamma, share, task, key)
         values, grads = grad.value_and_grad(losses, params["generator"], batch)
         if lookahead and beta:
             values, grads = _ahead(setting, losses, params["generator"], state.opt_state, batch)
@@ -160,7 +160,12 @@ def started(made: Boxed, params: Params, task: jax.Array, first: jax.Array) -> P
     known = jnp.any(ledger["done"] > 0)
     begun = made.begin(params["generator"], task, before)
     generator = tree.where(first & known & ~over & (task != before), begun, params["generator"])
-    return {"generator": generator, LEDGER: {**ledger, "current": task.astype(jnp.float32)}}
+    return {**params, "generator": generator, LEDGER: {**ledger, "current": task.astype(jnp.float32)}}
+
+
+def width(found: Interval) -> jax.Array:
+    """Returns the mean logarithm of the radii of a box, float32 []."""
+    return jnp.mean(jnp.log((found.upper - found.lower) / 2 + TINY))
 
 
 def drift(
@@ -186,7 +191,7 @@ def _losses(
     setting: Setting,
     made: Boxed,
     options: Options,
-    ledger: Memory,
+    whole: Params,
     memory: Memory,
     gamma: jax.Array,
     share: jax.Array,
@@ -195,7 +200,7 @@ def _losses(
 ) -> Callable[[Params, Batch], grad.Losses]:
     """Returns the function (generator, rows) -> losses by name."""
     regular, chosen, counted = bool(options.beta), jnp.zeros((0,), jnp.int32), jnp.zeros((0,))
-    before = (ledger["done"] > 0) & (jnp.arange(made.tasks) != task)
+    before = (whole[LEDGER]["done"] > 0) & (jnp.arange(made.tasks) != task)
     number = jnp.maximum(jnp.sum(before), 1).astype(jnp.float32)
     if regular:
         chosen, counted = _chosen(before, options.sample, named(key, "earlier"))
@@ -205,28 +210,27 @@ def _losses(
         which = jnp.concatenate([jnp.stack([task, task]), chosen])
         scales = jnp.concatenate([jnp.stack([gamma, jnp.zeros(())]), jnp.ones(chosen.size)])
         centre, radius = made.boxes(generator, which, scales)
-        where = boxes.limits(made, {LEDGER: ledger}, task)
+        where = boxes.limits(made, whole, task)
         held = boxes.inside(centre[1], where)
         found = boxes.around(centre[0], radius[0], held, where)
         trained = held if options.point == "centre" else (found.lower + found.upper) / 2
-        output = made.target.apply(made.unravel(trained), rows)
+        output = made.target.apply(made.network(whole, trained), rows)
         total, weight = setting.loss(output, rows)
-        bad, _ = setting.loss(Output(_worst(made, found, output, rows, gamma)), rows)
+        bad, _ = setting.loss(Output(_worst(made, whole, found, output, rows, gamma)), rows)
         told = {"task": (share * total + (1 - share) * bad, weight)}
         if regular:
             pull = drift(centre[2:], radius[2:], memory["targets"], chosen, counted, made.universal)
             told["drift"] = (factor * pull, jnp.ones(()))
         if options.spread:
-            size = jnp.mean(jnp.log((found.upper - found.lower) / 2 + TINY))
-            told["spread"] = (-options.spread * size, jnp.ones(()))
+            told["spread"] = (-options.spread * width(found), jnp.ones(()))
         return told
 
     return losses
 
 
-def _worst(made: Boxed, found: Interval, output: Output, rows: Batch, gamma: jax.Array) -> jax.Array:
+def _worst(made: Boxed, params: Params, found: Interval, output: Output, rows: Batch, gamma: jax.Array) -> jax.Array:
     """Returns the worst logits of a box; those of the point network itself where the box is that point."""
-    return jnp.where(gamma == 0, output.logits, boxes.worst(boxes.logits(made, found, rows), rows))
+    return jnp.where(gamma == 0, output.logits, boxes.worst(boxes.logits(made, params, found, rows), rows))
 
 
 def _chosen(before: jax.Array, sample: int | None, key: Key) -> tuple[jax.Array, jax.Array]:
