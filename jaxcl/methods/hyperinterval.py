@@ -2,7 +2,7 @@ r"""HyperInterval: train the boxes of weights that a hypernetwork makes, so that
 
     z, l, u  logits of the point network, lower and upper logits over box_t with radii gamma_i <= gamma
     worst_y = l_y,  worst_j = u_j (j != y)
-    loss     = kappa_i CE(z, y) + (1 - kappa_i) CE(worst, y)  +  beta R  -  spread mean_n log radius_n
+    loss     = kappa_i CE(z, y) + (1 - kappa_i) CE(worst, y)  +  beta R  -  spread mean_n log min(radius_n, cap)
     R        = mean over earlier tasks k of |H_k - H_k*|^2,  H* frozen when the task before was over
 
     R, task networks        sum over weights of (centre - centre*)^2
@@ -59,6 +59,8 @@ class Options(NamedTuple):
     lookahead: bool
     project: bool
     spread: float
+    cap: float
+    ease: float
     fresh: bool
 
 
@@ -76,6 +78,8 @@ def make(
     lookahead: bool = False,
     project: bool = True,
     spread: float = 0.0,
+    cap: float = 1.0,
+    ease: float = 1.0,
     fresh: bool = True,
 ) -> Method:
     """Returns the complete method.
@@ -92,14 +96,16 @@ def make(
       sample: earlier tasks in R, drawn in every step; None = all.
       lookahead: whether R looks ahead.
       project: whether boxes are clipped into the ledger, and the ledger is kept.
-      spread: weight of the mean logarithm of the radii.
+      spread: weight of the mean logarithm of the radii in the first task.
+      cap: radius above which `spread` rewards nothing: weights that count for nothing could grow for ever.
+      ease: factor on `spread` from one task to the next.
       fresh: whether the optimiser starts anew with every task; its learning rate goes on.
 
     Raises:
       UserError: an option out of range, or a model without boxes.
     """
     options = Options(
-        steps, beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, fresh
+        steps, beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, cap, ease, fresh
     )  # fmt: skip
     made = _checked(setting, options)
 
@@ -163,9 +169,9 @@ def started(made: Boxed, params: Params, task: jax.Array, first: jax.Array) -> P
     return {**params, "generator": generator, LEDGER: {**ledger, "current": task.astype(jnp.float32)}}
 
 
-def width(found: Interval) -> jax.Array:
-    """Returns the mean logarithm of the radii of a box, float32 []."""
-    return jnp.mean(jnp.log((found.upper - found.lower) / 2 + TINY))
+def width(found: Interval, cap: float) -> jax.Array:
+    """Returns the mean logarithm of the radii of a box, none counted as more than `cap`, float32 []."""
+    return jnp.mean(jnp.log(jnp.minimum((found.upper - found.lower) / 2, cap) + TINY))
 
 
 def drift(
@@ -222,7 +228,8 @@ def _losses(
             pull = drift(centre[2:], radius[2:], memory["targets"], chosen, counted, made.universal)
             told["drift"] = (factor * pull, jnp.ones(()))
         if options.spread:
-            told["spread"] = (-options.spread * width(found), jnp.ones(()))
+            share_of = options.spread * options.ease ** jnp.sum(before).astype(jnp.float32)
+            told["spread"] = (-share_of * width(found, options.cap), jnp.ones(()))
         return told
 
     return losses
@@ -282,6 +289,9 @@ def _checked(setting: Setting, options: Options) -> Boxed:
     for name in ("beta", "spread"):
         if getattr(options, name) < 0:
             raise UserError(f"{where}{name}={getattr(options, name)}: must not be negative")
+    for name in ("cap", "ease"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"{where}{name}={getattr(options, name)}: must be above 0")
     for name in ("kappa", "ramp"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"{where}{name}={getattr(options, name)}: must lie in [0, 1]; it is a share")
