@@ -2,7 +2,7 @@ r"""HyperInterval: train the boxes of weights that a hypernetwork makes, so that
 
     z, l, u  logits of the point network, lower and upper logits over box_t with radii gamma_i <= gamma
     worst_y = l_y,  worst_j = u_j (j != y)
-    loss     = kappa_i CE(z, y) + (1 - kappa_i) CE(worst, y)  +  beta R  -  spread mean_n log radius_n
+    loss     = kappa_i CE(z, y) + (1 - kappa_i) CE(worst, y)  +  beta R  -  spread mean_n log min(radius_n, cap)
     R        = mean over earlier tasks k of |H_k - H_k*|^2,  H* frozen when the task before was over
 
     R, task networks        sum over weights of (centre - centre*)^2
@@ -59,6 +59,8 @@ class Options(NamedTuple):
     lookahead: bool
     project: bool
     spread: float
+    cap: float
+    ease: float
     fresh: bool
 
 
@@ -76,6 +78,8 @@ def make(
     lookahead: bool = False,
     project: bool = True,
     spread: float = 0.0,
+    cap: float = 1.0,
+    ease: float = 1.0,
     fresh: bool = True,
 ) -> Method:
     """Returns the complete method.
@@ -92,14 +96,16 @@ def make(
       sample: earlier tasks in R, drawn in every step; None = all.
       lookahead: whether R looks ahead.
       project: whether boxes are clipped into the ledger, and the ledger is kept.
-      spread: weight of the mean logarithm of the radii.
+      spread: weight of the mean logarithm of the radii in the first task.
+      cap: radius above which `spread` rewards nothing: weights that count for nothing could grow for ever.
+      ease: factor on `spread` from one task to the next.
       fresh: whether the optimiser starts anew with every task; its learning rate goes on.
 
     Raises:
       UserError: an option out of range, or a model without boxes.
     """
     options = Options(
-        steps, beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, fresh
+        steps, beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, cap, ease, fresh
     )  # fmt: skip
     made = _checked(setting, options)
 
@@ -114,7 +120,7 @@ def make(
         task, age = batch.task[0], state.memory["age"]
         params = started(made, state.params, task, age == 0)
         gamma, share = rates(options, age)
-        losses = _losses(setting, made, options, params[LEDGER], state.memory, gamma, share, task, key)
+        losses = _losses(setting, made, options, params, state.memory, gamma, share, task, key)
         values, grads = grad.value_and_grad(losses, params["generator"], batch)
         if lookahead and beta:
             values, grads = _ahead(setting, losses, params["generator"], state.opt_state, batch)
@@ -160,7 +166,12 @@ def started(made: Boxed, params: Params, task: jax.Array, first: jax.Array) -> P
     known = jnp.any(ledger["done"] > 0)
     begun = made.begin(params["generator"], task, before)
     generator = tree.where(first & known & ~over & (task != before), begun, params["generator"])
-    return {"generator": generator, LEDGER: {**ledger, "current": task.astype(jnp.float32)}}
+    return {**params, "generator": generator, LEDGER: {**ledger, "current": task.astype(jnp.float32)}}
+
+
+def width(found: Interval, cap: float) -> jax.Array:
+    """Returns the mean logarithm of the radii of a box, none counted as more than `cap`, float32 []."""
+    return jnp.mean(jnp.log(jnp.minimum((found.upper - found.lower) / 2, cap) + TINY))
 
 
 def drift(
@@ -186,7 +197,7 @@ def _losses(
     setting: Setting,
     made: Boxed,
     options: Options,
-    ledger: Memory,
+    whole: Params,
     memory: Memory,
     gamma: jax.Array,
     share: jax.Array,
@@ -195,7 +206,7 @@ def _losses(
 ) -> Callable[[Params, Batch], grad.Losses]:
     """Returns the function (generator, rows) -> losses by name."""
     regular, chosen, counted = bool(options.beta), jnp.zeros((0,), jnp.int32), jnp.zeros((0,))
-    before = (ledger["done"] > 0) & (jnp.arange(made.tasks) != task)
+    before = (whole[LEDGER]["done"] > 0) & (jnp.arange(made.tasks) != task)
     number = jnp.maximum(jnp.sum(before), 1).astype(jnp.float32)
     if regular:
         chosen, counted = _chosen(before, options.sample, named(key, "earlier"))
@@ -205,28 +216,28 @@ def _losses(
         which = jnp.concatenate([jnp.stack([task, task]), chosen])
         scales = jnp.concatenate([jnp.stack([gamma, jnp.zeros(())]), jnp.ones(chosen.size)])
         centre, radius = made.boxes(generator, which, scales)
-        where = boxes.limits(made, {LEDGER: ledger}, task)
+        where = boxes.limits(made, whole, task)
         held = boxes.inside(centre[1], where)
         found = boxes.around(centre[0], radius[0], held, where)
         trained = held if options.point == "centre" else (found.lower + found.upper) / 2
-        output = made.target.apply(made.unravel(trained), rows)
+        output = made.target.apply(made.network(whole, trained), rows)
         total, weight = setting.loss(output, rows)
-        bad, _ = setting.loss(Output(_worst(made, found, output, rows, gamma)), rows)
+        bad, _ = setting.loss(Output(_worst(made, whole, found, output, rows, gamma)), rows)
         told = {"task": (share * total + (1 - share) * bad, weight)}
         if regular:
             pull = drift(centre[2:], radius[2:], memory["targets"], chosen, counted, made.universal)
             told["drift"] = (factor * pull, jnp.ones(()))
         if options.spread:
-            size = jnp.mean(jnp.log((found.upper - found.lower) / 2 + TINY))
-            told["spread"] = (-options.spread * size, jnp.ones(()))
+            share_of = options.spread * options.ease ** jnp.sum(before).astype(jnp.float32)
+            told["spread"] = (-share_of * width(found, options.cap), jnp.ones(()))
         return told
 
     return losses
 
 
-def _worst(made: Boxed, found: Interval, output: Output, rows: Batch, gamma: jax.Array) -> jax.Array:
+def _worst(made: Boxed, params: Params, found: Interval, output: Output, rows: Batch, gamma: jax.Array) -> jax.Array:
     """Returns the worst logits of a box; those of the point network itself where the box is that point."""
-    return jnp.where(gamma == 0, output.logits, boxes.worst(boxes.logits(made, found, rows), rows))
+    return jnp.where(gamma == 0, output.logits, boxes.worst(boxes.logits(made, params, found, rows), rows))
 
 
 def _chosen(before: jax.Array, sample: int | None, key: Key) -> tuple[jax.Array, jax.Array]:
@@ -278,6 +289,9 @@ def _checked(setting: Setting, options: Options) -> Boxed:
     for name in ("beta", "spread"):
         if getattr(options, name) < 0:
             raise UserError(f"{where}{name}={getattr(options, name)}: must not be negative")
+    for name in ("cap", "ease"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"{where}{name}={getattr(options, name)}: must be above 0")
     for name in ("kappa", "ramp"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"{where}{name}={getattr(options, name)}: must lie in [0, 1]; it is a share")

@@ -60,10 +60,10 @@ def make(
         moving = {name: generator[name] for name in ("shift", "scale")}
 
         def losses(part: Params, rows: Batch) -> grad.Losses:
-            params = {"generator": {**generator, **part}, LEDGER: ledger}
+            params = {**state.params, "generator": {**generator, **part}, LEDGER: ledger}
             output = made.model.apply(params, rows)
             total, weight = setting.loss(output, rows)
-            bound = boxes.logits(made, boxes.box(made, params, rows.task[0]), rows)
+            bound = boxes.logits(made, params, boxes.box(made, params, rows.task[0]), rows)
             bad, _ = setting.loss(Output(boxes.worst(bound, rows)), rows)
             count = [
                 rows.weights * one for one in (output.logits.argmax(-1) == rows.targets, boxes.certain(bound, rows))
@@ -79,7 +79,7 @@ def make(
         go = {"shift": ~contracting, "scale": contracting & (mean["robust"] < threshold * mean["right"])}
         moved = {name: jnp.where(go[name], moved[name], moving[name]) for name in moving}
         metrics = told | {"grad_norm": tree.norm(grads), "weight": values["loss"][1]}
-        params = {"generator": {**generator, **moved}, LEDGER: ledger}
+        params = {**state.params, "generator": {**generator, **moved}, LEDGER: ledger}
         return TrainState(state.step + 1, params, opt_state, {"age": memory["age"] + 1, **mean}), metrics
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:

@@ -9,8 +9,9 @@ One universal network: the ledger is one row, the intersection of the boxes of a
 later box and the network itself are clipped into it, it cannot become empty. If every network of box_t solves a share
 a_t of some rows, then so does the deployed network ever after, whatever happened to the generator.
 
-Parameters are {"generator": ..., "ledger": {"lower", "upper" [R, N], "done" [T], "current" []}}; the ledger is no
-parameter in the optimiser's sense, but it is part of the model: without it the network is another one.
+Parameters are {"generator": ..., "fixed": ..., "ledger": {"lower", "upper" [R, N], "done" [T], "current" []}}. `fixed`
+are parameters of the network that are no intervals and never move. The ledger is no parameter in the optimiser's sense,
+but it is part of the model: without it the network is another one.
 
 Source: the promise is that of Wolczyk et al. 2022 (InterContiNet); that it must be enforced, and by a projection while
 training, is this library's: a penalty alone does not keep later boxes inside earlier ones.
@@ -19,12 +20,13 @@ training, is this library's: a penalty alone does not keep later boxes inside ea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcl import frozen
 from jaxcl.models.interval import Interval, bounds
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Output, Params
@@ -47,7 +49,7 @@ class Boxed(NamedTuple):
     tight: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]  # of one task: the tightest known, [N] each
     begin: Callable[[Params, jax.Array, jax.Array], Params]  # (generator, task, task before): before its first step
     keep: Callable[[Params, Params, jax.Array], Params]  # (generator, that before a step, task): the others' own parts
-    unravel: Callable[[jax.Array], Params]  # [N] -> parameters of the target
+    network: Callable[[Params, jax.Array], Params]  # (params, weights [N]) -> parameters of the target
 
 
 def make(
@@ -56,6 +58,7 @@ def make(
     axes: Any,
     tasks: int,
     universal: bool,
+    fixed: Sequence[str] = (),
     **functions: Callable[..., Any],
 ) -> Boxed:
     """Returns the model of a generator.
@@ -66,6 +69,7 @@ def make(
       axes: of these.
       tasks: T.
       universal: whether one network serves all tasks.
+      fixed: patterns of the target's parameters that have no boxes.
       **functions: `boxes`, `tight`, `begin` and `keep` of `Boxed`.
 
     Raises:
@@ -73,7 +77,7 @@ def make(
     """
     if tasks < 1:
         raise UserError(f"config.adapter.tasks={tasks}: must be at least 1")
-    shapes = jax.eval_shape(target.init, jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = jax.eval_shape(free(target, fixed), jax.eval_shape(lambda: jax.random.key(0)))
     for leaf in jax.tree.leaves(shapes):
         if leaf.dtype != jnp.float32:
             raise UserError(f"config.model: has parameters of {leaf.dtype}; boxes are of float32 weights")
@@ -83,19 +87,39 @@ def make(
     def init(key: Key) -> Params:
         infinite = jnp.full((rows, size), jnp.inf, jnp.float32)
         known = {"lower": -infinite, "upper": infinite, "done": jnp.zeros(tasks), "current": jnp.zeros(())}
-        return {"generator": generator(key), LEDGER: known}
+        return {"generator": generator(key), "fixed": _parted(target.init(key), fixed)[1], LEDGER: known}
+
+    def network(params: Params, weights: jax.Array) -> Params:
+        return frozen.join(unravel(weights), params["fixed"])
 
     def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
         task = batch.task[0]
-        output = target.apply(unravel(point(made, params, task)), batch, cache)
+        output = target.apply(network(params, point(made, params, task)), batch, cache)
         # Rows of several tasks have no common network: nothing is better than a wrong number.
         one = jnp.all(batch.task == task) | jnp.asarray(universal)
         return output._replace(hidden=jnp.where(one, output.hidden, jnp.nan))
 
     known = {"lower": (None, "mlp"), "upper": (None, "mlp"), "done": (None,), "current": ()}
-    model = Model(init, apply, {"generator": axes, LEDGER: known})
-    made = Boxed(model, target, tasks, universal, size, unravel=unravel, **functions)
+    model = Model(init, apply, {"generator": axes, "fixed": _parted(target.axes, fixed)[1], LEDGER: known})
+    made = Boxed(model, target, tasks, universal, size, network=network, **functions)
     return made
+
+
+def free(target: Model, fixed: Sequence[str]) -> Callable[[Key], Params]:
+    """Returns the function from a key to the parameters of the target that boxes are made of.
+
+    Raises:
+      UserError: a pattern that matches nothing or is none, or nothing is left.
+    """
+    try:
+        frozen.check(target, fixed)
+    except UserError as error:
+        raise UserError(str(error).replace("config.optim.frozen", "config.adapter.fixed")) from None
+    return lambda key: _parted(target.init(key), fixed)[0]
+
+
+def _parted(tree: Any, fixed: Sequence[str]) -> tuple[Any, Any]:
+    return frozen.split(tree, fixed)
 
 
 def raveling(shapes: Any) -> tuple[int, Callable[[jax.Array], Params]]:
@@ -179,9 +203,11 @@ def over(params: Params, task: jax.Array) -> Params:
     return {**params, LEDGER: {**params[LEDGER], "done": params[LEDGER]["done"].at[task].set(1.0)}}
 
 
-def logits(boxed: Boxed, box: Interval, batch: Batch, *, outward: bool = False) -> Interval:
+def logits(boxed: Boxed, params: Params, box: Interval, batch: Batch, *, outward: bool = False) -> Interval:
     """Returns bounds of the logits of every network in a box [N], float32 [B, V]."""
-    ends = jax.tree.map(Interval, boxed.unravel(box.lower), boxed.unravel(box.upper))
+    bare = {**params, "fixed": {}}
+    ends = jax.tree.map(Interval, boxed.network(bare, box.lower), boxed.network(bare, box.upper))
+    ends = frozen.join(ends, params["fixed"])
     return bounds(lambda params, rows: boxed.target.apply(params, rows).logits, outward=outward)(ends, batch)
 
 

@@ -12,7 +12,8 @@ at 0 this is the hypernetwork of points, bit for bit.
 
 `tight` are affine forms (zonotopes; Singh et al. 2018, DeepZ, section 4): every coordinate of the embedding keeps its
 own noise symbol through all layers, a ReLU that may be on or off adds one, and the radius of weight n is
-sum_s |V_n g_s|. They are inside the boxes of interval arithmetic, much so where few ReLUs are undecided.
+sum_s |V_n g_s|. Where few ReLUs are undecided they are far inside the boxes of interval arithmetic; where many are,
+neither holds the other, and what is used is the intersection, in every layer and at the end.
 
 Choices. `start="fan"` draws the bias of the last layer as the target network draws its weights and gives V rows that
 move a weight by `reach` of its own scale, so that all target layers start well; "published" draws V and both biases
@@ -23,7 +24,7 @@ of the task before: its box is then inside the ledger from the first step on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -47,6 +48,7 @@ def make(
     gamma: float = 1.0,
     start: Literal["fan", "published"] = "fan",
     reach: float = 0.5,
+    fixed: Sequence[str] = (),
 ) -> Boxed:
     """Returns the hypernetwork of a target network.
 
@@ -62,6 +64,7 @@ def make(
       gamma: sum of the radii of an embedding; 0 = points.
       start: how parameters are drawn.
       reach: of start="fan".
+      fixed: patterns of parameters of the target that are drawn once and have no boxes, such as "^filters$".
 
     Raises:
       UserError: an option out of range.
@@ -74,6 +77,8 @@ def make(
     for name, value in (("gamma", gamma), ("reach", reach)):
         if not 0 <= value < math.inf:
             raise UserError(f"config.adapter.{name}={value}: must not be negative; it is a radius")
+
+    part = boxed.free(target, fixed)
 
     def embed(generator: Params, which: jax.Array) -> tuple[jax.Array, jax.Array]:
         free, spread = (generator["embedding"][part][which] for part in ("centre", "radius"))  # [S, M]
@@ -88,13 +93,15 @@ def make(
 
     def tight(generator: Params, task: jax.Array) -> tuple[jax.Array, jax.Array]:
         centre, radius = embed(generator, task[None])
+        plain = _through(generator["hidden"], centre, radius)
         centre, noise, fresh = _affine_forms(generator["hidden"], centre[0], radius[0])
         weight, bias = generator["head"]["weight"], generator["head"]["bias"]
-        middle, alone = products.affine(weight, bias, centre[None], fresh[None])
-        return middle[0], alone[0] + products.row_sums(weight, noise)
+        both = (jnp.concatenate([one, other[None]]) for one, other in zip(plain, (centre, fresh), strict=True))
+        middles, radii = products.affine(weight, bias, *both)
+        return intersection(middles, radii.at[1].add(products.row_sums(weight, noise)))
 
     def init(key: Key) -> Params:
-        return _drawn(target, key, tasks, embedding, hidden, start, reach)
+        return _drawn(part, key, tasks, embedding, hidden, start, reach)
 
     def begin(generator: Params, task: jax.Array, before: jax.Array) -> Params:
         if not universal:
@@ -111,7 +118,7 @@ def make(
     layers = {f"layer_{i}": {"kernel": (None, None), "bias": (None,)} for i in range(len(hidden))}
     head = {"weight": ("mlp", None), "bias": ("mlp",)}
     axes = {"hidden": layers, "head": head, "embedding": {"centre": ("tasks", None), "radius": ("tasks", None)}}
-    return boxed.make(target, init, axes, tasks, universal, boxes=wide, tight=tight, begin=begin, keep=keep)
+    return boxed.make(target, init, axes, tasks, universal, fixed, boxes=wide, tight=tight, begin=begin, keep=keep)
 
 
 def intersection(centre: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -144,21 +151,26 @@ def _affine_forms(layers: Params, centre: jax.Array, radius: jax.Array) -> tuple
     """
     high = jax.lax.Precision.HIGHEST
     noise, fresh = jnp.diag(radius), jnp.zeros_like(radius)
+    below, above = centre - radius, centre + radius  # the same by interval arithmetic
     for i in range(len(layers)):
         kernel, bias = layers[f"layer_{i}"]["kernel"], layers[f"layer_{i}"]["bias"]
         noise = noise if not i else jnp.concatenate([noise, jnp.diag(fresh)])
         centre, noise = jnp.dot(centre, kernel, precision=high) + bias, jnp.dot(noise, kernel, precision=high)
         spread = jnp.sum(jnp.abs(noise), axis=0)
-        lower, upper = centre - spread, centre + spread
+        middle = jnp.dot((below + above) / 2, kernel, precision=high) + bias
+        size = jnp.dot((above - below) / 2, jnp.abs(kernel), precision=high)
+        lower = jnp.maximum(centre - spread, middle - size)
+        upper = jnp.maximum(jnp.minimum(centre + spread, middle + size), lower)
         undecided = (lower < 0) & (upper > 0)
         slope = jnp.where(undecided, upper / jnp.where(undecided, upper - lower, 1), (lower >= 0).astype(jnp.float32))
         fresh = jnp.where(undecided, -slope * lower / 2, 0)
         centre, noise = slope * centre + fresh, slope[None] * noise
+        below, above = jax.nn.relu(lower), jax.nn.relu(upper)
     return centre, noise, fresh
 
 
 def _drawn(
-    target: Model, key: Key, tasks: int, embedding: int, hidden: Sequence[int], start: str, reach: float
+    part: Callable[[Key], Params], key: Key, tasks: int, embedding: int, hidden: Sequence[int], start: str, reach: float
 ) -> Params:
     """Returns the parameters of the generator."""
     layers, width = {}, embedding
@@ -168,7 +180,7 @@ def _drawn(
         kernel = jax.random.uniform(a, (width, size), jnp.float32, -bound, bound)
         layers[f"layer_{i}"] = {"kernel": kernel, "bias": jax.random.uniform(b, (size,), jnp.float32, -bound, bound)}
         width = size
-    begun = target.init(named(key, "target"))
+    begun = part(named(key, "target"))
     rows = boxed.ravel(begun)
     a, b = jax.random.split(named(key, "head"))
     if start == "published":

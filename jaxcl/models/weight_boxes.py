@@ -9,6 +9,7 @@ training in two phases is `jaxcl.methods.intercontinet`. Memory: four numbers fo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxcl.types import Key, Model, Params
 FULL = 5.0  # scale at the start of a task: sigmoid(5) = 0.993 of the radius that is left
 
 
-def make(target: Model, *, tasks: int, radius: float = 1.0) -> Boxed:
+def make(target: Model, *, tasks: int, radius: float = 1.0, fixed: Sequence[str] = ()) -> Boxed:
     """Returns one universal network of boxed weights.
 
     Parameters: `generator/{centre, radius, shift, scale}`, float32 [N] each, and the ledger, see `jaxcl.models.boxed`.
@@ -30,6 +31,7 @@ def make(target: Model, *, tasks: int, radius: float = 1.0) -> Boxed:
       target: a network of float32 parameters.
       tasks: T.
       radius: of every weight before the first task, above 0.
+      fixed: patterns of parameters of the target that are drawn once and have no boxes.
 
     Raises:
       UserError: a radius that is not above 0.
@@ -37,8 +39,10 @@ def make(target: Model, *, tasks: int, radius: float = 1.0) -> Boxed:
     if not 0 < radius < math.inf:
         raise UserError(f"config.adapter.radius={radius}: must be above 0")
 
+    part = boxed.free(target, fixed)
+
     def init(key: Key) -> Params:
-        centre = boxed.ravel(target.init(key))
+        centre = boxed.ravel(part(key))
         full = {"radius": jnp.full_like(centre, radius), "scale": jnp.full_like(centre, FULL)}
         return {"centre": centre, "shift": jnp.zeros_like(centre), **full}
 
@@ -52,6 +56,7 @@ def make(target: Model, *, tasks: int, radius: float = 1.0) -> Boxed:
         dict.fromkeys(("centre", "radius", "shift", "scale"), ("mlp",)),
         tasks,
         True,
+        fixed,
         boxes=wide,
         tight=lambda generator, task: present(generator),
         begin=lambda generator, task, before: generator,

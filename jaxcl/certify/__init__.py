@@ -122,7 +122,7 @@ def _counts(made: Boxed, params: Params, batch: Batch) -> jax.Array:
     task, weights = batch.task[0], batch.weights
     right = made.model.apply(params, batch).logits.argmax(-1) == batch.targets
     found = [
-        boxes.certain(boxes.logits(made, box, batch, outward=True), batch)
+        boxes.certain(boxes.logits(made, params, box, batch, outward=True), batch)
         for box in (_ledger(made, params, task), *_raw(made, params, task))
     ]
     return jnp.stack([*(jnp.sum(weights * one) for one in (right, *found)), jnp.sum(weights)])
@@ -154,7 +154,7 @@ def _guesses(made: Boxed, params: Params, batch: Batch) -> jax.Array:
         rows = dataclasses.replace(batch, task=jnp.full_like(batch.task, k))
         logits = made.model.apply(params, rows).logits
         term = jax.scipy.special.entr(jax.nn.softmax(logits))  # -p log p, 0 at 0
-        spread = boxes.logits(made, _ledger(made, params, k), rows, outward=True)
+        spread = boxes.logits(made, params, _ledger(made, params, k), rows, outward=True)
         return jnp.sum(term, -1), jnp.sum(term / (1e-3 + spread.upper - spread.lower), -1), logits.argmax(-1)
 
     plain, interval, classes = jax.lax.map(one, jnp.arange(made.tasks))  # [T, B]
