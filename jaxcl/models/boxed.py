@@ -85,7 +85,7 @@ def make(
     rows = 1 if universal else tasks
 
     def init(key: Key) -> Params:
-        infinite = jnp.full((rows, size), jnp.inf)
+        infinite = jnp.full((rows, size), jnp.inf, jnp.float32)
         known = {"lower": -infinite, "upper": infinite, "done": jnp.zeros(tasks), "current": jnp.zeros(())}
         return {"generator": generator(key), "fixed": _parted(target.init(key), fixed)[1], LEDGER: known}
 

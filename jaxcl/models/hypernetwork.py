@@ -192,7 +192,7 @@ def _drawn(
         weight, bias = jax.random.normal(a, (rows.size, width)) * (reach * scales / math.sqrt(width))[:, None], rows
     places = {
         "centre": jax.random.normal(named(key, "embedding"), (tasks, embedding)),
-        "radius": jnp.full((tasks, embedding), 1 / embedding),
+        "radius": jnp.full((tasks, embedding), 1 / embedding, jnp.float32),
     }
     return {"hidden": layers, "head": {"weight": weight, "bias": bias}, "embedding": places}
 
