@@ -68,7 +68,11 @@ def _standardise(eqn: Any, x: Span, outward: bool) -> list[Span] | None:
     inner = eqn.params["jaxpr"].jaxpr.eqns
     sums = [step.params["axes"] for step in inner if step.primitive.name == "reduce_sum"]
     literals = [
-        float(atom.val) for step in inner if step.primitive.name == "add" for atom in step.invars if hasattr(atom, "val")
+        float(atom.val)
+        for step in inner
+        if step.primitive.name == "add"
+        for atom in step.invars
+        if hasattr(atom, "val")
     ]
     if not sums or len(sums[0]) != 1 or len(literals) != 1:
         return None

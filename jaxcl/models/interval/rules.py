@@ -307,15 +307,37 @@ def refusal(eqn: Any, reason: str) -> UserError:
 def rule(name: str) -> Callable[[Any, list[Span], bool], list[Span]] | None:
     """Returns the rule of a primitive, or None."""
     for names, function in (
-        (STRUCTURAL, structural), (EXACT, exact), (MONOTONE, monotone), (COMPARISONS, compare), (TOTALS, total)
+        (STRUCTURAL, structural),
+        (EXACT, exact),
+        (MONOTONE, monotone),
+        (COMPARISONS, compare),
+        (TOTALS, total),
     ):
         if name in names:
             return function
     return {
-        "add": add, "add_any": add, "sub": sub, "neg": neg, "abs": absolute, "mul": mul, "div": div, "square": square,
-        "integer_pow": integer_pow, "pow": power, "log": logarithm, "sqrt": sqrt, "rsqrt": rsqrt, "erfc": erfc,
-        "and": logical, "or": logical, "not": logical, "select_n": select, "convert_element_type": convert,
-        "reduce_window": window, "dot_general": products.dot_general, "conv_general_dilated": products.convolution,
+        "add": add,
+        "add_any": add,
+        "sub": sub,
+        "neg": neg,
+        "abs": absolute,
+        "mul": mul,
+        "div": div,
+        "square": square,
+        "integer_pow": integer_pow,
+        "pow": power,
+        "log": logarithm,
+        "sqrt": sqrt,
+        "rsqrt": rsqrt,
+        "erfc": erfc,
+        "and": logical,
+        "or": logical,
+        "not": logical,
+        "select_n": select,
+        "convert_element_type": convert,
+        "reduce_window": window,
+        "dot_general": products.dot_general,
+        "conv_general_dilated": products.convolution,
     }.get(name)
 
 
