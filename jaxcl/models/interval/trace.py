@@ -11,8 +11,10 @@ from jax.extend.core import Literal
 from jaxcl.models.interval import known, rules
 from jaxcl.models.interval.span import Span
 
-CALLS = frozenset("jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split())
-REMAT = frozenset("remat remat2 checkpoint".split())
+CALLS = frozenset(
+    ["jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
+)
+REMAT = frozenset(["remat", "remat2", "checkpoint"])
 
 
 def evaluate(jaxpr: Any, consts: Any, inputs: list[Span], outward: bool) -> list[Span]:
