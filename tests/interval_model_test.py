@@ -45,7 +45,7 @@ def test_logits_of_a_model_are_bounded(name):
     bounded = interval(model)
     assert bounded.axes == model.axes
     jax.tree.map(np.testing.assert_array_equal, bounded.init(key), params)
-    shares = jax.random.randint(key, (256,), 0, 2**31)
+    shares = jax.random.randint(key, (256,), 0, 2**30)
 
     def sample(seed):
         def one(value):
@@ -101,14 +101,8 @@ def test_ends_that_are_equal_give_the_plain_logits():
         low, high = interval(model).apply(around(params, 0.0), batch(inputs())).hidden
         return jnp.sum(((low + high) / 2) ** 2)
 
-    same = jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *gradients(plain, middle, params)
-    )
-    del same
-
-
-def gradients(plain, middle, params):
-    return jax.grad(plain)(params), jax.grad(middle)(params)
+    for a, b in zip(*(jax.tree.leaves(jax.grad(f)(params)) for f in (plain, middle)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_it_composes_with_jit_grad_and_vmap():
@@ -135,7 +129,7 @@ def test_it_composes_with_jit_grad_and_vmap():
         for j in np.ndindex(slope.shape):
             h = 1e-2
             up, down = (loss(*arguments[:i], arguments[i].at[j].add(s * h), *arguments[i + 1 :]) for s in (1, -1))
-            assert slope[j] == pytest.approx((up - down) / (2 * h), abs=3e-3), (i, j)
+            assert float(slope[j]) == pytest.approx(float(up - down) / (2 * h), abs=3e-3), (i, j)
     assert float(jnp.abs(slopes[0]).max()) > 0.1
 
 
@@ -149,8 +143,8 @@ def test_refusals():
         bounds(lambda y: y > 0.5)(x)
     with pytest.raises(UserError, match="an Interval cannot become int32"):
         bounds(lambda y: y.astype(jnp.int32))(x)
-    with pytest.raises(UserError, match="which branch it takes depends on an Interval"):
-        bounds(lambda y: jax.lax.cond(y[0] > 0.5, lambda: 1.0, lambda: 2.0))(x)
+    with pytest.raises(UserError, match="depends on an Interval"):
+        bounds(lambda y: jax.lax.switch(jnp.where(y[0] > 0.5, 1, 0), [lambda: 1.0, lambda: 2.0]))(x)
     with pytest.raises(UserError, match="exponent is an Interval"):
         bounds(lambda y: jnp.float32(2) ** y)(x)
     with pytest.raises(UserError, match=r"lower is float32\[2\], upper float32\[1\]"):

@@ -27,8 +27,8 @@ def make(
     """Returns a classifier whose `Output.hidden` are float32 logits [B, classes], without a head.
 
     Every stage is a 3x3 convolution, ReLU and 2x2 pooling; then come dense layers with ReLU between them. Weights are
-    He-normal (He et al. 2015, eq. 10), biases zero. Parameters are `conv_0/kernel`, `conv_0/bias`, ..., `layer_0/kernel`,
-    ...; the last layer gives the logits. There is no normalisation, so that rows do not mix and `jaxcl.models.interval`
+    He-normal (He et al. 2015, eq. 10), biases zero. Parameters are `conv_0/kernel`, `conv_0/bias`, ...,
+    `layer_0/kernel`, ...; the last layer gives the logits. There is no normalisation, so that rows do not mix and `jaxcl.models.interval`
     bounds the logits under intervals of weights and of pixels.
 
     Args:

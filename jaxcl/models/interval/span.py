@@ -33,7 +33,8 @@ class Interval(NamedTuple):
 class Span:
     """One value of the traced function: a plain array (no `upper`) or the ends of an interval.
 
-    A boolean span is a comparison that may be undecided: `lower` is True where it certainly holds, `upper` where it may.
+    A boolean span is a comparison that may be undecided: `lower` is True where it certainly holds, `upper` where it
+    may.
     """
 
     lower: Any
