@@ -28,8 +28,8 @@ def make(
 
     Every stage is a 3x3 convolution, ReLU and 2x2 pooling; then come dense layers with ReLU between them. Weights are
     He-normal (He et al. 2015, eq. 10), biases zero. Parameters are `conv_0/kernel`, `conv_0/bias`, ...,
-    `layer_0/kernel`, ...; the last layer gives the logits. There is no normalisation, so that rows do not mix and `jaxcl.models.interval`
-    bounds the logits under intervals of weights and of pixels.
+    `layer_0/kernel`, ...; the last layer gives the logits. There is no normalisation, so that rows do not mix and
+    `jaxcl.models.interval` bounds the logits under intervals of weights and of pixels.
 
     Args:
       inputs: height, width and channels: `batch.inputs` is float [B, ...] with that many elements per row.

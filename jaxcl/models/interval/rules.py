@@ -58,7 +58,7 @@ EXACT = frozenset(
 )
 # Nondecreasing in their one operand, and rounded.
 MONOTONE = frozenset(["exp", "expm1", "log1p", "tanh", "logistic", "erf", "cbrt", "asinh", "atan"])
-RANGES = {"tanh": (-1.0, 1.0), "logistic": (0.0, 1.0), "erf": (-1.0, 1.0), "exp": (0.0, None): (0.0, None)}
+RANGES = {"tanh": (-1.0, 1.0), "logistic": (0.0, 1.0), "erf": (-1.0, 1.0), "exp": (0.0, None)}
 COMPARISONS = frozenset(["lt", "le", "gt", "ge", "eq", "ne"])
 # Linear sums of their operand.
 TOTALS = frozenset(["reduce_sum", "cumsum", "reduce_window_sum"])
@@ -112,7 +112,6 @@ KEEP_SIGN = (
             "log1p",
             "expm1",
             "cbrt",
-            "sinh",
             "asinh",
             "atan",
             "pow",
