@@ -15,7 +15,7 @@ from vocabulary_kernels_test import close, draw, wide
 from jaxcl.kernels import boxes
 from jaxcl.kernels.boxes import blocks, reference, tpu
 
-SIZES = [(1, 300, 75), (5, 300, 130), (3, 256, 128), (2, 37, 5), (20, 200, 24)]  # T, N, K: ragged for all tiles but one
+SIZES = [(1, 300, 75), (5, 300, 130), (3, 256, 127), (2, 37, 5), (20, 200, 24)]  # T, N, K: ragged for all tiles but one
 ROOM = 4 * 130 * 64  # two blocks or more of 64 rows and up, and what is left over
 DECAYS = (0.9, 0.99)
 
@@ -231,6 +231,7 @@ def test_the_platform_of_the_lowered_program_decides():
         step = functools.partial(step_of, kernel)
         assert calls(step, *x) == count
         assert calls(step, *x, platform="cpu") == calls(step, *x, platform="cuda") == 0
+    assert calls(functools.partial(step_of, True), *problem(3, 8, 128)[0]) == 0
     assert calls(functools.partial(step_of, True), *problem(3, 8, tpu.WIDEST + 1)[0]) == 0
     assert calls(functools.partial(step_of, True), *problem(tpu.MOST + 1, 8, 5)[0]) == 0
 

@@ -1,16 +1,17 @@
 """Products with the last layer of a hypernetwork on TPUs in Pallas: a tile of its rows at a time, read once.
 
 V [N, K] is cut into tiles of rows, each with all of K, so that |V|, sign(V) and products with generators live and die
-in VMEM. Boxes and generators are few and lie whole in VMEM; results [T, N] have the rows of V in their lanes. Gradients
-that are sums over rows are accumulated over the tiles in one order, so that two runs give the same bits. Products of
-float32 run in full. N need not divide: what lies beyond the last row is masked where it would be summed, and is never
-written.
+in VMEM. A TPU keeps a tall matrix whose rows are no multiple of 128 by columns, as it would pad them; so the kernels
+take V^T, which is no copy, and rows of V lie in the lanes of everything. Boxes and generators lie whole in VMEM.
+Gradients that are sums over rows are accumulated over the tiles in one order, so that two runs give the same bits.
+Products of float32 run in full. N need not divide: what lies beyond the last row is masked where it would be summed,
+and is never written.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,18 +26,21 @@ _VMEM = 2**23  # bytes of the tiles of rows, both buffers: half of the 16 MiB th
 _ARRAYS = 14  # of a tile's size, at most: three operands and three results in two buffers, two products
 WIDEST = _VMEM // (4 * _ARRAYS * _LANES)  # K of the thinnest tile that fits
 MOST = 256  # boxes, or generators
-Names = Sequence[str]
+_LAYER = ("lane weight", "lane first", "lane second")  # [K, N]
 
 
 def fits(width: int, count: int) -> bool:
-    """Returns whether kernels take K = `width` and `count` boxes or generators."""
-    return width <= WIDEST and count <= MOST
+    """Returns whether kernels take K = `width` and `count` boxes or generators.
+
+    Rows of a multiple of 128 numbers are kept as they are, and V^T would be a copy.
+    """
+    return width <= WIDEST and width % _LANES != 0 and count <= MOST
 
 
 def default_rows(width: int) -> int:
     """Returns the rows of a tile for K = `width`: a power of two from 128 to 1024."""
-    rows, lanes = 1024, -(-width // _LANES) * _LANES
-    while rows > _LANES and 4 * lanes * _ARRAYS * rows > _VMEM:
+    rows = 1024
+    while rows > _LANES and 4 * width * _ARRAYS * rows > _VMEM:
         rows //= 2
     return rows
 
@@ -55,20 +59,18 @@ def _call(
 
     Args:
       body: a kernel; `own` gives the rows of the tile that exist, a mask along an axis.
-      operands: by name, float32. What starts with "row" is [N, K] and tiled along axis 0, "lane" is [., N] and tiled
-        along axis 1, "scalar" is [1, .]; other operands are whole for each tile.
+      operands: by name, float32. What starts with "lane" is [., N] and tiled along axis 1, "scalar" is [1, .]; other
+        operands are whole for each tile. "lane weight" is V^T.
       results: shapes by name, likewise; whole results are accumulated.
       products: matrix products with a tile of V, for the cost estimate.
       rows: of a tile: a multiple of 128; None = `default_rows`.
       interpret: as for `pl.pallas_call`.
       aliases: results that overwrite operands, by position.
     """
-    total, width = next(x.shape for name, x in operands.items() if name.startswith("row"))
+    width, total = operands["lane weight"].shape
     size = min(rows or default_rows(width), total)
 
     def spec(name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
-        if name.startswith("row"):
-            return pl.BlockSpec((size, shape[1]), lambda i: (i, 0))
         if name.startswith("lane"):
             return pl.BlockSpec((shape[0], size), lambda i: (0, i))
         if name == "scalar":
@@ -82,8 +84,8 @@ def _call(
         at = pl.program_id(0) * size + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
         return jnp.where(at < total, x, 0.0)
 
-    sums = any(not name.startswith(("row", "lane")) for name in results)
-    count = max(x.shape[0] for name, x in operands.items() if not name.startswith("row"))
+    sums = any(not name.startswith("lane") for name in results)
+    count = max(x.shape[0] for name, x in operands.items() if not name.startswith(_LAYER))
     moved = sum(x.nbytes for x in operands.values()) + sum(4 * a * b for a, b in results.values())
     return pl.pallas_call(
         functools.partial(body, own),
@@ -111,15 +113,15 @@ def _start(*totals: Any) -> None:
 
 
 def _pull(weight: jax.Array, centre: Any, radius: Any, d_centre: Any, d_radius: Any) -> jax.Array:
-    """Returns the cotangent of a tile of V."""
-    half = dot(d_radius[...], radius[...], 0, 0)
-    return dot(d_centre[...], centre[...], 0, 0) + signed(half, weight)
+    """Returns the cotangent of a tile of V^T."""
+    half = dot(radius[...], d_radius[...], 0, 0)
+    return dot(centre[...], d_centre[...], 0, 0) + signed(half, weight)
 
 
 def _affine(_: Any, weight: Any, bias: Any, centre: Any, radius: Any, middle: Any, half: Any) -> None:
     block = weight[...]
-    middle[...] = dot(centre[...], block, 1, 1) + jnp.broadcast_to(bias[...], middle.shape)
-    half[...] = dot(radius[...], jnp.abs(block), 1, 1)
+    middle[...] = dot(centre[...], block, 1, 0) + jnp.broadcast_to(bias[...], middle.shape)
+    half[...] = dot(radius[...], jnp.abs(block), 1, 0)
 
 
 def affine(
@@ -141,7 +143,7 @@ def affine(
       rows: of a tile, a multiple of 128; None = `default_rows`.
       interpret: as for `pl.pallas_call`: runs without a TPU.
     """
-    operands = {"row": weight, "lane": bias[None], "centre": centre, "radius": radius}
+    operands = {"lane weight": weight.T, "lane": bias[None], "centre": centre, "radius": radius}
     shape = (centre.shape[0], weight.shape[0])
     results = {"lane centre": shape, "lane radius": shape}
     middle, half = _call(_affine, operands, results, products=2, rows=rows, interpret=interpret)
@@ -152,9 +154,9 @@ def _affine_backward(own: Any, weight: Any, *refs: Any) -> None:
     centre, radius, d_centre, d_radius, d_weight, of_centre, of_radius = refs
     d_weight[...] = _pull(weight[...], centre, radius, d_centre, d_radius)
     _start(of_centre, of_radius)
-    block = own(weight[...], 0)
-    of_centre[...] += dot(own(d_centre[...], 1), block, 1, 0)
-    of_radius[...] += dot(own(d_radius[...], 1), jnp.abs(block), 1, 0)
+    block = own(weight[...], 1)
+    of_centre[...] += dot(own(d_centre[...], 1), block, 1, 1)
+    of_radius[...] += dot(own(d_radius[...], 1), jnp.abs(block), 1, 1)
 
 
 def affine_backward(
@@ -168,39 +170,45 @@ def affine_backward(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents of (weight, bias, centre, radius), given those of the results, [T, N] both."""
-    operands = {"row": weight, "centre": centre, "radius": radius, "lane centre": d_centre, "lane radius": d_radius}
-    results = {"row": weight.shape, "centre": centre.shape, "radius": radius.shape}
+    operands = {
+        "lane weight": weight.T,
+        "centre": centre,
+        "radius": radius,
+        "lane centre": d_centre,
+        "lane radius": d_radius,
+    }
+    results = {"lane weight": weight.shape[::-1], "centre": centre.shape, "radius": radius.shape}
     out = _call(_affine_backward, operands, results, products=4, rows=rows, interpret=interpret)
-    return out[0], jnp.sum(d_centre, 0), out[1], out[2]
+    return out[0].T, jnp.sum(d_centre, 0), out[1], out[2]
 
 
 def _row_sums(_: Any, weight: Any, generators: Any, sums: Any) -> None:
-    sums[...] = jnp.sum(jnp.abs(dot(generators[...], weight[...], 1, 1)), 0, keepdims=True)
+    sums[...] = jnp.sum(jnp.abs(dot(generators[...], weight[...], 1, 0)), 0, keepdims=True)
 
 
 def row_sums(weight: jax.Array, generators: jax.Array, *, rows: int | None = None, interpret: Any = False) -> jax.Array:
     """Returns sum_s |weight generators_s|, float32 [N], of weight [N, K] and generators [S, K]."""
-    operands, results = {"row": weight, "generators": generators}, {"lane": (1, weight.shape[0])}
+    operands, results = {"lane weight": weight.T, "generators": generators}, {"lane": (1, weight.shape[0])}
     return _call(_row_sums, operands, results, products=1, rows=rows, interpret=interpret)[0][0]
 
 
 def _row_sums_backward(own: Any, weight: Any, generators: Any, d_sums: Any, d_weight: Any, d_generators: Any) -> None:
-    block = own(weight[...], 0)
-    moved = dot(generators[...], block, 1, 1)  # [S, rows]
+    block = own(weight[...], 1)
+    moved = dot(generators[...], block, 1, 0)  # [S, rows]
     d = signed(jnp.broadcast_to(own(d_sums[...], 1), moved.shape), moved)
-    d_weight[...] = dot(d, generators[...], 0, 0)
+    d_weight[...] = dot(generators[...], d, 0, 0)
     _start(d_generators)
-    d_generators[...] += dot(d, block, 1, 0)
+    d_generators[...] += dot(d, block, 1, 1)
 
 
 def row_sums_backward(
     weight: jax.Array, generators: jax.Array, d_sums: jax.Array, *, rows: int | None = None, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the cotangents of (weight, generators), given that of the sums [N]."""
-    operands = {"row": weight, "generators": generators, "lane": d_sums[None]}
-    results = {"row": weight.shape, "generators": generators.shape}
+    operands = {"lane weight": weight.T, "generators": generators, "lane": d_sums[None]}
+    results = {"lane weight": weight.shape[::-1], "generators": generators.shape}
     d_weight, of_generators = _call(_row_sums_backward, operands, results, products=3, rows=rows, interpret=interpret)
-    return d_weight, of_generators
+    return d_weight.T, of_generators
 
 
 def _update(_: Any, weight: Any, first: Any, second: Any, *refs: Any) -> None:
@@ -240,9 +248,10 @@ def update(
       rows: of a tile, a multiple of 128; None = `default_rows`.
       interpret: as for `pl.pallas_call`: runs without a TPU.
     """
-    operands = {"row": weight, "row first": first, "row second": second, "centre": centre, "radius": radius}
-    operands |= {"lane centre": d_centre, "lane radius": d_radius, "scalar": numbers[None]}
-    results = dict.fromkeys(("row", "row first", "row second"), weight.shape)
+    operands = dict(zip(_LAYER, (weight.T, first.T, second.T), strict=True))
+    results = {name: x.shape for name, x in operands.items()}
+    operands |= {"centre": centre, "radius": radius, "lane centre": d_centre, "lane radius": d_radius}
+    operands |= {"scalar": numbers[None]}
     aliases = {0: 0, 1: 1, 2: 2}
     out = _call(_update, operands, results, products=2, rows=rows, interpret=interpret, aliases=aliases)
-    return out[0], out[1], out[2]
+    return out[0].T, out[1].T, out[2].T
