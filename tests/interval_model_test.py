@@ -208,7 +208,7 @@ def test_a_network_that_cannot_be_is_refused(options, message):
 
 def test_the_convolutional_network_is_what_it_says():
     model = cnn.make(inputs=(5, 4, 2), channels=[3], hidden=[4], classes=2, pool="mean", residual=True)
-    params = model.init(jax.random.key(0))
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
     assert sorted(params) == ["conv_0", "layer_0", "layer_1", "residual_0"]
     x = np.asarray(jax.random.normal(jax.random.key(1), (2, 40)))
 

@@ -366,7 +366,7 @@ standardised_parts = jax.jit(
 @settings(max_examples=8)
 @given(seed=st.integers(0, 2**31), radius=st.sampled_from([2**-10, 0.125, 1.0, 1024.0]))
 def test_standardise_is_tight(seed, radius):
-    """Never beyond sqrt(n - 1), attained for two elements, and within the bounds of its parts."""
+    """Never beyond sqrt(n - 1), attained by two elements away from zero, and within the bounds of its parts."""
     rng = np.random.default_rng(seed)
     middle = np.round(rng.normal(size=(4, 2)) * 64).astype(np.float32) / 64  # so that differences are exact
     x = Interval(middle - radius, middle + radius)
@@ -374,7 +374,9 @@ def test_standardise_is_tight(seed, radius):
     assert (np.abs(result) <= 1 + 1e-6).all()
     gap = np.stack([x.lower[:, 0] - x.upper[:, 1], x.upper[:, 0] - x.lower[:, 1]]) / 2
     attained = gap / np.sqrt(gap**2 + np.float32(1e-6))
-    np.testing.assert_allclose(np.stack(result)[:, :, 0], attained, rtol=1e-5, atol=1e-6)
+    # Where the sign is certain, the end next to zero is loose: the other element is then taken at its own largest.
+    away = np.stack([attained[0] < 0, attained[1] > 0])
+    np.testing.assert_allclose(np.stack(result)[:, :, 0][away], attained[away], rtol=1e-5, atol=1e-6)
     wide = Interval(*(np.tile(end, (1, 4)) for end in x))
     parts, whole = standardised_parts(wide), standardised(wide)
     assert (parts.lower <= whole.lower + 1e-5).all()

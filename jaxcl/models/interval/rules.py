@@ -100,13 +100,13 @@ def mul(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Bounds a product; x * x is a square."""
     if eqn.invars[0] is eqn.invars[1]:
         return [products.square(operands[0], outward)]
-    return [products.multiply(*operands, outward)]
+    return [products.multiply(operands[0], operands[1], outward)]
 
 
 def div(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Bounds a quotient."""
     del eqn
-    return [products.divide(*operands, outward)]
+    return [products.divide(operands[0], operands[1], outward)]
 
 
 def square(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:

@@ -34,7 +34,8 @@ def evaluate(jaxpr: Any, consts: Any, inputs: list[Span], outward: bool) -> list
 
     def read(atom: Any) -> Span:
         if isinstance(atom, Literal):
-            value = jnp.asarray(atom.val, atom.aval.dtype)
+            aval: Any = atom.aval
+            value = jnp.asarray(atom.val, aval.dtype)
             return Span(value, nonnegative=primitives.known_nonnegative(atom.val))
         return values[atom]
 
