@@ -166,9 +166,9 @@ def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, 
     Raises:
       UserError: no such adapter, an option, or a classifier that no interval arithmetic holds for.
     """
-    given = {"name": options} if isinstance(options, str) else dict(options)
+    given: dict[str, Any] = {"name": options} if isinstance(options, str) else dict(options)
     name = given.pop("name", None)
-    if name not in BOXES:
+    if not isinstance(name, str) or name not in BOXES:
         raise UserError(f"config.adapter.name={name!r}: of a classifier; choose from {', '.join(BOXES)}")
     have = given.setdefault("tasks", tasks)
     if isinstance(have, int) and have < tasks:

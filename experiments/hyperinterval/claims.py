@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import platform
-import re
 from pathlib import Path
 
 import jax
@@ -37,7 +36,7 @@ def arms(folder: Path) -> dict[str, dict[str, dict]]:
     """Returns label -> seed -> what was read."""
     found: dict[str, dict[str, dict]] = {}
     for path in sorted(folder.glob("*-seed*")):
-        label, seed = re.fullmatch(r"(.*)-seed(\d+)", path.name).groups()
+        label, _, seed = path.name.rpartition("-seed")
         found.setdefault(label, {})[seed] = read(path)
     return found
 
@@ -83,7 +82,9 @@ def main() -> None:
         last = max((b for arm in runs.values() for one in arm.values() for b in one["boundaries"]), key=int)
         for boundary in dict.fromkeys(("2" if int(last) > 2 else last, last)):
             print(f"\n{name}, after task {int(boundary) + 1}")
-            print("| | mean | accuracy | promised | certified now | by intervals | affine | radius | task guessed | kept |")
+            print(
+                "| | mean | accuracy | promised | certified now | by intervals | affine | radius | task guessed | kept |"
+            )
             table(runs, boundary)
     if options.out:
         about = {"python": platform.python_version(), "jax": jax.__version__, "machine": platform.machine()}
