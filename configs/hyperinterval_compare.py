@@ -1,4 +1,4 @@
-"""HyperInterval on split MNIST, five tasks of two digits, three seeds: with the ledger, as published, and without boxes.
+"""HyperInterval on split MNIST, five tasks of two digits, three seeds: with the ledger, as published, without boxes.
 
 Parts:    task       networks for every task: with the ledger; as published (soft penalty, no ledger)
           universal  one network on fixed detectors: four weights of what wide boxes earn, InterContiNet, plain training

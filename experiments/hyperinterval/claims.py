@@ -82,9 +82,7 @@ def main() -> None:
         last = max((b for arm in runs.values() for one in arm.values() for b in one["boundaries"]), key=int)
         for boundary in dict.fromkeys(("2" if int(last) > 2 else last, last)):
             print(f"\n{name}, after task {int(boundary) + 1}")
-            print(
-                "| | mean | accuracy | promised | certified now | by intervals | affine | radius | task guessed | kept |"
-            )
+            print("| | mean | accuracy | promised | certified now | intervals | affine | radius | guessed | kept |")
             table(runs, boundary)
     if options.out:
         about = {"python": platform.python_version(), "jax": jax.__version__, "machine": platform.machine()}

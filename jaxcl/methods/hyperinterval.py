@@ -107,12 +107,16 @@ def make(
     options = Options(
         steps, beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, cap, ease, fresh
     )  # fmt: skip
-    made = _checked(setting, options)
+    return _method(setting, _checked(setting, options), options)
+
+
+def _method(setting: Setting, made: Boxed, options: Options) -> Method:
+    """Returns the method of options that were checked."""
 
     def init(params: Params) -> TrainState:
         trained = params["generator"]
         memory: dict[str, Any] = {"age": jnp.zeros((), jnp.int32)}
-        if beta:
+        if options.beta:
             memory["targets"] = {part: jnp.zeros((made.tasks, made.size)) for part in ("centre", "radius")}
         return TrainState(jnp.zeros((), jnp.int32), params, setting.tx.init(trained), memory)
 
@@ -121,9 +125,10 @@ def make(
         params = started(made, state.params, task, age == 0)
         gamma, share = rates(options, age)
         losses = _losses(setting, made, options, params, state.memory, gamma, share, task, key)
-        values, grads = grad.value_and_grad(losses, params["generator"], batch)
-        if lookahead and beta:
+        if options.lookahead and options.beta:
             values, grads = _ahead(setting, losses, params["generator"], state.opt_state, batch)
+        else:
+            values, grads = grad.value_and_grad(losses, params["generator"], batch)
         updates, opt_state = setting.tx.update(grads, state.opt_state, params["generator"])
         moved = made.keep(optax.apply_updates(params["generator"], updates), params["generator"], task)
         metrics = {name: grad.mean(total, weight) for name, (total, weight) in values.items()}
@@ -134,13 +139,13 @@ def make(
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         task, params = batch.task[0, 0], state.params
-        params = boxes.close(made, params, task) if project else boxes.over(params, task)
+        params = boxes.close(made, params, task) if options.project else boxes.over(params, task)
         memory = {**state.memory, "age": jnp.zeros((), jnp.int32)}
-        if beta:
+        if options.beta:
             every = jnp.arange(made.tasks)
             centre, radius = made.boxes(params["generator"], every, jnp.ones(made.tasks))
             memory["targets"] = {"centre": centre, "radius": radius}
-        opt_state = _anew(setting.tx.init(params["generator"]), state.opt_state) if fresh else state.opt_state
+        opt_state = _anew(setting.tx.init(params["generator"]), state.opt_state) if options.fresh else state.opt_state
         return TrainState(state.step, params, opt_state, memory)
 
     return Method(init, step, end_task)
