@@ -261,6 +261,19 @@ def test_elementary_functions_are_bounded_outward(name):
     assert (exact <= np.asarray(result.upper, np.float64)).all()
 
 
+def test_long_sums_are_bounded_outward():
+    """Terms that cancel, so that the rounding error of the sum is far beyond an ulp of the result."""
+    rng = np.random.default_rng(2)
+    x, w = rng.normal(size=(64, 4096)).astype(np.float32), rng.normal(size=(4096, 8)).astype(np.float32)
+    exact = {"dot": x.astype(np.float64) @ w.astype(np.float64), "sum": x.astype(np.float64).sum(1, keepdims=True)}
+    functions = {"dot": lambda x, w: x @ w, "sum": lambda x, w: x.sum(1, keepdims=True)}
+    for name, function in functions.items():
+        result = jax.jit(bounds(function, outward=True))(Interval(x, x), w)
+        assert (np.asarray(result.lower, np.float64) <= exact[name]).all(), name
+        assert (exact[name] <= np.asarray(result.upper, np.float64)).all(), name
+        assert (np.asarray(result.upper) - np.asarray(result.lower) < 10).all(), name
+
+
 def test_subnormal_numbers_are_not_lost():
     """Hardware that flushes them to zero must not make a bound too tight."""
     tiny = np.float32(1e-40)

@@ -124,7 +124,11 @@ def _signs(eqn: Any, flags: list[bool]) -> list[bool]:
 def _scan(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Evaluates a loop by a loop whose carry holds spans."""
     params = eqn.params
-    closed, consts, carries = params["jaxpr"], params["num_consts"], params["num_carry"]
+    closed = params["jaxpr"]
+    if "num_consts" in params:
+        consts, carries = params["num_consts"], params["num_carry"]
+    else:  # newer JAX: trees of the constants, the carry and the rows
+        consts, carries, _ = (len(list(part)) for part in params["ft_in"].unpack())
     fixed, carry, rows = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
 
     def body(carry: list[Span], row: list[Span]) -> tuple[list[Span], list[Span]]:
