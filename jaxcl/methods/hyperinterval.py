@@ -128,7 +128,9 @@ def make(
         moved = made.keep(optax.apply_updates(params["generator"], updates), params["generator"], task)
         metrics = {name: grad.mean(total, weight) for name, (total, weight) in values.items()}
         metrics["loss"] = metrics.pop("task")
-        metrics |= {"grad_norm": tree.norm(grads), "weight": values["task"][1], "scale": gamma, "kappa": share}
+        # Behind a barrier, or XLA stores the squares of the gradient, which the second moment needs as well.
+        norm = tree.norm(jax.lax.optimization_barrier(grads))
+        metrics |= {"grad_norm": norm, "weight": values["task"][1], "scale": gamma, "kappa": share}
         memory = {**state.memory, "age": age + 1}
         return TrainState(state.step + 1, {**params, "generator": moved}, opt_state, memory), metrics
 
