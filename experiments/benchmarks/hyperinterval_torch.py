@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 shape = json.loads(sys.argv[1])
 torch.set_num_threads(1)
@@ -53,11 +53,14 @@ def boxes(task):
     if UNIVERSAL:
         centre, radius = GAMMA / (2 * M) * torch.cos(centres[task]), torch.full((1, M), GAMMA / M)
     else:
-        centre, radius = centres[task], GAMMA * F.softmax(radii[task], dim=1)
+        centre, radius = centres[task], GAMMA * functional.softmax(radii[task], dim=1)
     for i, (weight, bias) in enumerate(layers):
-        centre, radius = F.linear(centre, weight, bias), F.linear(radius, weight.abs(), torch.zeros_like(bias))
+        centre, radius = (
+            functional.linear(centre, weight, bias),
+            functional.linear(radius, weight.abs(), torch.zeros_like(bias)),
+        )
         if i + 1 < len(layers):
-            lower, upper = F.relu(centre - radius), F.relu(centre + radius)
+            lower, upper = functional.relu(centre - radius), functional.relu(centre + radius)
             centre, radius = (upper + lower) / 2, (upper - lower) / 2
     return (centre - radius)[0], centre[0], (centre + radius)[0]
 
@@ -82,15 +85,17 @@ def logits(ends, x):
         middle = middle @ w_middle.clamp(min=0) + middle @ w_middle.clamp(max=0) + b_middle
         low, high = new_low, new_high
         if i + 1 < len(WIDTHS):
-            low, middle, high = F.relu(low), F.relu(middle), F.relu(high)
+            low, middle, high = functional.relu(low), functional.relu(middle), functional.relu(high)
     return low, middle, high
 
 
 def losses(x, y, targets):
     """Returns the loss of the task, and the regulariser with its factor."""
     low, middle, high = logits(boxes(TASK), x)
-    hit = F.one_hot(y, low.shape[1]).bool()
-    task = KAPPA * F.cross_entropy(middle, y) + (1 - KAPPA) * F.cross_entropy(torch.where(hit, low, high), y)
+    hit = functional.one_hot(y, low.shape[1]).bool()
+    task = KAPPA * functional.cross_entropy(middle, y) + (1 - KAPPA) * functional.cross_entropy(
+        torch.where(hit, low, high), y
+    )
     pull = torch.zeros(())
     for k in range(TASK):
         ends = boxes(k)
