@@ -70,7 +70,7 @@ def make(
         setting = compose.Setting(
             network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, told, network.boxed
         )
-        check_boxed(method, network, patterns)
+        check_boxed(method, network, patterns, flow)
         learner = learner_of(method, setting, guard, patterns, network.keyed)
         check_forms(learner, network, examples)
         return Plan(mesh, network, setting, learner, flow, rate, patterns, seed, explorer)
@@ -120,8 +120,8 @@ def check_forms(learner: Method, network: Network, examples: Sequence[Batch]) ->
             raise UserError("config.method: keeps rows of one kind, but the stages learn in different ways")
 
 
-def check_boxed(method: Any, network: Network, patterns: Sequence[str]) -> None:
-    """Raises UserError if boxes of weights meet a method that knows nothing of them."""
+def check_boxed(method: Any, network: Network, patterns: Sequence[str], flow: streams.Stream) -> None:
+    """Raises UserError if boxes of weights meet a method that knows nothing of them, or batches of several tasks."""
     if network.boxed is None:
         return
     entries = schema.parse(method, field="method") if isinstance(method, str) else method
@@ -135,6 +135,12 @@ def check_boxed(method: Any, network: Network, patterns: Sequence[str]) -> None:
             )
     if patterns:
         raise UserError("config.optim.frozen: not with boxes of weights; leave it out, or give no config.adapter")
+    for stage, of in zip(flow.stages, flow.plans, strict=True):
+        if of.replay.fraction:
+            raise UserError(
+                f"config.stream.replay: stage {stage.name!r} has rows of earlier tasks beside its own, but boxes of "
+                "weights need one task in a batch; leave it out, or give no config.adapter"
+            )
 
 
 def frozen_of(optim: dict[str, Any], network: Network) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -117,16 +117,16 @@ def setting(*, model=None, tx=None, example=None, tasks=T, loss=cross_entropy, m
 
 # kind -> (classifier, **options of its make) -> model of boxes
 BOXES = {
-    "hypernetwork": lambda target, **options: hypernetwork.make(
-        target, **{"tasks": T, "embedding": 4, "hidden": (6,), "gamma": 0.5} | options
-    ),
-    "weight_boxes": lambda target, **options: weight_boxes.make(target, **{"tasks": T, "radius": 0.1} | options),
+    "hypernetwork": lambda target, **options: hypernetwork.make(target, **{"embedding": 4, "gamma": 0.5} | options),
+    "weight_boxes": lambda target, **options: weight_boxes.make(target, **{"radius": 0.1} | options),
 }
 
 
-def boxed(kind="hypernetwork", *, tx=None, loss=cross_entropy, tasks=T, features=4, hidden=(8,), labels=4, **options):
+def boxed(kind="hypernetwork", *, tx=None, loss=cross_entropy, tasks=T, features=4, width=8, labels=4, **options):
     """A setting for a perceptron whose weights come from boxes; `options` are those of the boxes."""
-    made = BOXES[kind](mlp.make(inputs=features, hidden=hidden, classes=labels), tasks=tasks, **options)
+    if kind == "hypernetwork":
+        options = {"hidden": (6,)} | options
+    made = BOXES[kind](mlp.make(inputs=features, hidden=(width,), classes=labels), tasks=tasks, **options)
     example = classes(0, features=features, labels=labels)
     return setting(model=made.model, tx=tx, example=example, tasks=tasks, loss=loss)._replace(boxed=made)
 

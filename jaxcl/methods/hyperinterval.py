@@ -133,7 +133,9 @@ def _method(setting: Setting, made: Boxed, options: Options) -> Method:
         moved = made.keep(optax.apply_updates(params["generator"], updates), params["generator"], task)
         metrics = {name: grad.mean(total, weight) for name, (total, weight) in values.items()}
         metrics["loss"] = metrics.pop("task")
-        metrics |= {"grad_norm": tree.norm(grads), "weight": values["task"][1], "scale": gamma, "kappa": share}
+        # Behind a barrier, or XLA stores the squares of the gradient, which the second moment needs as well.
+        norm = tree.norm(jax.lax.optimization_barrier(grads))
+        metrics |= {"grad_norm": norm, "weight": values["task"][1], "scale": gamma, "kappa": share}
         memory = {**state.memory, "age": age + 1}
         return TrainState(state.step + 1, {**params, "generator": moved}, opt_state, memory), metrics
 
@@ -214,7 +216,7 @@ def _losses(
     before = (whole[LEDGER]["done"] > 0) & (jnp.arange(made.tasks) != task)
     number = jnp.maximum(jnp.sum(before), 1).astype(jnp.float32)
     if regular:
-        chosen, counted = _chosen(before, options.sample, named(key, "earlier"))
+        chosen, counted = _chosen(before, task, options.sample, named(key, "earlier"))
     factor = options.beta / (jnp.square(number) if options.average == "twice" else number)
 
     def losses(generator: Params, rows: Batch) -> grad.Losses:
@@ -245,11 +247,13 @@ def _worst(made: Boxed, params: Params, found: Interval, output: Output, rows: B
     return jnp.where(gamma == 0, output.logits, boxes.worst(boxes.logits(made, params, found, rows), rows))
 
 
-def _chosen(before: jax.Array, sample: int | None, key: Key) -> tuple[jax.Array, jax.Array]:
-    """Returns the tasks that enter R, int32 [S], and what each counts: all, or a draw without replacement."""
+def _chosen(before: jax.Array, task: jax.Array, sample: int | None, key: Key) -> tuple[jax.Array, jax.Array]:
+    """Returns the tasks that enter R, int32 [S], and what each counts: all others, or a draw without replacement."""
     tasks = before.size
-    if sample is None or sample >= tasks:
-        return jnp.arange(tasks), before.astype(jnp.float32)
+    if sample is None or sample >= tasks - 1:
+        others = jnp.arange(tasks - 1)
+        others = others + (others >= task)
+        return others, before[others].astype(jnp.float32)
     order = jnp.argsort(jnp.where(before, jax.random.uniform(key, (tasks,)), 2.0))[:sample]
     share = jnp.sum(before) / jnp.maximum(jnp.minimum(jnp.sum(before), sample), 1)
     return order, before[order].astype(jnp.float32) * share

@@ -1,7 +1,7 @@
 """Products with the last layer of a hypernetwork by blocks of its rows, in XLA: each block is read from memory once.
 
-What is formed of a block, |V| and sign(V) or its products with all generators, stays in the cache of a core. A last,
-smaller block takes the rows that are left over; nothing is padded.
+What is formed of a block, |V| and sign(V) or its products with all generators, stays in the cache of a core. A smaller
+block takes the rows at the end that are left over; nothing is padded.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ def rows_of(room: int, width: int) -> int:
 
 
 def _fold(rows: int, total: int, visit: Callable[[Any, Any, int], Any], carry: Any) -> Any:
-    """Folds `visit(carry, start, size)` over blocks of `rows` of `total` rows; the last one may be smaller."""
+    """Folds `visit(carry, start, size)` over blocks of `rows` of `total` rows, and first over what is left over.
+
+    The loop comes last: a write behind it would be fused with what the results are used for, once for every use, and
+    each would keep a copy of the arrays that it reads.
+    """
     rows = min(rows, total)
-    carry = jax.lax.fori_loop(0, total // rows, lambda i, state: visit(state, i * rows, rows), carry)
     rest = total % rows
-    return visit(carry, total - rest, rest) if rest else carry
+    carry = visit(carry, total - rest, rest) if rest else carry
+    return jax.lax.fori_loop(0, total // rows, lambda i, state: visit(state, i * rows, rows), carry)
 
 
 def _take(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
