@@ -22,7 +22,7 @@ from jaxcl.schema import UserError
 STEPS, TASKS = 60, 3
 KINDS = {
     "task networks": ({"gamma": 0.5}, {"beta": 0.01}),
-    "one network": ({"gamma": 4.0, "universal": True}, {"beta": 0.0, "spread": 0.3}),
+    "one network": ({"gamma": 4.0, "universal": True}, {"beta": 0.0, "spread": 0.3, "cap": 100.0}),
 }
 
 
