@@ -129,12 +129,17 @@ def jaxcl_step(shape: Shape):
         return {"loss": float(metrics["loss"]), "drift": float(metrics["drift"])}
 
     layers = {name: state.params["generator"][name] for name in ("hidden", "head")}
-    about = {"params": tree.size(layers), "versions": {"jax": jax.__version__}}
-    memory = compiled.memory_analysis()
-    about["program_bytes"] = {
-        part: getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "output", "alias", "temp")
+    return take, {
+        "params": tree.size(layers),
+        "versions": {"jax": jax.__version__},
+        "program_bytes": sizes_of(compiled),
     }
-    return take, about
+
+
+def sizes_of(compiled) -> dict[str, int]:
+    """Returns the bytes of the buffers of a program; `temp` are its temporaries."""
+    memory = compiled.memory_analysis()
+    return {part: getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "output", "alias", "temp")}
 
 
 def save(path: str, generator) -> None:
