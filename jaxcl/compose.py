@@ -25,6 +25,7 @@ class Setting(NamedTuple):
     microbatches: int = 1
     score: Callable[[Output, Batch], jax.Array] | None = None  # [B, L] log-probabilities, of rollouts and of pairs
     told: Callable[[Output, Batch], tuple[Any, grad.Losses]] | None = None  # `loss`, and (sum, weight) of more metrics
+    boxed: Any = None  # `jaxcl.models.boxed.Boxed`, if the weights of the model come from boxes
 
 
 class Taken(NamedTuple):

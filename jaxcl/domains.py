@@ -62,10 +62,12 @@ def make(given: Sections) -> Domains:
     refuse_practice(stages, options)
     made = {name: source_of(name, one) for name, one in sources.items()}
     kinds = {name: isinstance(source, Table) for name, source in made.items()}
-    if of_tables(kinds, tokenizer=tokenizer, packing=packing, adapter=adapter):
+    if of_tables(kinds, tokenizer=tokenizer, packing=packing):
         corpora = {name: tabular.corpus(table) for name, table in made.items()}
         example = next(tables.batches(next(iter(corpora.values())).train, size=1))
-        return Domains(networks.classifier(model, example, tabular.classes(made.values())), lambda: corpora, None)
+        network = networks.classifier(model, example, tabular.classes(made.values()))
+        network = networks.with_boxes(network, adapter, example, len(stages)) if adapter else network
+        return Domains(network, lambda: corpora, None)
     packed = schema.call(Packing, packing, field="packing")
     model = networks.based(model, adapter)
     words = networks.tokenizer_of(tokenizer, model)

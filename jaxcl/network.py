@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ import numpy as np
 from jaxcl import saved, schema, tree, vocabulary
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import peft, read
-from jaxcl.models import lora, transformer
+from jaxcl.models import hypernetwork, interval, lora, transformer, weight_boxes
+from jaxcl.models.boxed import Boxed
 from jaxcl.models.config import Config, resolve
 from jaxcl.random import named
 from jaxcl.rl import gate
@@ -35,6 +37,7 @@ FREE = (
     "compute_dtype",
     "unroll",
 )
+BOXES = MappingProxyType({"hypernetwork": hypernetwork.make, "weight_boxes": weight_boxes.make})
 NEW_ROWS = ("mean", "normal", "zeros")
 
 
@@ -59,6 +62,7 @@ class Network(NamedTuple):
     checkpoint: str | None = None  # folder that they are imported from
     adapter: Adapter | None = None  # then `model` is the one with the adapter
     load_base: Load | None = None  # of an adapter whose base is a checkpoint: as `load`, for the base alone
+    boxed: Boxed | None = None  # then the weights of `model` come from boxes
     start: str | None = None  # folder of a run that they are taken from
 
     @property
@@ -149,6 +153,35 @@ def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Netw
     if len(found) != 2 or found[1] < classes:
         raise UserError(f"config.model: gives logits {found[1:]}, but there are {classes} classes; set its option")
     return Network(model, None, None)
+
+
+def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, tasks: int) -> Network:
+    """Returns a classifier whose weights come from boxes.
+
+    Args:
+      base: the classifier.
+      options: `config.adapter`: 'hypernetwork', 'weight_boxes' or a dict with that `name` and options of its `make`.
+      example: rows of any task.
+      tasks: number of tasks; an option `tasks` may be larger.
+
+    Raises:
+      UserError: no such adapter, an option, or a classifier that no interval arithmetic holds for.
+    """
+    given: dict[str, Any] = {"name": options} if isinstance(options, str) else dict(options)
+    name = given.pop("name", None)
+    if not isinstance(name, str) or name not in BOXES:
+        raise UserError(f"config.adapter.name={name!r}: of a classifier; choose from {', '.join(BOXES)}")
+    have = given.setdefault("tasks", tasks)
+    if isinstance(have, int) and have < tasks:
+        raise UserError(f"config.adapter.tasks={have}: config.sources has {tasks}; leave it out")
+    made = schema.call(BOXES[name], given, base.model, field="adapter")
+    params = base.model.init(jax.random.key(0))
+    rows = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * 2), example)
+    interval.check_rows(base.model, params, rows)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
+    ends = jax.eval_shape(lambda: jax.tree.map(interval.Interval, params, params))
+    jax.eval_shape(interval.interval(base.model).apply, ends, shapes)  # refuses a layer that has no bounds
+    return base._replace(model=made.model, boxed=made)
 
 
 def gated(base: Network) -> Network:

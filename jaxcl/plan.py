@@ -22,6 +22,8 @@ from jaxcl.rl.explore import Explorer
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Model
 
+BOXED = ("hyperinterval", "intercontinet")  # methods of models whose weights come from boxes
+
 
 class Plan(NamedTuple):
     """What is trained, how and on which devices: all of a run but its corpora."""
@@ -65,7 +67,10 @@ def make(
         tx = optimisers.make(lr=rate, **optim)
         cost, score = practice.loss(checked(loss or {})) if practice else (loss_of(loss or {}), None)
         told = practice.told(cost) if practice else None
-        setting = compose.Setting(network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, told)
+        setting = compose.Setting(
+            network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, told, network.boxed
+        )
+        check_boxed(method, network, patterns, flow)
         learner = learner_of(method, setting, guard, patterns, network.keyed)
         check_forms(learner, network, examples)
         return Plan(mesh, network, setting, learner, flow, rate, patterns, seed, explorer)
@@ -113,6 +118,29 @@ def check_forms(learner: Method, network: Network, examples: Sequence[Batch]) ->
             ) from error
         if not all(jax.tree.leaves(same)):
             raise UserError("config.method: keeps rows of one kind, but the stages learn in different ways")
+
+
+def check_boxed(method: Any, network: Network, patterns: Sequence[str], flow: streams.Stream) -> None:
+    """Raises UserError if boxes of weights meet a method that knows nothing of them, or batches of several tasks."""
+    if network.boxed is None:
+        return
+    entries = schema.parse(method, field="method") if isinstance(method, str) else method
+    entries = [entries] if isinstance(entries, Mapping) else entries
+    names = [entry.get("name") for entry in entries if isinstance(entry, Mapping)]
+    for name in names:
+        if name not in BOXED:
+            raise UserError(
+                f"config.method={name!r}: trains weights, but config.adapter makes boxes of them; choose one of "
+                f"{', '.join(BOXED)}, or leave the adapter out"
+            )
+    if patterns:
+        raise UserError("config.optim.frozen: not with boxes of weights; leave it out, or give no config.adapter")
+    for stage, of in zip(flow.stages, flow.plans, strict=True):
+        if of.replay.fraction:
+            raise UserError(
+                f"config.stream.replay: stage {stage.name!r} has rows of earlier tasks beside its own, but boxes of "
+                "weights need one task in a batch; leave it out, or give no config.adapter"
+            )
 
 
 def frozen_of(optim: dict[str, Any], network: Network) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import alignment, compose, domains, feed, flops, frozen, losses, practice, schema, scores, tree
+from jaxcl import alignment, certify, compose, domains, feed, flops, frozen, losses, practice, schema, scores, tree
 from jaxcl import mesh as meshes
 from jaxcl import optim as optimisers
 from jaxcl import plan as plans
@@ -239,13 +239,26 @@ def measures(
         bench = inference.make(mesh, model, explorer, own.policies, held, own.words, rows=chosen.rows)
         return found | {"evaluate": bench.evaluate, "compare": bench.compare, "utilisation": lambda speed: None}
     size = setting.example.task.shape[0]
-    batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
+    batches = {
+        name: list(tables.batches(c.held_out, size=size, task=task_of(plan.flow, name), limit=chosen.rows))
+        for name, c in corpora.items()
+    }
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
     found["evaluate"] = evaluator(setting.model, corpora, rows)
+    if boxed := plan.network.boxed:
+        known["generator_parameters"] = tree.size(abstract.params["generator"])
+        known["parameters"] = boxed.size
+        found["compare"] = certify.make(boxed, rows, meshes.fetch)
+        return found
     if chosen.alignment:
         align = aligner(mesh, setting, rows, patterns)
         found["compare"] = lambda params: {"alignment": align(params)}
     return found
+
+
+def task_of(flow: streams.Stream, domain: str) -> int:
+    """Returns the first stage that a domain is new in, 0 if there is none."""
+    return next((i for i, stage in enumerate(flow.stages) if stage.mixture.get(domain)), 0)
 
 
 def evaluator(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl import forgetting, stability
-from jaxcl.report import inference
+from jaxcl.report import certificates, inference
 from jaxcl.report.run import Run
 
 WINDOW = 10  # evaluations, the shorter of the two windows of De Lange et al. 2023
@@ -43,6 +43,7 @@ def of(run: Run) -> dict[str, Any]:
         "accuracy": {domain: _last(values) for domain, values in run.accuracy.items()},
         "accuracy_matrix": _right(run),
         "inference": inference.of(run),
+        "certificates": certificates.of(run),
         "tokens": tokens(run),
         "sources": run.ledger,
         "peak_lr": peak_lr(run),

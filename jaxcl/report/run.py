@@ -35,6 +35,7 @@ class Run:
     thinking: dict[int, dict[str, Any]]  # step -> what was measured by mode of inference; empty if nothing was
     boundaries: dict[int, int]  # k -> step of the evaluation after task k; -1 = before training
     alignment: dict[int, np.ndarray]  # k -> cosines [D, D] of the gradients of `domains`; empty if not recorded
+    certificates: dict[int, dict[str, Any]]  # boundary -> domain -> what was certified; empty if nothing was
     train: dict[str, np.ndarray]  # column -> float [M], with "step" and "task"
     speed: dict[str, np.ndarray]  # columns of "time"
     ledger: dict[str, dict[str, int]]  # source -> counts at the end
@@ -154,6 +155,7 @@ def _assemble(
         alignment={
             r["boundary"]: _square(r["alignment"], domains) for r in evals if _is_boundary(r) and r.get("alignment")
         },
+        certificates={r["boundary"]: r["certificate"] for r in evals if _is_boundary(r) and r.get("certificate")},
         train=_columns(train),
         speed=_columns([{"step": r["step"], **r.get("time", {})} for r in train]),
         ledger=ledgers[-1].get("sources", {}) if ledgers else {},

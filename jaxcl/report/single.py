@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import jaxcl
-from jaxcl.report import inference, origin, page, rollouts, words
+from jaxcl.report import certificates, inference, origin, page, rollouts, words
 from jaxcl.report.chart import Line, Span, figure
 from jaxcl.report.figures import TOLERANCE, WINDOW, speed
 from jaxcl.report.run import Run, readable
@@ -24,6 +24,7 @@ def body(run: Run, figures: dict[str, Any]) -> str:
         header(run, figures),
         rollouts.numbers(run, figures) if figures["inference"] else numbers(figures),
         rollouts.section(run, figures, spans(run), colours_of(run)),
+        certificates.section(figures),
         learning(run),
         matrix(run, figures),
         gaps(run, figures),
