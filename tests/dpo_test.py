@@ -18,6 +18,8 @@ from jaxcl.rl import supervised, table, tasks
 from jaxcl.schema import UserError
 from jaxcl.types import Batch
 
+QUICK = True  # compiling is most of the time
+
 WORDS = tokenizer.make()
 RATE = 0.5
 PAIRS = [

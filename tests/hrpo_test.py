@@ -18,6 +18,8 @@ from jaxcl.schema import UserError
 from jaxcl.tree import map_named, named_leaves
 from jaxcl.types import Batch, Model, Output
 
+QUICK = True  # compiling is most of the time
+
 B, L, V, D = 3, 5, 24, 16
 LIMITS = Limits(thoughts=4, answer=2, stop=((3,), (4,)), forced=(5,), late=(6,), end=(7, 8, 9))
 

@@ -16,6 +16,8 @@ from jaxcl.rl import objectives
 from jaxcl.schema import UserError
 from jaxcl.types import Output
 
+QUICK = True  # compiling is most of the time
+
 FREE = objectives.make("rloo", proximal="current")
 PENALISED = objectives.make("rloo", kl=0.5, proximal="current")
 

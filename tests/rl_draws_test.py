@@ -10,6 +10,8 @@ import rl_small
 from jaxcl.rl.sample import ANSWER, NOTHING
 from jaxcl.types import Batch
 
+QUICK = True  # compiling is most of the time
+
 NUMBERS = np.array([3, 0, 4, 1])
 
 

@@ -14,6 +14,8 @@ from jaxcl.rl import explore
 from jaxcl.rl.sample import ANSWER, THOUGHT
 from jaxcl.types import Batch
 
+QUICK = True  # compiling is most of the time
+
 parts = functools.cache(rl_small.Parts)
 
 

@@ -13,6 +13,8 @@ from jaxcl.data import stream as streams
 from jaxcl.feed import Held
 from jaxcl.rl import advantages, explore, tasks
 
+QUICK = True  # compiling is most of the time
+
 GROUP = 2
 STATE = types.SimpleNamespace(params="now", memory={})
 

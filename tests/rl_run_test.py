@@ -9,6 +9,8 @@ import rl_small
 
 from jaxcl.schema import UserError
 
+QUICK = True  # compiling is most of the time
+
 CHAINS = {
     "on-policy": [("SIGKILL:step:7", -9), ("none", 0)],  # what is kept of the second stage is in the checkpoint
     "ahead": [

@@ -14,6 +14,8 @@ from jaxcl.rl import sample as samples
 from jaxcl.rl import teaching, thoughts
 from jaxcl.rl.sample import ANSWER, FORCED, NOTHING, THOUGHT, Limits
 
+QUICK = True  # compiling is most of the time
+
 LENGTHS = (7, 3, 5)
 SEGMENTS = np.array([[0] * (7 - n) + [1] * n for n in LENGTHS], np.int32)
 PROMPTS = np.where(SEGMENTS > 0, np.random.default_rng(0).integers(1, 64, SEGMENTS.shape), 0).astype(np.int32)
