@@ -15,7 +15,7 @@ settings.load_profile("suite")
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled(request):
-    """Modules that say QUICK = True compile with little optimisation: most of their time is compiling small programs."""
+    """Modules that say QUICK = True compile with little optimisation, which is most of their time."""
     quick = getattr(request.module, "QUICK", False)
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
