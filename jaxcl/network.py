@@ -162,18 +162,18 @@ def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, 
       base: the classifier.
       options: `config.adapter`: 'hypernetwork', 'weight_boxes' or a dict with that `name` and options of its `make`.
       example: rows of any task.
-      tasks: number of tasks; an option `tasks` may be larger.
+      tasks: number of stages; an option `tasks` may be larger.
 
     Raises:
       UserError: no such adapter, an option, or a classifier that no interval arithmetic holds for.
     """
-    given: dict[str, Any] = {"name": options} if isinstance(options, str) else dict(options)
+    given: dict[str, Any] = dict(options) if isinstance(options, Mapping) else {"name": options}
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in BOXES:
         raise UserError(f"config.adapter.name={name!r}: of a classifier; choose from {', '.join(BOXES)}")
     have = given.setdefault("tasks", tasks)
     if isinstance(have, int) and have < tasks:
-        raise UserError(f"config.adapter.tasks={have}: config.sources has {tasks}; leave it out")
+        raise UserError(f"config.adapter.tasks={have}: config.stream has {tasks} stages; leave it out")
     made = schema.call(BOXES[name], given, base.model, field="adapter")
     params = base.model.init(jax.random.key(0))
     rows = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * 2), example)
