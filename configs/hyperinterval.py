@@ -53,7 +53,7 @@ def get_config(part="task"):
         sources, stages = scenarios.split(source, classes=10, groups=5, steps=steps)
     config = ConfigDict({"seed": 0, "model": ConfigDict(model)})
     config.adapter = ConfigDict({"name": "hypernetwork", **adapter})
-    config.method = ConfigDict({"name": "hyperinterval", "steps": steps, **method})
+    config.method = ConfigDict({"name": "hyperinterval", **method})
     config.sources = ConfigDict(sources)
     config.stream = ConfigDict({"batch": batch, "stages": stages})
     config.optim = ConfigDict({"name": "adam", "clip": None})

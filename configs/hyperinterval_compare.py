@@ -20,7 +20,7 @@ PUBLISHED = {"schedule": "published", "average": "twice", "project": False, "poi
 
 
 def method(**options):
-    return {"name": "hyperinterval", "steps": 300, **options}
+    return {"name": "hyperinterval", **options}
 
 
 def variant(label, *changes):
@@ -41,7 +41,7 @@ def variants(part):
         rooms = [variant(f"room {one:g}", ("method.spread", one)) for one in ROOM]
         return [
             *rooms,
-            variant("intercontinet", ("adapter", boxes), ("method", {"name": "intercontinet", "steps": 300})),
+            variant("intercontinet", ("adapter", boxes), ("method", {"name": "intercontinet"})),
             variant("plain", *plain),
         ]
     published = begun | hyperinterval.BOXES
@@ -59,7 +59,6 @@ def get_config(part="universal"):
     config.seeds = (0, 1, 2)
     if part == "long":
         config.stream.stages = tuple({**stage, "steps": 1000} for stage in config.stream.stages[:2])
-        config.method.steps = 1000
         config.variants = tuple(variant(f"room {one:g}", ("method.spread", one)) for one in ROOM)
     else:
         config.variants = tuple(variants(part))

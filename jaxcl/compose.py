@@ -26,6 +26,7 @@ class Setting(NamedTuple):
     score: Callable[[Output, Batch], jax.Array] | None = None  # [B, L] log-probabilities, of rollouts and of pairs
     told: Callable[[Output, Batch], tuple[Any, grad.Losses]] | None = None  # `loss`, and (sum, weight) of more metrics
     boxed: Any = None  # `jaxcl.models.boxed.Boxed`, if the weights of the model come from boxes
+    steps: int | None = None  # of the shortest stage
 
 
 class Taken(NamedTuple):

@@ -165,7 +165,10 @@ def source_of(name: str, options: Mapping[str, Any]) -> Any:
     field, rest = f"sources.{name}", options
     if isinstance(options, Mapping):
         rest = {key: value for key, value in options.items() if key != "clean"}
-    source = schema.make("jaxcl.data.sources", rest, field=field)
+    try:
+        source = schema.make("jaxcl.data.sources", rest, field=field)
+    except UserError as error:
+        raise UserError(str(error).replace("config.sources: ", f"config.{field}: ")) from error
     if (how := options.get("clean")) is None:
         return source
     if isinstance(source, Table):

@@ -167,10 +167,13 @@ def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, 
     Raises:
       UserError: no such adapter, an option, or a classifier that no interval arithmetic holds for.
     """
-    given: dict[str, Any] = dict(options) if isinstance(options, Mapping) else {"name": options}
+    parsed = schema.parse(options, field="adapter") if isinstance(options, str) else [options]
+    given: dict[str, Any] = (
+        dict(parsed[0]) if len(parsed) == 1 and isinstance(parsed[0], Mapping) else {"name": options}
+    )
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in BOXES:
-        raise UserError(f"config.adapter.name={name!r}: of a classifier; choose from {', '.join(BOXES)}")
+        raise UserError(f"config.adapter.name={name!r}: is no adapter of a classifier; choose from {', '.join(BOXES)}")
     have = given.setdefault("tasks", tasks)
     if isinstance(have, int) and have < tasks:
         raise UserError(f"config.adapter.tasks={have}: config.stream has {tasks} stages; leave it out")

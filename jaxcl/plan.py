@@ -67,8 +67,9 @@ def make(
         tx = optimisers.make(lr=rate, **optim)
         cost, score = practice.loss(checked(loss or {})) if practice else (loss_of(loss or {}), None)
         told = practice.told(cost) if practice else None
+        least = min(stage.steps for stage in flow.stages)
         setting = compose.Setting(
-            network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, told, network.boxed
+            network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, told, network.boxed, least
         )
         check_boxed(method, network, patterns, flow)
         learner = learner_of(method, setting, guard, patterns, network.keyed)

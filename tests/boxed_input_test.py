@@ -96,6 +96,8 @@ METHOD = {
     "beta=-1.0": ["beta=-1.0", "must not be negative"],
     "kappa=2.0": ["kappa=2.0", "[0, 1]"],
     "ramp=-0.5": ["ramp=-0.5", "[0, 1]"],
+    "steps=3": ["steps=3", "a stage of config.stream has 2", "leave it out"],
+    "spread=1e999": ["spread=inf", "finite"],
     "steps=0": ["steps=0", "at least 1"],
     "sample=0": ["sample=0", "at least 1"],
     "spread=-1.0": ["spread=-1.0", "must not be negative"],
@@ -107,7 +109,7 @@ METHOD = {
 @pytest.mark.parametrize("option", METHOD)
 def test_options_of_hyperinterval(option):
     with pytest.raises(UserError) as error:
-        compose.make(f"hyperinterval({option})", toys.boxed())
+        compose.make(f"hyperinterval({option})", toys.boxed()._replace(steps=2))
     for word in ["config.method", *METHOD[option]]:
         assert word in str(error.value)
 

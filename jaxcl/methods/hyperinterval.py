@@ -26,6 +26,7 @@ each step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +43,7 @@ from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Memory, Method, Metrics, Output, Params, TrainState
 
+STEPS = 1000  # of a task whose length is not known
 TINY = 1e-6  # added to radii before the logarithm
 
 
@@ -67,7 +69,7 @@ class Options(NamedTuple):
 def make(
     setting: Setting,
     *,
-    steps: int = 1000,
+    steps: int | None = None,
     beta: float = 0.01,
     kappa: float = 0.5,
     ramp: float = 0.5,
@@ -86,7 +88,8 @@ def make(
 
     Args:
       setting: of the run, with a model of boxes.
-      steps: I, steps of a task, that the schedules are made for; afterwards they stay at their ends.
+      steps: I, steps of a task that the schedules are made for, afterwards they stay at their ends; None = those of the
+        shortest stage.
       beta: strength of R.
       kappa: share of the point network in the loss once gamma_i = gamma.
       ramp: share of the steps in which gamma_i rises.
@@ -104,9 +107,9 @@ def make(
     Raises:
       UserError: an option out of range, or a model without boxes.
     """
-    options = Options(
-        steps, beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, cap, ease, fresh
-    )  # fmt: skip
+    length = steps_of(setting, steps, "hyperinterval")
+    rest = (beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, cap, ease, fresh)
+    options = Options(length, *rest)
     return _method(setting, _checked(setting, options), options)
 
 
@@ -151,6 +154,23 @@ def _method(setting: Setting, made: Boxed, options: Options) -> Method:
         return TrainState(state.step, params, opt_state, memory)
 
     return Method(init, step, end_task)
+
+
+def steps_of(setting: Setting, steps: int | None, name: str) -> int:
+    """Returns the steps of a task that schedules are made for: those asked for, or those of the shortest stage.
+
+    Raises:
+      UserError: there is no such number, or a stage is shorter, so that its schedules would not come to their ends.
+    """
+    chosen = (setting.steps or STEPS) if steps is None else steps
+    if chosen < 1:
+        raise UserError(f"config.method {name}.steps={chosen}: must be at least 1")
+    if setting.steps is not None and chosen > setting.steps:
+        raise UserError(
+            f"config.method {name}.steps={chosen}: a stage of config.stream has {setting.steps}, and would end before "
+            "the boxes are at their full size; leave it out"
+        )
+    return chosen
 
 
 def rates(options: Options, age: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -293,14 +313,12 @@ def _checked(setting: Setting, options: Options) -> Boxed:
             "config.method='hyperinterval': trains boxes of weights; set config.adapter='hypernetwork' for config.model"
         )
     where = "config.method hyperinterval."
-    if options.steps < 1:
-        raise UserError(f"{where}steps={options.steps}: must be at least 1")
     for name in ("beta", "spread"):
-        if getattr(options, name) < 0:
-            raise UserError(f"{where}{name}={getattr(options, name)}: must not be negative")
+        if not 0 <= getattr(options, name) < math.inf:
+            raise UserError(f"{where}{name}={getattr(options, name)}: must not be negative, and finite")
     for name in ("cap", "ease"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"{where}{name}={getattr(options, name)}: must be above 0")
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"{where}{name}={getattr(options, name)}: must be above 0, and finite")
     for name in ("kappa", "ramp"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"{where}{name}={getattr(options, name)}: must lie in [0, 1]; it is a share")

@@ -20,6 +20,7 @@ import optax
 
 from jaxcl import grad, tree
 from jaxcl.compose import Setting
+from jaxcl.methods.hyperinterval import steps_of
 from jaxcl.models import boxed as boxes
 from jaxcl.models import weight_boxes
 from jaxcl.models.boxed import LEDGER
@@ -31,13 +32,18 @@ SHARES = ("right", "robust")  # of the rows of a batch
 
 
 def make(
-    setting: Setting, *, steps: int = 1000, contraction: float = 0.2, threshold: float = 0.9, project: bool = True
+    setting: Setting,
+    *,
+    steps: int | None = None,
+    contraction: float = 0.2,
+    threshold: float = 0.9,
+    project: bool = True,
 ) -> Method:
     """Returns the complete method.
 
     Args:
       setting: of the run, with a model of boxes.
-      steps: I, steps of a task.
+      steps: I, steps of a task; None = those of the shortest stage.
       contraction: share of them, at the end, in which the box contracts.
       threshold: of the accuracy, up to which the certified accuracy is trained.
       project: whether the ledger is kept; boxes nest with and without it.
@@ -45,7 +51,12 @@ def make(
     Raises:
       UserError: an option out of range, or a model without such boxes.
     """
-    made = _checked(setting, steps, contraction, threshold)
+    made, length = _checked(setting, contraction, threshold), steps_of(setting, steps, "intercontinet")
+    return _method(setting, made, round(length * (1 - contraction)), threshold, project)
+
+
+def _method(setting: Setting, made: boxes.Boxed, first: int, threshold: float, project: bool) -> Method:
+    """Returns the method; `first` steps of a task move the centre."""
 
     def init(params: Params) -> TrainState:
         moving = {name: params["generator"][name] for name in ("shift", "scale")}
@@ -56,7 +67,7 @@ def make(
         del key
         generator, memory = state.params["generator"], state.memory
         ledger = {**state.params[LEDGER], "current": batch.task[0].astype(jnp.float32)}
-        contracting = memory["age"] >= round(steps * (1 - contraction))
+        contracting = memory["age"] >= first
         moving = {name: generator[name] for name in ("shift", "scale")}
 
         def losses(part: Params, rows: Batch) -> grad.Losses:
@@ -92,13 +103,11 @@ def make(
     return Method(init, step, end_task)
 
 
-def _checked(setting: Setting, steps: int, contraction: float, threshold: float) -> boxes.Boxed:
+def _checked(setting: Setting, contraction: float, threshold: float) -> boxes.Boxed:
     """Returns the model of boxes, or raises UserError."""
     made = setting.boxed
     if made is None or not made.universal or "shift" not in made.model.axes["generator"]:
         raise UserError("config.method='intercontinet': contracts boxes of weights; set config.adapter='weight_boxes'")
-    if steps < 1:
-        raise UserError(f"config.method intercontinet.steps={steps}: must be at least 1")
     for name, value in (("contraction", contraction), ("threshold", threshold)):
         if not 0 <= value <= 1:
             raise UserError(f"config.method intercontinet.{name}={value}: must lie in [0, 1]; it is a share")

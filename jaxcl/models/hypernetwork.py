@@ -76,7 +76,7 @@ def make(
         raise UserError("config.adapter.hidden=[]: name the width of at least one hidden layer")
     for name, value in (("gamma", gamma), ("reach", reach)):
         if not 0 <= value < math.inf:
-            raise UserError(f"config.adapter.{name}={value}: must not be negative; it is a radius")
+            raise UserError(f"config.adapter.{name}={value}: must not be negative, and finite; it is a radius")
 
     part = boxed.free(target, fixed)
 
