@@ -2,10 +2,11 @@
 
 Task:     is it the first or the second of two digits: 0 or 1, then 2 or 3, ... (domain-incremental). The digits are
           drawn by jaxcl, without a download.
-Claim:    a perceptron that only goes on forgets the first digits; replay keeps them, penalties keep part of them.
+Claim:    a perceptron that only goes on forgets earlier digits; replay keeps most of what it knew.
 Command:  python -m jaxcl.main --config=configs/split_digits.py --workdir=runs/split_digits
           python -m jaxcl.main --config=configs/split_digits.py:compare --workdir=runs/split_digits_compare
-Expected: report.html in the workdir, with the accuracy of every task; EXPECTED
+Expected: report.html in the workdir, with the accuracy of every task. Mean accuracy at the end: cpt 0.87, agem
+          0.94, er 0.97 (three seeds), ewc as cpt (two seeds); si, lwf not measured. A run takes 13 CPU-seconds.
 
 One run with --config.method='ewc(strength=100)' or any other. Own images: a folder of the four files of MNIST, with
 SOURCE = {"name": "images", "path": "mnist"}; other protocols are in jaxcl/data/scenarios.py.

@@ -63,6 +63,7 @@ class Network(NamedTuple):
     adapter: Adapter | None = None  # then `model` is the one with the adapter
     load_base: Load | None = None  # of an adapter whose base is a checkpoint: as `load`, for the base alone
     boxed: Boxed | None = None  # then the weights of `model` come from boxes
+    start: str | None = None  # folder of a run that they are taken from
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -166,9 +167,9 @@ def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, 
     Raises:
       UserError: no such adapter, an option, or a classifier that no interval arithmetic holds for.
     """
-    given = {"name": options} if isinstance(options, str) else dict(options)
+    given: dict[str, Any] = {"name": options} if isinstance(options, str) else dict(options)
     name = given.pop("name", None)
-    if name not in BOXES:
+    if not isinstance(name, str) or name not in BOXES:
         raise UserError(f"config.adapter.name={name!r}: of a classifier; choose from {', '.join(BOXES)}")
     have = given.setdefault("tasks", tasks)
     if isinstance(have, int) and have < tasks:
@@ -184,7 +185,7 @@ def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, 
 
 
 def gated(base: Network) -> Network:
-    """Returns a transformer with the gate of HRPO, which starts anew if the rest is loaded.
+    """Returns a transformer with the gate of HRPO, which starts anew if what is loaded has none.
 
     Raises:
       UserError: it has an adapter.
@@ -195,9 +196,11 @@ def gated(base: Network) -> Network:
 
     def load(key: Key, abstract: PyTree) -> Params:
         assert below
+        rest = below(key, abstract if base.start else gate.without(abstract))
+        if gate.NAME in rest:
+            return rest
         places = jax.tree.map(lambda x: x.sharding, abstract[gate.NAME])
-        fresh = jax.jit(lambda: model.init(key)[gate.NAME], out_shardings=places)()
-        return {**below(key, gate.without(abstract)), gate.NAME: fresh}
+        return {**rest, gate.NAME: jax.jit(lambda: model.init(key)[gate.NAME], out_shardings=places)()}
 
     return base._replace(model=model, load=load if below else None)
 
@@ -262,6 +265,8 @@ def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length
 def started(network: Network, folder: Any) -> Network:
     """Returns a network whose parameters are those of another run's newest checkpoint.
 
+    A gate that is asked for and that the run has not is left out of what `load` returns.
+
     Raises:
       UserError: it is no run; and from `load`, its parameters are not those of this model.
     """
@@ -270,10 +275,14 @@ def started(network: Network, folder: Any) -> Network:
 
     def load(key: Key, abstract: PyTree) -> Params:
         del key
-        wanted, found = (
-            dict(tree.named_leaves(abstract)),
-            dict(tree.named_leaves(saved.params(f"{folder}/checkpoints")[1])),
-        )
+        there = saved.params(f"{folder}/checkpoints")[1]
+        if gate.NAME in there and gate.NAME not in abstract:
+            raise UserError(
+                f"config.model.start={folder!r}: was trained with the gate of hrpo; set config.policy='hrpo', or start "
+                "from a run without a gate"
+            )
+        abstract = abstract if gate.NAME in there else gate.without(abstract)
+        wanted, found = (dict(tree.named_leaves(one)) for one in (abstract, there))
         for name in [*wanted, *found]:
             shapes = [None if name not in side else tuple(side[name].shape) for side in (wanted, found)]
             if shapes[0] != shapes[1]:
@@ -288,7 +297,7 @@ def started(network: Network, folder: Any) -> Network:
 
         return tree.map_named(put, abstract)
 
-    return network._replace(load=load)
+    return network._replace(load=load, start=folder)
 
 
 def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:

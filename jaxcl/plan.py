@@ -66,8 +66,9 @@ def make(
         examples = examples_of(flow, practice, explorer, network)
         tx = optimisers.make(lr=rate, **optim)
         cost, score = practice.loss(checked(loss or {})) if practice else (loss_of(loss or {}), None)
+        told = practice.told(cost) if practice else None
         setting = compose.Setting(
-            network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, network.boxed
+            network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, told, network.boxed
         )
         check_boxed(method, network, patterns, flow)
         learner = learner_of(method, setting, guard, patterns, network.keyed)
@@ -80,9 +81,11 @@ def make(
 def examples_of(
     flow: streams.Stream, practice: Practice | None, explorer: Explorer | None, network: Network
 ) -> list[Batch]:
-    """Returns the shapes of every kind of batch that the stages learn from, that of rollouts first."""
+    """Returns the shapes of every kind of batch that the stages learn from, those of rollouts and of pairs first."""
     one = flow.at(0, slice(0, 1))
     stages = [0] if practice is None else list(dict.fromkeys(practice.learns.index(how) for how in practice.learns))
+    if practice:
+        stages.sort(key=lambda stage: {"rl": 0, "dpo": 1}.get(practice.learns[stage], 2))
     found = []
     for stage in stages:
         row = practice.trim(one, stage) if practice else one
@@ -93,9 +96,7 @@ def examples_of(
             rolled = jax.eval_shape(explorer.draw, params, rows, jax.ShapeDtypeStruct((2,), jnp.int32))
             column = jax.ShapeDtypeStruct((flow.width * practice.rollout.group,), jnp.float32)
             rows = jax.eval_shape(explorer.teach, rolled.rollouts, rows, {"advantage": column, "share": column})
-            found.insert(0, rows)
-        else:
-            found.append(rows)
+        found.append(rows)
     return found
 
 

@@ -97,7 +97,7 @@ def build(
       microbatches: passes per step; divides the batch.
       seed: of everything that is random.
       policy: of problems: how thoughts are drawn, such as "soft(temperature=1.0)"; see `jaxcl.rl.thoughts`.
-      objective: of problems: how rollouts are valued, such as "rloo" or "grpo(kl=0.04)"; see `jaxcl.rl.objectives`.
+      objective: of problems: how rollouts and pairs are valued, "rloo", "dpo(beta=5.0)", "grpo + dpo"; see `jaxcl.rl`.
       rollout: of problems, see `jaxcl.rl.explore.Rollout`.
 
     Raises:
@@ -107,7 +107,7 @@ def build(
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
     own = practice.Options(policy, objective, rollout)
-    made = domains.make(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
+    made = domains.make(domains.Sections(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own))
     practice.check(made.practice, own, method, chosen.alignment)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}

@@ -73,8 +73,8 @@ def test_promises_are_kept_to_the_end(trained):
         assert own[0]["affine"] >= own[0]["interval"]
     learned = [found[t + 1]["certificate"][f"task_{t:02d}"] for t in range(TASKS)]
     assert learned[0]["promised"] > 0.8
-    if kind == "task networks":  # one network of this size has little room left for later tasks
-        assert min(one["deployed"] for one in learned) > 0.8
+    if kind == "task networks":  # a box this small leaves one network of 12 units no room for more than the first task
+        assert np.mean([one["deployed"] for one in learned]) > 0.9
 
 
 def test_what_a_kind_of_network_tells(trained):

@@ -186,6 +186,7 @@ def test_demonstrations_a_reference_and_an_adapter_in_one_run():
     ("change", "message"),
     [
         ({"rollout__group": 1}, r"config\.rollout\.group=1"),
+        ({"rollout__modes": "hard"}, r"config\.rollout\.modes='hard': expected a list, as in \['hard'\]"),
         ({"rollout__ahead": True}, r"config\.rollout\.ahead=True: rloo knows no ratio"),
         ({"evaluation": {"alignment": True}}, r"config\.evaluation\.alignment=True: compares losses of text"),
         ({"rollout__overlong": 5}, r"config\.rollout\.overlong=5: must be at most the limit of 2 tokens"),

@@ -52,13 +52,16 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
     guess = jax.jit(functools.partial(_guesses, made))
     task_of = {domain: int(fetch(batches[0].task)[0]) for domain, batches in rows.items()}
 
+    def total(function: Callable[[Params, Batch], jax.Array], params: Params, batches: Sequence[Batch]) -> list[float]:
+        values = fetch([function(params, batch) for batch in batches])
+        return np.asarray(values, np.float64).sum(axis=0).tolist()
+
     def run(params: Params) -> dict[str, Any]:
         found: dict[str, Any] = {}
         over = fetch(params[LEDGER]["done"]) > 0
         for domain, batches in rows.items():
             task = task_of[domain]
-            totals = np.sum([fetch(count(params, batch)) for batch in batches], axis=0, dtype=np.float64)
-            deployed, promised, wide, tight, weight = (float(value) for value in totals)
+            deployed, promised, wide, tight, weight = total(count, params, batches)
             sizes = {name: float(value) for name, value in fetch(shape(params, batches[0])).items()}
             kept = math.isfinite(sizes["kept_radius"])
             one: dict[str, Any] = {"task": task, "over": bool(over[task]), "deployed": deployed / weight}
@@ -66,8 +69,8 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
             one |= {"interval": wide / weight, "affine": tight / weight}
             one |= sizes | ({} if kept else {"kept_radius": None})
             if not made.universal and over.sum() > 1:
-                right = np.sum([fetch(guess(params, batch)) for batch in batches], axis=0, dtype=np.float64)
-                one |= {"guessed": float(right[0] / right[2]), "guessed_interval": float(right[1] / right[2])}
+                plain, interval, weight = total(guess, params, batches)
+                one |= {"guessed": plain / weight, "guessed_interval": interval / weight}
             found[domain] = one
         return {"certificate": found}
 

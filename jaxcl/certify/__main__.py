@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from jaxcl import certify, console, domains, folder, program, saved, train
@@ -47,11 +46,10 @@ def check(path: Path, step: int | None = None) -> dict[str, Any]:
     assert made.compare
     now = made.compare(params)["certificate"]
     if not any(one["promised"] is not None for one in now.values()):
-        network = domains.make(
-            pieces["sources"], {}, None, pieces["model"], pieces["adapter"], pieces["stream"]["stages"]
-        )
-        assert network.network.boxed
-        certify.common(network.network.boxed, params, told.tasks)  # names the task that misses the others
+        given = (pieces["sources"], {}, None, pieces["model"], pieces["adapter"], pieces["stream"]["stages"])
+        boxed = domains.make(domains.Sections(*given)).network.boxed
+        assert boxed
+        certify.common(boxed, params, told.tasks)  # names the task that misses the others
         raise UserError(f"{path}: the run keeps no ledger, so that nothing is guaranteed; train with project=True")
     return certificates.compared(told.tasks, told.own, {**past, len(told.tasks): now})
 

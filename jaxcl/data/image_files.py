@@ -12,8 +12,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -183,16 +182,10 @@ def _checked(path: str, pixels: np.ndarray, labels: np.ndarray) -> Images:
         raise UserError(f"{path}: {len(pixels):,} images and labels of shape {labels.shape}; expected one for each")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
         raise UserError(f"{path}: labels of {labels.dtype}; expected whole numbers from 0 on")
-    if fault := next(_faults(pixels), None):
-        raise UserError(f"{path}: images of {pixels.dtype}{fault}; store uint8, or floats in [0, 1]")
+    if pixels.dtype != np.uint8:
+        if pixels.dtype.kind != "f":
+            raise UserError(f"{path}: images of {pixels.dtype}; store uint8, or floats in [0, 1]")
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # so that NaN fails
+            spread = f"{pixels.min():g} to {pixels.max():g}"
+            raise UserError(f"{path}: images of {pixels.dtype} from {spread}; store uint8, or floats in [0, 1]")
     return Images(pixels[..., None] if pixels.ndim == 3 else pixels, labels.astype(np.int32))
-
-
-def _faults(pixels: Any) -> Iterator[str]:
-    """Yields what is wrong with the type and the range of pixels."""
-    if pixels.dtype == np.uint8:
-        return
-    if pixels.dtype.kind != "f":
-        yield ""
-    elif not (pixels.min() >= 0 and pixels.max() <= 1):  # so that NaN fails
-        yield f" from {pixels.min():g} to {pixels.max():g}"

@@ -107,12 +107,16 @@ def make(
     options = Options(
         steps, beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, cap, ease, fresh
     )  # fmt: skip
-    made = _checked(setting, options)
+    return _method(setting, _checked(setting, options), options)
+
+
+def _method(setting: Setting, made: Boxed, options: Options) -> Method:
+    """Returns the method of options that were checked."""
 
     def init(params: Params) -> TrainState:
         trained = params["generator"]
         memory: dict[str, Any] = {"age": jnp.zeros((), jnp.int32)}
-        if beta:
+        if options.beta:
             memory["targets"] = {part: jnp.zeros((made.tasks, made.size)) for part in ("centre", "radius")}
         return TrainState(jnp.zeros((), jnp.int32), params, setting.tx.init(trained), memory)
 
@@ -121,26 +125,29 @@ def make(
         params = started(made, state.params, task, age == 0)
         gamma, share = rates(options, age)
         losses = _losses(setting, made, options, params, state.memory, gamma, share, task, key)
-        values, grads = grad.value_and_grad(losses, params["generator"], batch)
-        if lookahead and beta:
+        if options.lookahead and options.beta:
             values, grads = _ahead(setting, losses, params["generator"], state.opt_state, batch)
+        else:
+            values, grads = grad.value_and_grad(losses, params["generator"], batch)
         updates, opt_state = setting.tx.update(grads, state.opt_state, params["generator"])
         moved = made.keep(optax.apply_updates(params["generator"], updates), params["generator"], task)
         metrics = {name: grad.mean(total, weight) for name, (total, weight) in values.items()}
         metrics["loss"] = metrics.pop("task")
-        metrics |= {"grad_norm": tree.norm(grads), "weight": values["task"][1], "scale": gamma, "kappa": share}
+        # Behind a barrier, or XLA stores the squares of the gradient, which the second moment needs as well.
+        norm = tree.norm(jax.lax.optimization_barrier(grads))
+        metrics |= {"grad_norm": norm, "weight": values["task"][1], "scale": gamma, "kappa": share}
         memory = {**state.memory, "age": age + 1}
         return TrainState(state.step + 1, {**params, "generator": moved}, opt_state, memory), metrics
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         task, params = batch.task[0, 0], state.params
-        params = boxes.close(made, params, task) if project else boxes.over(params, task)
+        params = boxes.close(made, params, task) if options.project else boxes.over(params, task)
         memory = {**state.memory, "age": jnp.zeros((), jnp.int32)}
-        if beta:
+        if options.beta:
             every = jnp.arange(made.tasks)
             centre, radius = made.boxes(params["generator"], every, jnp.ones(made.tasks))
             memory["targets"] = {"centre": centre, "radius": radius}
-        opt_state = _anew(setting.tx.init(params["generator"]), state.opt_state) if fresh else state.opt_state
+        opt_state = _anew(setting.tx.init(params["generator"]), state.opt_state) if options.fresh else state.opt_state
         return TrainState(state.step, params, opt_state, memory)
 
     return Method(init, step, end_task)
@@ -209,7 +216,7 @@ def _losses(
     before = (whole[LEDGER]["done"] > 0) & (jnp.arange(made.tasks) != task)
     number = jnp.maximum(jnp.sum(before), 1).astype(jnp.float32)
     if regular:
-        chosen, counted = _chosen(before, options.sample, named(key, "earlier"))
+        chosen, counted = _chosen(before, task, options.sample, named(key, "earlier"))
     factor = options.beta / (jnp.square(number) if options.average == "twice" else number)
 
     def losses(generator: Params, rows: Batch) -> grad.Losses:
@@ -240,11 +247,13 @@ def _worst(made: Boxed, params: Params, found: Interval, output: Output, rows: B
     return jnp.where(gamma == 0, output.logits, boxes.worst(boxes.logits(made, params, found, rows), rows))
 
 
-def _chosen(before: jax.Array, sample: int | None, key: Key) -> tuple[jax.Array, jax.Array]:
-    """Returns the tasks that enter R, int32 [S], and what each counts: all, or a draw without replacement."""
+def _chosen(before: jax.Array, task: jax.Array, sample: int | None, key: Key) -> tuple[jax.Array, jax.Array]:
+    """Returns the tasks that enter R, int32 [S], and what each counts: all others, or a draw without replacement."""
     tasks = before.size
-    if sample is None or sample >= tasks:
-        return jnp.arange(tasks), before.astype(jnp.float32)
+    if sample is None or sample >= tasks - 1:
+        others = jnp.arange(tasks - 1)
+        others = others + (others >= task)
+        return others, before[others].astype(jnp.float32)
     order = jnp.argsort(jnp.where(before, jax.random.uniform(key, (tasks,)), 2.0))[:sample]
     share = jnp.sum(before) / jnp.maximum(jnp.minimum(jnp.sum(before), sample), 1)
     return order, before[order].astype(jnp.float32) * share

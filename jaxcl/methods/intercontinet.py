@@ -75,7 +75,7 @@ def make(
         told = {name: grad.mean(*value) for name, value in values.items()}
         mean = {n: jnp.where(memory["age"] == 0, told[n], KEEP * memory[n] + (1 - KEEP) * told[n]) for n in SHARES}
         updates, opt_state = setting.tx.update(grads, state.opt_state, moving)
-        moved = optax.apply_updates(moving, updates)
+        moved: Params = optax.apply_updates(moving, updates)
         go = {"shift": ~contracting, "scale": contracting & (mean["robust"] < threshold * mean["right"])}
         moved = {name: jnp.where(go[name], moved[name], moving[name]) for name in moving}
         metrics = told | {"grad_norm": tree.norm(grads), "weight": values["loss"][1]}

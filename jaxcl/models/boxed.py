@@ -90,7 +90,7 @@ def make(
         return {"generator": generator(key), "fixed": _parted(target.init(key), fixed)[1], LEDGER: known}
 
     def network(params: Params, weights: jax.Array) -> Params:
-        return frozen.join(unravel(weights), params["fixed"])
+        return frozen.join(unravel(weights), params.get("fixed", {}))
 
     def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
         task = batch.task[0]
@@ -207,7 +207,7 @@ def logits(boxed: Boxed, params: Params, box: Interval, batch: Batch, *, outward
     """Returns bounds of the logits of every network in a box [N], float32 [B, V]."""
     bare = {**params, "fixed": {}}
     ends = jax.tree.map(Interval, boxed.network(bare, box.lower), boxed.network(bare, box.upper))
-    ends = frozen.join(ends, params["fixed"])
+    ends = frozen.join(ends, params.get("fixed", {}))
     return bounds(lambda params, rows: boxed.target.apply(params, rows).logits, outward=outward)(ends, batch)
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,19 @@ def make(
 
     part = boxed.free(target, fixed)
 
+    def init(key: Key) -> Params:
+        return _drawn(part, key, tasks, embedding, hidden, start, reach)
+
+    layers = {f"layer_{i}": {"kernel": (None, None), "bias": (None,)} for i in range(len(hidden))}
+    head = {"weight": ("mlp", None), "bias": ("mlp",)}
+    axes = {"hidden": layers, "head": head, "embedding": {"centre": ("tasks", None), "radius": ("tasks", None)}}
+    functions = _functions(tasks, universal, embedding, gamma)
+    return boxed.make(target, init, axes, tasks, universal, fixed, **functions)
+
+
+def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dict[str, Callable[..., Any]]:
+    """Returns `boxes`, `tight`, `begin` and `keep` of `jaxcl.models.boxed.Boxed`."""
+
     def embed(generator: Params, which: jax.Array) -> tuple[jax.Array, jax.Array]:
         free, spread = (generator["embedding"][part][which] for part in ("centre", "radius"))  # [S, M]
         if universal:
@@ -100,9 +113,6 @@ def make(
         middles, radii = products.affine(weight, bias, *both)
         return intersection(middles, radii.at[1].add(products.row_sums(weight, noise)))
 
-    def init(key: Key) -> Params:
-        return _drawn(part, key, tasks, embedding, hidden, start, reach)
-
     def begin(generator: Params, task: jax.Array, before: jax.Array) -> Params:
         if not universal:
             return generator
@@ -115,10 +125,7 @@ def make(
         new, kept = generator["embedding"], old["embedding"]
         return _with(generator, **{part: jnp.where(own, new[part], kept[part]) for part in new})
 
-    layers = {f"layer_{i}": {"kernel": (None, None), "bias": (None,)} for i in range(len(hidden))}
-    head = {"weight": ("mlp", None), "bias": ("mlp",)}
-    axes = {"hidden": layers, "head": head, "embedding": {"centre": ("tasks", None), "radius": ("tasks", None)}}
-    return boxed.make(target, init, axes, tasks, universal, fixed, boxes=wide, tight=tight, begin=begin, keep=keep)
+    return {"boxes": wide, "tight": tight, "begin": begin, "keep": keep}
 
 
 def intersection(centre: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -71,7 +71,7 @@ def drawn(key: Key, side: int, channels: int, window: int, filters: int) -> jax.
     places, values = jax.random.split(key)
     corner = jax.random.randint(places, (2, filters), 0, side - window + 1)  # [2, F]
     along = jnp.arange(side)[:, None]
-    rows, columns = ((along >= corner[i]) & (along < corner[i] + window) for i in range(2))  # [side, F]
+    rows, columns = ((along >= one[None]) & (along < one[None] + window) for one in corner)  # [side, F]
     seen = (rows[:, None] & columns[None])[:, :, None]  # [side, side, 1, F]
     mask = jnp.broadcast_to(seen, (side, side, channels, filters)).reshape(-1, filters).astype(jnp.float32)
     drawn = jax.random.normal(values, mask.shape) * mask

@@ -55,6 +55,12 @@ class Run:
         return len(self.tasks) - 1 in self.boundaries
 
     @property
+    def stopped(self) -> int | None:
+        """The step that a signal ended the run at, unless it has gone on or finished since."""
+        last = self.events[-1] if self.events else {}
+        return int(last["step"]) if last.get("event") == "stopped" and not self.complete else None
+
+    @property
     def matrix(self) -> forgetting.Matrix:
         """The evaluation matrix [T + 1, T]; NaN for boundaries that were not reached or not measured."""
         return self.at_boundaries(self.losses)

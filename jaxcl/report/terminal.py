@@ -17,7 +17,9 @@ def show(results: dict[str, Any], target: Path) -> None:
     console = Console()
     console.print(summary(results))
     if not results.get("complete", True):
-        console.print("The run is still in progress: the report is partial.", style="yellow")
+        step = results.get("stopped")
+        state = "is still in progress" if step is None else f"was stopped at step {step:,}"
+        console.print(f"The run {state}: the report is partial.", style="yellow")
     console.print(f"Wrote {target} and {target.with_suffix('.json').name}.", highlight=False, soft_wrap=True)
 
 

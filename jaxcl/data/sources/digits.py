@@ -153,6 +153,7 @@ def _pieces(strokes: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             a, b, c, d = points[i : i + 4]
             t = np.linspace(0, 1, math.ceil(np.hypot(*(c - b)) * 1.25) + 1)[:, None]
             curve = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+            curve[-1] = c  # to the bit, where the next one begins
             yield from itertools.pairwise(curve)
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxcl.models.interval.known import standardised
 from jaxcl.models.interval.normalise import standardise
 from jaxcl.models.interval.products import multiply
-from jaxcl.models.interval.span import Interval, Span, finfo, span
+from jaxcl.models.interval.span import Interval, Span, span
 from jaxcl.models.interval.trace import evaluate
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output, Params
@@ -104,7 +104,7 @@ def layer_norm_bounds(x: Interval, epsilon: float, scale: Any, bias: Any) -> Int
 
 
 def check_rows(model: Model, params: Params, example: Batch) -> None:
-    """Refuses a model whose logits of one row depend on another row, such as batch normalisation by the batch's own mean.
+    """Refuses a model whose logits of a row depend on another row, such as normalisation by the mean of the batch.
 
     Bounds of such a model hold for that batch alone, so that nothing follows from them for a row in other company.
     Row 0 of the float inputs is perturbed (or its tokens shifted by one); all other logits must stay as they were.
@@ -157,7 +157,7 @@ def _result(value: Span) -> Any:
     lower, upper = value.ends
     if not jnp.issubdtype(lower.dtype, jnp.floating):
         raise UserError(
-            f"bounds: a result is {lower.dtype} and depends on an Interval; return what it is computed from and compare "
-            "its lower and upper ends"
+            f"bounds: a result is {lower.dtype} and depends on an Interval; return what it is computed from "
+            "and compare its lower and upper ends"
         )
     return Interval(lower, upper)

@@ -19,8 +19,8 @@ MONOTONE = {
     "selu": (jax.nn.selu, True),
     "softplus": (jax.nn.softplus, True),
 }
-SILU_ARGMIN, SILU_MIN = -1.2784645, -0.2784646  # x (1 - x s'(x)) ... root of 1 + x (1 - s(x)); the value rounded down
-ULPS = 16.0  # several operations, each within `rules.ULPS`
+SILU_ARGMIN, SILU_MIN = -1.2784645, -0.2784646  # root of 1 + x (1 - s(x)); value rounded down
+ULPS = 16.0  # several operations, each within `primitives.ULPS`
 
 
 def bounded(eqn: Any, operands: list[Span], outward: bool) -> list[Span] | None:

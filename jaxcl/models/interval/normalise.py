@@ -13,8 +13,8 @@ import jax.numpy as jnp
 def standardise(x: jax.Array, axis: int = -1, epsilon: float = 1e-6) -> jax.Array:
     """Returns (x - mean) / sqrt(variance + epsilon) over `axis`, like `x`: LayerNorm without scale and offset.
 
-    Written with other primitives it has sound bounds too, but loose ones: the ends of x, of the mean and of the variance
-    are then taken independently. This function is recognised in a traced function and bounded as a whole.
+    Written with other primitives it has sound bounds too, but loose ones: the ends of x, of the mean and of the
+    variance are then taken independently. This function is recognised in a traced function and bounded as a whole.
     """
     centred = x - jnp.mean(x, axis=axis, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axis, keepdims=True) + epsilon)

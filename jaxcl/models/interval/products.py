@@ -18,13 +18,15 @@ def dot_general(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Bounds a matrix product."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
-    return [bilinear(_product(eqn), *operands, math.prod(shape[i] for i in contracted), outward)]
+    a, b = operands
+    return [bilinear(_product(eqn), a, b, math.prod(shape[i] for i in contracted), outward)]
 
 
 def convolution(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Bounds a convolution; every layout, dilation and number of groups, because it is linear in both operands."""
     kernel, features = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
-    return [bilinear(_product(eqn), *operands, math.prod(kernel) // max(kernel[features], 1), outward)]
+    a, b = operands
+    return [bilinear(_product(eqn), a, b, math.prod(kernel) // max(kernel[features], 1), outward)]
 
 
 def bilinear(product: Product, a: Span, b: Span, terms: int, outward: bool) -> Span:
@@ -35,12 +37,12 @@ def bilinear(product: Product, a: Span, b: Span, terms: int, outward: bool) -> S
 
     It is exact (some a, b in the intervals attain it) unless both factors of a term straddle zero, and sound there too.
     Where an operand is plain or nonnegative whatever its values, the products that vanish are not formed. Rounding is
-    monotone and both sums have the same order, so that rounded bounds keep lower <= upper, and wider operands give wider
-    bounds; bounds from centres and radii do not have that.
+    monotone and both sums have the same order, so that rounded bounds keep lower <= upper, and wider operands give
+    wider bounds; bounds from centres and radii do not have that.
     """
     # Sums of products rather than one product of concatenated operands: no copy of a kernel is made.
-    lower = sum(product(x, y) for x, y in _pairs(a, b, upper=False))
-    upper = sum(product(x, y) for x, y in _pairs(a, b, upper=True))
+    lower: Any = sum(product(x, y) for x, y in _pairs(a, b, upper=False))
+    upper: Any = sum(product(x, y) for x, y in _pairs(a, b, upper=True))
     slack: Any = 0.0
     if outward:
         limits = finfo(lower.dtype)
@@ -113,10 +115,9 @@ def multiply(a: Span, b: Span, outward: bool) -> Span:
     sign = a.nonnegative and b.nonnegative
     if sign or (a.nonnegative and a.plain) or (b.nonnegative and b.plain):
         return span(al * bl, au * bu, outward, slack=slack, sign=sign)
-    if a.plain or b.plain:
-        ends = (al * bl, au * bu)
-    else:
-        ends = (al * bl, au * bu, al * bu, au * bl)
+    ends = (al * bl, au * bu)
+    if not a.plain and not b.plain:
+        ends = (*ends, al * bu, au * bl)
     return span(_least(ends), _largest(ends), outward, slack=slack, sign=False)
 
 

@@ -33,7 +33,8 @@ class Interval(NamedTuple):
 class Span:
     """One value of the traced function: a plain array (no `upper`) or the ends of an interval.
 
-    A boolean span is a comparison that may be undecided: `lower` is True where it certainly holds, `upper` where it may.
+    A boolean span is a comparison that may be undecided: `lower` is True where it certainly holds, `upper` where it
+    may.
     """
 
     lower: Any
@@ -87,6 +88,8 @@ def span(lower: Any, upper: Any, outward: bool = False, *, steps: float = 1, sla
         lower, upper = jnp.minimum(lower, limits.max), jnp.maximum(upper, -limits.max)
         lower = lower - (jnp.abs(lower) * float(steps * limits.eps) + 4 * float(limits.tiny) + slack)
         upper = upper + (jnp.abs(upper) * float(steps * limits.eps) + 4 * float(limits.tiny) + slack)
+    elif steps > 1:  # other functions than sums and products need not be monotone to the last bit
+        upper = jnp.maximum(upper, lower)
     lower = jnp.where(jnp.isnan(lower), -jnp.inf, lower)
     upper = jnp.where(jnp.isnan(upper), jnp.inf, upper)
     if sign:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxcl.models.interval import known, rules
+from jaxcl.models.interval import known, primitives, rules
 from jaxcl.models.interval.span import Span
 
 CALLS = frozenset(
@@ -34,8 +34,9 @@ def evaluate(jaxpr: Any, consts: Any, inputs: list[Span], outward: bool) -> list
 
     def read(atom: Any) -> Span:
         if isinstance(atom, Literal):
-            value = jnp.asarray(atom.val, atom.aval.dtype)
-            return Span(value, nonnegative=rules.known_nonnegative(atom.val))
+            aval: Any = atom.aval
+            value = jnp.asarray(atom.val, aval.dtype)
+            return Span(value, nonnegative=primitives.known_nonnegative(atom.val))
         return values[atom]
 
     for eqn in _needed(jaxpr):
@@ -74,7 +75,7 @@ def _step(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
 
 def _exact(eqn: Any) -> bool:
     """Returns whether `eqn` makes no rounding error on plain operands."""
-    return eqn.primitive.name in rules.KEPT or not any(
+    return eqn.primitive.name in primitives.KEPT or not any(
         jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in (*eqn.invars, *eqn.outvars) if hasattr(x.aval, "dtype")
     )
 
@@ -108,12 +109,12 @@ def _inner(eqn: Any) -> tuple[Any, Any]:
 def _signs(eqn: Any, flags: list[bool]) -> list[bool]:
     """Returns which results of `eqn` cannot be negative, from which operands cannot."""
     if eqn.primitive.name not in CALLS:
-        return [rules.nonnegative(eqn, flags)] * len(eqn.outvars)
+        return [primitives.nonnegative(eqn, flags)] * len(eqn.outvars)
     jaxpr, _ = _inner(eqn)
     known_signs = dict(zip(jaxpr.invars, flags, strict=True))
 
     def read(atom: Any) -> bool:
-        return rules.known_nonnegative(atom.val) if isinstance(atom, Literal) else known_signs.get(atom, False)
+        return primitives.known_nonnegative(atom.val) if isinstance(atom, Literal) else known_signs.get(atom, False)
 
     for inner in jaxpr.eqns:
         known_signs |= zip(inner.outvars, _signs(inner, [read(atom) for atom in inner.invars]), strict=True)
@@ -123,7 +124,11 @@ def _signs(eqn: Any, flags: list[bool]) -> list[bool]:
 def _scan(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Evaluates a loop by a loop whose carry holds spans."""
     params = eqn.params
-    closed, consts, carries = params["jaxpr"], params["num_consts"], params["num_carry"]
+    closed = params["jaxpr"]
+    if "num_consts" in params:
+        consts, carries = params["num_consts"], params["num_carry"]
+    else:  # newer JAX: trees of the constants, the carry and the rows
+        consts, carries, _ = (len(list(part)) for part in params["ft_in"].unpack())
     fixed, carry, rows = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
 
     def body(carry: list[Span], row: list[Span]) -> tuple[list[Span], list[Span]]:
