@@ -32,7 +32,8 @@ def check(path: Path, step: int | None = None) -> dict[str, Any]:
       UserError: no run, no boxes, other held-out rows, the ledger of another network, or a run that guarantees nothing.
     """
     config = folder.about(path)["config"]
-    if not config.get("adapter") or config["adapter"].get("name") == "lora":
+    adapter = config.get("adapter")  # a name, or a dict with one
+    if not adapter or (adapter if isinstance(adapter, str) else adapter.get("name")) == "lora":
         raise UserError(f"{path}: config.adapter makes no boxes of weights; there is nothing to certify")
     _, pieces = train.split(config)
     made = program.build(**pieces)
