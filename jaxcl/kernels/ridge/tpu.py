@@ -8,7 +8,7 @@ and aliased: no block is read after it was written.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,8 @@ def steps(count: int) -> np.ndarray:
 
 
 def _launch(
-    compute: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Sequence[jax.Array]],
+    products: cpu.Products,
+    sums: cpu.Sums,
     name: str,
     matrices: Sequence[jax.Array],
     operands: Sequence[jax.Array],
@@ -55,7 +56,7 @@ def _launch(
     side: int | None,
     interpret: Any,
 ) -> list[jax.Array]:
-    """Updates `matrices` [d, d] by `compute(old blocks, operands at i, operands at j)`; operands are [b, d]."""
+    """Updates `matrices` [d, d] by sums(old blocks, products(operands at i, at j)); operands are [b, d]."""
     (rows, size), number = operands[0].shape, len(matrices)
     side = min(side or default_side(rows, size, len(operands), number), size)
     plan = steps(pl.cdiv(size, side))
@@ -75,8 +76,8 @@ def _launch(
 
         @pl.when(own)
         def _() -> None:
-            found = compute([x[...] for x in old], [x[...] for x in left], [x[...] for x in right])
-            for out, keep, x in zip(new, kept, found, strict=True):
+            found = products([x[...] for x in left], [x[...] for x in right])
+            for out, keep, x in zip(new, kept, sums([x[...] for x in old], found), strict=True):
                 keep[...] = jnp.where(i == j, cpu.mirrored(x), x)
                 out[...] = keep[...]
 
@@ -122,13 +123,10 @@ def gram_update(
       side: of a block; None = `default_side`.
       interpret: as for `pl.pallas_call`: runs without a TPU.
     """
-    (rows, size), cut = x.high.shape, pair.pieces(x, 0)
-
-    def compute(old: Sequence[Any], left: Sequence[Any], right: Sequence[Any]) -> pair.Pair:
-        found = pair.parts(pair.Pieces(*left), pair.Pieces(*right), 0, 0)
-        return pair.absorb(pair.Pair(*old), found, sign)
-
-    return pair.Pair(*_launch(compute, "ridge_gram_update", a, cut, 6 * rows * size * size, side, interpret))
+    (rows, size), sums = x.high.shape, functools.partial(cpu.gram_sums, sign)
+    flops = 6 * rows * size * size
+    found = _launch(cpu.gram_products, sums, "ridge_gram_update", a, pair.pieces(x, 0), flops, side, interpret)
+    return pair.Pair(*found)
 
 
 def downdate(
@@ -143,10 +141,5 @@ def downdate(
       side: of a block; None = `default_side`.
       interpret: as for `pl.pallas_call`: runs without a TPU.
     """
-    rows, size = v.shape
-    compute = functools.partial(_downdate, sign)
-    return _launch(compute, "ridge_downdate", [r], [v], rows * size * size, side, interpret)[0]
-
-
-def _downdate(sign: float, old: Sequence[Any], left: Sequence[Any], right: Sequence[Any]) -> list[jax.Array]:
-    return [old[0] + sign * pair.contract(left[0], right[0], 0, 0)]
+    (rows, size), sums = v.shape, functools.partial(cpu.sums, sign)
+    return _launch(cpu.products, sums, "ridge_downdate", [r], [v], rows * size * size, side, interpret)[0]
