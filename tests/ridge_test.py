@@ -88,14 +88,14 @@ def test_ten_thousand_updates_keep_the_quality_of_float64():
 def test_rows_beyond_a_block_are_summed_in_blocks():
     batch = rows(2 * pair.ROWS + 7)
     m = stream(batch)
-    assert off(wide(m.gram), sums64(*batch)[0]) < 1e-12
+    assert off(wide(m.gram), sums64(*batch)[0]) < 4 * 2.0**-40  # slices have 9 bits for 128 rows
     assert off(wide(m.cross), sums64(*batch)[1]) < 1e-12
     single = stream(*split(batch, (pair.ROWS, 2 * pair.ROWS)))
     assert off(wide(m.gram), wide(single.gram)) < 1e-13
 
 
 @settings(max_examples=12)
-@given(st.randoms(use_true_random=False), st.sampled_from([0.01, 1.0, 100.0]))
+@given(st.randoms(use_true_random=False), st.sampled_from([0.1, 1.0, 100.0]))
 def test_weights_do_not_depend_on_order_and_batches(random, gamma):
     batch = rows(3 * B, 3)
     order = random.sample(range(3 * B), 3 * B)
@@ -110,7 +110,8 @@ def test_weights_do_not_depend_on_order_and_batches(random, gamma):
     want = joint64(*batch, gamma)
     found = weights_of(m, gamma)
     assert off(wide(pair.Pair(found.weights, found.low)), want) < 1e-9
-    assert off(inverse.w, want) < 5e-4 / min(gamma, 1) ** 0.5
+    largest = np.linalg.norm(sums64(*batch)[0], 2)
+    assert off(inverse.w, want) < 2.0**-24 * (1 + largest / gamma)  # the condition of S at most
     assert not np.asarray(inverse.w)[:, -1].any()
 
 
@@ -140,7 +141,13 @@ def test_rows_are_unlearned():
 
 
 def test_a_head_grows_without_a_new_program():
-    grow = jax.jit(moments.add, compiler_options=toys.QUICK)
+    traces = []
+
+    @toys.quick
+    def grow(*arguments):
+        traces.append(1)
+        return moments.add(*arguments)
+
     m = moments.empty(4, 20)
     for label in range(20):
         x = np.random.default_rng(label).standard_normal((8, 4)).astype(np.float32)
@@ -149,7 +156,7 @@ def test_a_head_grows_without_a_new_program():
         for unseen in (m.cross.high, m.cross.low, found.weights, found.low):
             assert not np.asarray(unseen)[:, label + 1 :].any()
         assert np.asarray(found.weights)[:, : label + 1].any(0).all()
-    assert grow._cache_size() == 1
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("gamma", [100.0, 0.1, 1e-4])
@@ -160,11 +167,12 @@ def test_the_error_of_a_solution_is_small_and_below_its_bound(gamma, count):
     error = off(wide(pair.Pair(found.weights, found.low)), joint64(*batch, gamma))
     condition = np.linalg.cond(sums64(*batch)[0] + gamma * np.eye(D))
     assert error <= found.bound
-    assert error < 2e-12 * condition
     assert condition / 1.05 < found.condition < 10 * condition
-    if condition < 1e4:
-        assert found.bound < 1e-7
-        assert error < 1e-9
+    if condition > 2**24:  # beyond float32: the bound says so
+        assert found.bound == np.inf
+    else:
+        assert error < 1e-12 * condition
+        assert found.bound < 1e-11 * condition
 
 
 def test_a_bound_holds_for_every_residual_that_is_left(monkeypatch):
@@ -270,7 +278,9 @@ def test_the_parts_of_an_update_are_those_of_the_paper():
     unexposed = w - r @ x.T @ x @ w + r @ x.T @ (y * ~exposed)
     assert off(parts.unexposed, unexposed) < 1e-5
     assert off(parts.gain, r @ x.T @ (y * exposed)) < 1e-5
-    assert off(parts.gain + parts.unexposed, joint64(*(np.concatenate(p) for p in zip(old, new, strict=True)), 1.0)) < 1e-5
+    assert (
+        off(parts.gain + parts.unexposed, joint64(*(np.concatenate(p) for p in zip(old, new, strict=True)), 1.0)) < 1e-5
+    )
 
 
 def work(jaxpr):
@@ -284,7 +294,9 @@ def work(jaxpr):
             total += eqn.outvars[0].aval.size * min(eqn.invars[0].aval.shape)
         inner = [work(getattr(x, "jaxpr", x)) for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
                  if is_jaxpr(x)]  # fmt: skip
-        total += eqn.params.get("length", 1) * (max(inner) if eqn.primitive.name == "cond" else sum(inner)) if inner else 0
+        total += (
+            eqn.params.get("length", 1) * (max(inner) if eqn.primitive.name == "cond" else sum(inner)) if inner else 0
+        )
     return total
 
 

@@ -67,7 +67,7 @@ def update(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array
 def downdate(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, *, block: int = BLOCK) -> Inverse:
     """Returns the inverse and weights without rows that were added before: exact unlearning, as for `update`.
 
-        S = I - X R X^T;  R <- R + V^T V;  W <- W - V^T E
+    S = I - X R X^T;  R <- R + V^T V;  W <- W - V^T E
     """
     return _run(inverse, x, labels, weights, block, -1.0)
 

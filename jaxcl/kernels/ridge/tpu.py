@@ -100,9 +100,7 @@ def _launch(
         ),
         out_shape=[jax.ShapeDtypeStruct((size, size), jnp.float32)] * number,
         input_output_aliases={1 + n: n for n in range(number)},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM + 8 * 2**20
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM + 8 * 2**20),
         cost_estimate=pl.CostEstimate(
             flops=flops, bytes_accessed=number * 6 * size * size + 4 * rows * size, transcendentals=0
         ),
