@@ -292,11 +292,9 @@ def work(jaxpr):
             total += 2 * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[left[0]]
         if eqn.primitive.name == "triangular_solve":
             total += eqn.outvars[0].aval.size * min(eqn.invars[0].aval.shape)
-        inner = [work(getattr(x, "jaxpr", x)) for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
-                 if is_jaxpr(x)]  # fmt: skip
-        total += (
-            eqn.params.get("length", 1) * (max(inner) if eqn.primitive.name == "cond" else sum(inner)) if inner else 0
-        )
+        leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
+        inner = [work(getattr(x, "jaxpr", x)) for x in leaves if is_jaxpr(x)] or [0]
+        total += eqn.params.get("length", 1) * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
     return total
 
 
