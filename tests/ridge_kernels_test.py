@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toys
 from jax.sharding import AbstractMesh, AxisType
-from kernels_static_test import products
+from ridge_test import precisions
 
 from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import cpu, pair, reference, tpu
@@ -149,12 +149,10 @@ def test_every_lower_block_is_computed_once_and_mirrored_after():
 
 def test_products_are_in_full_float32():
     r, v = jnp.eye(200), jnp.ones((4, 200))
-    with jax.default_matmul_precision("bfloat16"):
-        for form_ in FORMS.values():
-            jaxprs = jax.make_jaxpr(form_.downdate)(r, v), jax.make_jaxpr(form_.gram_update)(pair.of(r), pair.of(v))
-            found = [product for jaxpr in jaxprs for product in products(jaxpr.jaxpr)]
-            assert len(found) >= 4
-            assert all(p == {jax.lax.Precision.HIGHEST} and total == "float32" for _, p, total in found)
+    for form_ in FORMS.values():
+        found = precisions(form_.downdate, r, v) + precisions(form_.gram_update, pair.of(r), pair.of(v))
+        assert len(found) >= 4
+        assert all(one == ({jax.lax.Precision.HIGHEST}, "float32") for one in found)
 
 
 def test_what_does_not_fit_is_named():

@@ -9,7 +9,6 @@ import pytest
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_static_test import products
 
 from jaxcl.kernels.ridge import pair
 from jaxcl.ridge import choice, moments, recursion, solve
@@ -283,19 +282,36 @@ def test_the_parts_of_an_update_are_those_of_the_paper():
     )
 
 
-def work(jaxpr):
-    """Returns the operations of all products, times the lengths of loops."""
-    total = 0
+def equations(jaxpr, times=1):
+    """Yields (equation, how often it runs), inner ones of loops, branches and kernels included."""
     for eqn in jaxpr.eqns:
+        yield eqn, times
+        leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
+        if eqn.primitive.name == "cond":  # one branch for TPUs, one for the rest
+            leaves = [x for x in leaves if not (is_jaxpr(x) and "pallas_call" in str(x))]
+        for inner in leaves:
+            if is_jaxpr(inner):
+                yield from equations(getattr(inner, "jaxpr", inner), times * eqn.params.get("length", 1))
+
+
+def work(jaxpr):
+    """Returns the operations of all products."""
+    total = 0
+    for eqn, times in equations(jaxpr):
         if eqn.primitive.name == "dot_general":
             ((left, _), _) = eqn.params["dimension_numbers"]
-            total += 2 * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[left[0]]
+            total += times * 2 * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[left[0]]
         if eqn.primitive.name == "triangular_solve":
-            total += eqn.outvars[0].aval.size * min(eqn.invars[0].aval.shape)
-        leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
-        inner = [work(getattr(x, "jaxpr", x)) for x in leaves if is_jaxpr(x)] or [0]
-        total += eqn.params.get("length", 1) * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
+            total += times * eqn.outvars[0].aval.size * min(eqn.invars[0].aval.shape)
     return total
+
+
+def precisions(function, *arguments):
+    """Returns the (precision, type of the sum) of every product."""
+    with jax.default_matmul_precision("bfloat16"):
+        jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    dots = [eqn for eqn, _ in equations(jaxpr) if eqn.primitive.name == "dot_general"]
+    return [(set(eqn.params["precision"] or ()), eqn.outvars[0].aval.dtype.name) for eqn in dots]
 
 
 def is_jaxpr(x):
@@ -330,10 +346,9 @@ def everything(m, inverse, x, labels, weights):
 
 def test_no_product_depends_on_the_default_precision():
     arguments = moments.empty(D, C), recursion.Inverse(jnp.eye(D), jnp.zeros((D, C))), *rows(B)
-    with jax.default_matmul_precision("bfloat16"):
-        found = list(products(jax.make_jaxpr(everything)(*arguments).jaxpr))
+    found = precisions(everything, *arguments)
     assert len(found) > 40
-    assert all(precision == {jax.lax.Precision.HIGHEST} for _, precision, _ in found)
+    assert all(one == ({jax.lax.Precision.HIGHEST}, "float32") for one in found)
 
 
 @pytest.mark.parametrize(
