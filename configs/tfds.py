@@ -48,9 +48,8 @@ def _images(config, name):
         f"classes_{t * share}_{(t + 1) * share - 1}": tuple(range(t * share, (t + 1) * share)) for t in range(TASKS)
     }
     config.model = ConfigDict({"name": "mlp", "inputs": inputs, "hidden": (256, 256), "classes": classes})
-    config.sources = ConfigDict(
-        {t: {"name": "images", "dataset": name, "data_dir": None, "labels": labels} for t, labels in tasks.items()}
-    )
+    data = {"name": "images", "dataset": name, "data_dir": None, "relabel": False}
+    config.sources = ConfigDict({task: {**data, "classes": labels} for task, labels in tasks.items()})
     config.stream = ConfigDict({"batch": 64, "steps": 200})
     config.stream.stages = tuple({"name": task, "mixture": {task: 1.0}} for task in tasks)
     config.method = "er(capacity=1000, fraction=0.5)"

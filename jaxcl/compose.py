@@ -23,7 +23,10 @@ class Setting(NamedTuple):
     tasks: int  # number of tasks in the stream: storage per task is preallocated
     loss: Callable[[Output, Batch], tuple[jax.Array, jax.Array]]  # (sum, weight) of the rows
     microbatches: int = 1
-    score: Callable[[Output, Batch], jax.Array] | None = None  # [B, L] log-probability of what was drawn, of rollouts
+    score: Callable[[Output, Batch], jax.Array] | None = None  # [B, L] log-probabilities, of rollouts and of pairs
+    told: Callable[[Output, Batch], tuple[Any, grad.Losses]] | None = None  # `loss`, and (sum, weight) of more metrics
+    boxed: Any = None  # `jaxcl.models.boxed.Boxed`, if the weights of the model come from boxes
+    steps: int | None = None  # of the shortest stage
 
 
 class Taken(NamedTuple):
@@ -45,7 +48,8 @@ class Part(NamedTuple):
     where the weight must not depend on the parameters; a penalty returns (penalty, 1). `project` changes the gradient,
     given the incoming rows and a function from rows to the gradient of the training loss alone (at most one part of a
     method may have it).
-    `settle` remembers, once the step is taken. `end_task` gets K batches of the task just ended, stacked [K, B, ...].
+    `settle` remembers, once the step is taken. `end_task` gets K batches of the task just ended, stacked [K, B, ...];
+    they are annotated, by the memories of before, so that they have the training loss of a step.
     `metrics` names scalars of the rows trained on; they are reported as `part/name`.
     """
 
@@ -147,7 +151,8 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
         def losses(params: Params, piece: Batch) -> grad.Losses:
             output = setting.model.apply(params, piece)
             terms = {name: part.loss(memory[name], params, output, piece) for name, part in parts.items() if part.loss}
-            return {"loss": setting.loss(output, piece), **terms}
+            loss, more = setting.told(output, piece) if setting.told else (setting.loss(output, piece), {})
+            return {"loss": loss, **terms, **jax.lax.stop_gradient(more)}
 
         values, grads = grad.value_and_grad(losses, state.params, rows, setting.microbatches)
         for name, part in parts.items():
@@ -174,6 +179,8 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         memory = dict(state.memory)
+        if any(part.annotate for part in parts.values()):  # one batch at a time, as in a step
+            batch = jax.lax.map(lambda rows: _annotate(parts, state.memory, rows), batch)
         for name, part in parts.items():
             if part.end_task:
                 memory[name] = part.end_task(memory[name], state.params, batch, named(key, f"{name}/end_task"))

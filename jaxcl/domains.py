@@ -34,36 +34,40 @@ class Domains(NamedTuple):
     practice: practices.Practice | None  # of problems alone
 
 
-def make(
-    sources: Mapping[str, Mapping[str, Any]],
-    packing: Mapping[str, Any],
-    tokenizer: Mapping[str, Any] | None,
-    model: Mapping[str, Any],
-    adapter: str | Mapping[str, Any] | None,
-    stages: Sequence[Mapping[str, Any]] = (),
-    options: practices.Options | None = None,
-) -> Domains:
+class Sections(NamedTuple):
+    """What a config says of them."""
+
+    sources: Mapping[str, Mapping[str, Any]]
+    packing: Mapping[str, Any]
+    tokenizer: Mapping[str, Any] | None
+    model: Mapping[str, Any]
+    adapter: str | Mapping[str, Any] | None
+    stages: Sequence[Mapping[str, Any]] = ()  # of `config.stream`; problems are learned from as they say
+    options: practices.Options = practices.Options()  # of problems alone
+
+
+def make(given: Sections) -> Domains:
     """Returns the domains of a config: text for a language model, tables for a classifier, problems to be solved.
 
-    Args:
-      sources: `config.sources`.
-      packing, tokenizer, model, adapter: sections of the config.
-      stages: of `config.stream`; problems are learned from as they say.
-      options: of problems alone.
+    Raises:
+      UserError: whatever is wrong with the sections.
     """
+    sources, packing, tokenizer, model, adapter, stages, options = given
     if not sources:
         raise UserError(
             "config.sources: empty; name at least one, e.g. dict(text=dict(name='embedded', domain='prose'))"
         )
     if practising(sources):
-        return _of_problems(sources, packing, tokenizer, model, adapter, stages, options or practices.Options())
-    refuse_practice(stages, options or practices.Options())
+        return _of_problems(given)
+    refuse_practice(stages, options)
     made = {name: source_of(name, one) for name, one in sources.items()}
     kinds = {name: isinstance(source, Table) for name, source in made.items()}
-    if of_tables(kinds, tokenizer=tokenizer, packing=packing, adapter=adapter):
+    if of_tables(kinds, tokenizer=tokenizer, packing=packing):
         corpora = {name: tabular.corpus(table) for name, table in made.items()}
         example = next(tables.batches(next(iter(corpora.values())).train, size=1))
-        return Domains(networks.classifier(model, example, tabular.classes(made.values())), lambda: corpora, None)
+        network = networks.classifier(model, example, tabular.classes(made.values()))
+        network = networks.with_boxes(network, adapter, example, len(stages)) if adapter else network
+        return Domains(network, lambda: corpora, None)
     packed = schema.call(Packing, packing, field="packing")
     model = networks.based(model, adapter)
     words = networks.tokenizer_of(tokenizer, model)
@@ -95,15 +99,8 @@ def refuse_practice(stages: Sequence[Mapping[str, Any]], options: practices.Opti
             raise UserError(f"config.stream.stages[{i}].learn: of problems; config.sources has none, leave it out")
 
 
-def _of_problems(
-    sources: Mapping[str, Mapping[str, Any]],
-    packing: Mapping[str, Any],
-    tokenizer: Mapping[str, Any] | None,
-    model: Mapping[str, Any],
-    adapter: str | Mapping[str, Any] | None,
-    stages: Sequence[Mapping[str, Any]],
-    options: practices.Options,
-) -> Domains:
+def _of_problems(given: Sections) -> Domains:
+    sources, packing, tokenizer, model, adapter, stages, options = given
     if packing:
         raise UserError("config.packing: of text; config.sources are problems, leave it out")
     words, model = None, networks.based(model, adapter)
@@ -168,7 +165,10 @@ def source_of(name: str, options: Mapping[str, Any]) -> Any:
     field, rest = f"sources.{name}", options
     if isinstance(options, Mapping):
         rest = {key: value for key, value in options.items() if key != "clean"}
-    source = schema.make("jaxcl.data.sources", rest, field=field)
+    try:
+        source = schema.make("jaxcl.data.sources", rest, field=field)
+    except UserError as error:
+        raise UserError(str(error).replace("config.sources: ", f"config.{field}: ")) from error
     if (how := options.get("clean")) is None:
         return source
     if isinstance(source, Table):

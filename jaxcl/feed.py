@@ -123,7 +123,9 @@ class Rollouts(NamedTuple):
             source = np.full(len(numbers), -1, np.int32)
             source[blank[: len(good)]] = good
             where = source >= 0
-            got.values[where], got.right[where], numbers[where] = found.values[good], found.right[good], others[good]
+            for old, new in ((got.values, found.values), (got.right, found.right), (got.failed, found.failed)):
+                old[where] = new[good]
+            numbers[where] = others[good]
             if base is not None and other_base is not None:
                 base[where] = other_base[good]
             got = got._replace(message=got.message or found.message)
@@ -136,9 +138,7 @@ class Rollouts(NamedTuple):
     def rewarded(self, rolled: Rolled, numbers: np.ndarray, step: int) -> tuple[Rewarded, np.ndarray | None]:
         """Returns the rewards, and those of the greedy baseline [N] if there is one."""
         explorer, local = self.explorer, self.local(step)
-        got = explorer.rewards(rolled.kind, rolled.token, numbers, local)
-        base = None if rolled.greedy is None else explorer.rewards(*rolled.greedy, numbers, local).values[:, 0]
-        return got, base
+        return explorer.rewards(rolled.kind, rolled.token, numbers, local), explorer.baseline(rolled, numbers, local)
 
     def local(self, step: int) -> int:
         """Returns the step within its stage."""

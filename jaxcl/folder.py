@@ -37,7 +37,7 @@ def about(place: Path) -> dict[str, Any]:
     try:
         found = _read(place / "run.json")
     except FileNotFoundError:
-        fault = "not the folder of a run, it has no run.json; name that of a run, or to train a new one"
+        fault = "not the folder of a run, it has no run.json; name that of a run, or an empty one to train in"
         raise UserError(f"{place}: {fault}") from None
     if not isinstance(found, dict) or {"id", "config", "finished"} - set(found):
         raise UserError(f"{place / 'run.json'}: damaged; remove the folder to start anew")

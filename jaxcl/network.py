@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ import numpy as np
 from jaxcl import saved, schema, tree, vocabulary
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import peft, read
-from jaxcl.models import lora, transformer
+from jaxcl.models import hypernetwork, interval, lora, transformer, weight_boxes
+from jaxcl.models.boxed import Boxed
 from jaxcl.models.config import Config, resolve
 from jaxcl.random import named
 from jaxcl.rl import gate
@@ -35,6 +37,7 @@ FREE = (
     "compute_dtype",
     "unroll",
 )
+BOXES = MappingProxyType({"hypernetwork": hypernetwork.make, "weight_boxes": weight_boxes.make})
 NEW_ROWS = ("mean", "normal", "zeros")
 
 
@@ -59,6 +62,8 @@ class Network(NamedTuple):
     checkpoint: str | None = None  # folder that they are imported from
     adapter: Adapter | None = None  # then `model` is the one with the adapter
     load_base: Load | None = None  # of an adapter whose base is a checkpoint: as `load`, for the base alone
+    boxed: Boxed | None = None  # then the weights of `model` come from boxes
+    start: str | None = None  # folder of a run that they are taken from
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -150,8 +155,40 @@ def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Netw
     return Network(model, None, None)
 
 
+def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, tasks: int) -> Network:
+    """Returns a classifier whose weights come from boxes.
+
+    Args:
+      base: the classifier.
+      options: `config.adapter`: 'hypernetwork', 'weight_boxes' or a dict with that `name` and options of its `make`.
+      example: rows of any task.
+      tasks: number of stages; an option `tasks` may be larger.
+
+    Raises:
+      UserError: no such adapter, an option, or a classifier that no interval arithmetic holds for.
+    """
+    parsed = schema.parse(options, field="adapter") if isinstance(options, str) else [options]
+    given: dict[str, Any] = (
+        dict(parsed[0]) if len(parsed) == 1 and isinstance(parsed[0], Mapping) else {"name": options}
+    )
+    name = given.pop("name", None)
+    if not isinstance(name, str) or name not in BOXES:
+        raise UserError(f"config.adapter.name={name!r}: is no adapter of a classifier; choose from {', '.join(BOXES)}")
+    have = given.setdefault("tasks", tasks)
+    if isinstance(have, int) and have < tasks:
+        raise UserError(f"config.adapter.tasks={have}: config.stream has {tasks} stages; leave it out")
+    made = schema.call(BOXES[name], given, base.model, field="adapter")
+    params = base.model.init(jax.random.key(0))
+    rows = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * 2), example)
+    interval.check_rows(base.model, params, rows)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
+    ends = jax.eval_shape(lambda: jax.tree.map(interval.Interval, params, params))
+    jax.eval_shape(interval.interval(base.model).apply, ends, shapes)  # refuses a layer that has no bounds
+    return base._replace(model=made.model, boxed=made)
+
+
 def gated(base: Network) -> Network:
-    """Returns a transformer with the gate of HRPO, which starts anew if the rest is loaded.
+    """Returns a transformer with the gate of HRPO, which starts anew if what is loaded has none.
 
     Raises:
       UserError: it has an adapter.
@@ -162,9 +199,11 @@ def gated(base: Network) -> Network:
 
     def load(key: Key, abstract: PyTree) -> Params:
         assert below
+        rest = below(key, abstract if base.start else gate.without(abstract))
+        if gate.NAME in rest:
+            return rest
         places = jax.tree.map(lambda x: x.sharding, abstract[gate.NAME])
-        fresh = jax.jit(lambda: model.init(key)[gate.NAME], out_shardings=places)()
-        return {**below(key, gate.without(abstract)), gate.NAME: fresh}
+        return {**rest, gate.NAME: jax.jit(lambda: model.init(key)[gate.NAME], out_shardings=places)()}
 
     return base._replace(model=model, load=load if below else None)
 
@@ -229,6 +268,8 @@ def _initialised(options: Mapping[str, Any], words: tokenizers.Tokenizer, length
 def started(network: Network, folder: Any) -> Network:
     """Returns a network whose parameters are those of another run's newest checkpoint.
 
+    A gate that is asked for and that the run has not is left out of what `load` returns.
+
     Raises:
       UserError: it is no run; and from `load`, its parameters are not those of this model.
     """
@@ -237,10 +278,14 @@ def started(network: Network, folder: Any) -> Network:
 
     def load(key: Key, abstract: PyTree) -> Params:
         del key
-        wanted, found = (
-            dict(tree.named_leaves(abstract)),
-            dict(tree.named_leaves(saved.params(f"{folder}/checkpoints")[1])),
-        )
+        there = saved.params(f"{folder}/checkpoints")[1]
+        if gate.NAME in there and gate.NAME not in abstract:
+            raise UserError(
+                f"config.model.start={folder!r}: was trained with the gate of hrpo; set config.policy='hrpo', or start "
+                "from a run without a gate"
+            )
+        abstract = abstract if gate.NAME in there else gate.without(abstract)
+        wanted, found = (dict(tree.named_leaves(one)) for one in (abstract, there))
         for name in [*wanted, *found]:
             shapes = [None if name not in side else tuple(side[name].shape) for side in (wanted, found)]
             if shapes[0] != shapes[1]:
@@ -255,7 +300,7 @@ def started(network: Network, folder: Any) -> Network:
 
         return tree.map_named(put, abstract)
 
-    return network._replace(load=load)
+    return network._replace(load=load, start=folder)
 
 
 def _imported(options: dict[str, Any], words: tokenizers.Tokenizer, length: int) -> Network:

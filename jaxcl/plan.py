@@ -22,6 +22,8 @@ from jaxcl.rl.explore import Explorer
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Model
 
+BOXED = ("hyperinterval", "intercontinet")  # methods of models whose weights come from boxes
+
 
 class Plan(NamedTuple):
     """What is trained, how and on which devices: all of a run but its corpora."""
@@ -64,7 +66,12 @@ def make(
         examples = examples_of(flow, practice, explorer, network)
         tx = optimisers.make(lr=rate, **optim)
         cost, score = practice.loss(checked(loss or {})) if practice else (loss_of(loss or {}), None)
-        setting = compose.Setting(network.model, tx, examples[0], len(flow.stages), cost, microbatches, score)
+        told = practice.told(cost) if practice else None
+        least = min(stage.steps for stage in flow.stages)
+        setting = compose.Setting(
+            network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, told, network.boxed, least
+        )
+        check_boxed(method, network, patterns, flow)
         learner = learner_of(method, setting, guard, patterns, network.keyed)
         check_forms(learner, network, examples)
         return Plan(mesh, network, setting, learner, flow, rate, patterns, seed, explorer)
@@ -75,9 +82,11 @@ def make(
 def examples_of(
     flow: streams.Stream, practice: Practice | None, explorer: Explorer | None, network: Network
 ) -> list[Batch]:
-    """Returns the shapes of every kind of batch that the stages learn from, that of rollouts first."""
+    """Returns the shapes of every kind of batch that the stages learn from, those of rollouts and of pairs first."""
     one = flow.at(0, slice(0, 1))
     stages = [0] if practice is None else list(dict.fromkeys(practice.learns.index(how) for how in practice.learns))
+    if practice:
+        stages.sort(key=lambda stage: {"rl": 0, "dpo": 1}.get(practice.learns[stage], 2))
     found = []
     for stage in stages:
         row = practice.trim(one, stage) if practice else one
@@ -88,9 +97,7 @@ def examples_of(
             rolled = jax.eval_shape(explorer.draw, params, rows, jax.ShapeDtypeStruct((2,), jnp.int32))
             column = jax.ShapeDtypeStruct((flow.width * practice.rollout.group,), jnp.float32)
             rows = jax.eval_shape(explorer.teach, rolled.rollouts, rows, {"advantage": column, "share": column})
-            found.insert(0, rows)
-        else:
-            found.append(rows)
+        found.append(rows)
     return found
 
 
@@ -112,6 +119,29 @@ def check_forms(learner: Method, network: Network, examples: Sequence[Batch]) ->
             ) from error
         if not all(jax.tree.leaves(same)):
             raise UserError("config.method: keeps rows of one kind, but the stages learn in different ways")
+
+
+def check_boxed(method: Any, network: Network, patterns: Sequence[str], flow: streams.Stream) -> None:
+    """Raises UserError if boxes of weights meet a method that knows nothing of them, or batches of several tasks."""
+    if network.boxed is None:
+        return
+    entries = schema.parse(method, field="method") if isinstance(method, str) else method
+    entries = [entries] if isinstance(entries, Mapping) else entries
+    names = [entry.get("name") for entry in entries if isinstance(entry, Mapping)]
+    for name in names:
+        if name not in BOXED:
+            raise UserError(
+                f"config.method={name!r}: trains weights, but config.adapter makes boxes of them; choose one of "
+                f"{', '.join(BOXED)}, or leave the adapter out"
+            )
+    if patterns:
+        raise UserError("config.optim.frozen: not with boxes of weights; leave it out, or give no config.adapter")
+    for stage, of in zip(flow.stages, flow.plans, strict=True):
+        if of.replay.fraction:
+            raise UserError(
+                f"config.stream.replay: stage {stage.name!r} has rows of earlier tasks beside its own, but boxes of "
+                "weights need one task in a batch; leave it out, or give no config.adapter"
+            )
 
 
 def frozen_of(optim: dict[str, Any], network: Network) -> tuple[dict[str, Any], tuple[str, ...]]:

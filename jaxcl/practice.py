@@ -45,7 +45,8 @@ class Practice(NamedTuple):
     learns: tuple[str, ...]  # of each stage
     policy: Policy
     policies: dict[str, Policy]  # of evaluations
-    objective: Objective
+    objective: Objective  # of rollouts
+    preference: Callable[..., Any]  # of pairs, see `supervised.preference`
     rollout: explore.Rollout
     limits: explore.Limits
     judge: Judge
@@ -66,11 +67,23 @@ class Practice(NamedTuple):
         """Returns the training loss (output, batch) -> (sum, weight), and the log-probabilities of what was drawn."""
 
         def worked(output: Output, rows: Batch) -> tuple[jax.Array, jax.Array]:
+            if table.REJECTED in rows.extra:
+                return self.paired(output, rows)[0]
             if "goal" in rows.extra:
                 return supervised.csft(output, rows)
             return losses.cross_entropy(output, rows, **options)
 
         return explore.loss_of(self.policy, self.objective, self.rollout.temperature, self.limits, worked)
+
+    def paired(self, output: Output, rows: Batch) -> tuple[Any, dict[str, Any]]:
+        """Returns the loss of pairs, and what else there is to tell of them: name -> (sum, weight)."""
+        return self.preference(losses.log_probs(output, rows.targets)[0], rows)
+
+    def told(self, loss: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        """Returns the function (output, batch) -> the loss of any rows, and what else there is to tell of them."""
+        return lambda output, rows: (
+            self.paired(output, rows) if table.REJECTED in rows.extra else (loss(output, rows), {})
+        )
 
     def explorer(self, mesh: jax.sharding.Mesh, model: Model, seed: int) -> explore.Explorer:
         """Returns the source of rollouts on a mesh."""
@@ -84,7 +97,9 @@ class Practice(NamedTuple):
     def trim(self, batch: Batch, stage: int) -> Batch:
         """Returns rows of the stream with the columns that a stage has a use for."""
         unused = {table.NUMBER, *(() if self.learns[stage] == "csft" else WORKED)}
-        return dataclasses.replace(batch, extra={k: v for k, v in batch.extra.items() if k not in unused})
+        batch = table.of_pairs(batch) if self.learns[stage] == "dpo" else batch
+        kept = {k: v for k, v in batch.extra.items() if k not in unused and not k.startswith(table.PAIR)}
+        return dataclasses.replace(batch, extra=kept)
 
 
 def make(
@@ -106,11 +121,15 @@ def make(
     words = words or table.words_of(every[0])
     rollout = schema.call(explore.Rollout, options.rollout or {}, field="rollout")
     policy = policy_of(options.policy or "hard")
-    learns = tuple(stage.get("learn") or ("rl" if options.objective else "sft") for stage in stages)
-    if "rl" in learns and not options.objective:
+    rolled, pairs = objectives_of(options.objective)
+    learns = tuple(stage.get("learn") or ("rl" if rolled else "sft" if pairs is None else "dpo") for stage in stages)
+    if "rl" in learns and not rolled:
         raise UserError("config.objective: missing, but a stage has learn='rl'; choose one, such as 'rloo'")
+    if pairs is not None and "dpo" not in learns:
+        raise UserError("config.objective dpo: no stage learns from pairs; give one learn='dpo', or leave dpo out")
     limits = explore.limits_of(rollout, every, words)
-    objective = objective_of(options.objective or "rloo", limits, rollout.ahead)
+    objective = objective_of(rolled or "rloo", limits, rollout.ahead)
+    preference = schema.call(supervised.preference, pairs or {}, field="objective")
     if rollout.tags and every[0].names:
         raise UserError(
             f"config.rollout.tags={list(rollout.tags)}: of text; generated problems have none, leave it out"
@@ -119,8 +138,15 @@ def make(
     for name, one in ordered.items():
         if one.held_out is None:
             raise UserError(f"config.sources.{name}: holds out no problem; set its held_out")
+    if policy.gated and "csft" in learns:
+        where = f"config.stream.stages[{learns.index('csft')}].learn='csft'"
+        raise UserError(
+            f"{where}: feeds mixtures past the gate of {policy.name}; set learn='sft', or let a run with "
+            "config.policy='soft' learn it and start from that (config.model.start)"
+        )
     form = "csft" if "csft" in learns else "sft" if "sft" in learns or rollout.demonstrations else "prompt"
     size = table.size_of(every, form, words)
+    size = size._replace(pair=table.pair_of(every, words)) if "dpo" in learns else size
     policies = {one.name: one for one in (policy_of(mode, "rollout.modes") for mode in rollout.modes)}
     policies = {policy.name: policy} | policies | {policy.name: policy}  # the run's own goes before one of its name
     for name, one in policies.items():
@@ -134,7 +160,7 @@ def make(
     except UserError as error:
         raise UserError(str(error).replace("config.verifier.", "config.rollout.")) from error
     judge = Judge(every, pools, words.decode)
-    return Practice(ordered, words, size, form, learns, policy, policies, objective, rollout, limits, judge)
+    return Practice(ordered, words, size, form, learns, policy, policies, objective, preference, rollout, limits, judge)
 
 
 def one_of(given: Any, field: str) -> dict[str, Any]:
@@ -161,9 +187,31 @@ def check(practice: Practice | None, options: Options, method: Any, alignment: b
     names = {entry.get("name") for entry in entries if isinstance(entry, Mapping)}
     if practice.rollout.demonstrations and "chord" not in names:
         raise UserError("config.rollout.demonstrations=True: nothing learns from them; add chord to config.method")
-    kl = one_of(options.objective, "objective").get("kl") if options.objective else None
+    kl = (objectives_of(options.objective)[0] or {}).get("kl")
     if kl and "reference" not in names:
         raise UserError(f"config.objective kl={kl}: the divergence is from a reference; add reference to config.method")
+    if "dpo" in practice.learns and "reference" not in names:
+        raise UserError("config.stream learn='dpo': compares with a reference; add reference to config.method")
+
+
+def objectives_of(given: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Returns the objective of rollouts and the options of dpo, None for what `config.objective` does not have.
+
+    Raises:
+      UserError: it has more than one of a kind, or is none.
+    """
+    if not given:
+        return None, None
+    entries = [one_of(given, "objective")] if isinstance(given, Mapping) else []
+    if isinstance(given, str) and "+" in given:
+        entries = schema.parse(given, field="objective")
+    entries = entries or [one_of(given, "objective")]
+    pairs = [entry for entry in entries if entry.get("name") == "dpo"]
+    rolled = [entry for entry in entries if entry.get("name") != "dpo"]
+    if len(pairs) > 1 or len(rolled) > 1:
+        raise UserError(f"config.objective={given!r}: name one for rollouts and dpo for pairs, as in 'rloo + dpo'")
+    options = {key: value for key, value in pairs[0].items() if key != "name"} if pairs else None
+    return rolled[0] if rolled else None, options
 
 
 def policy_of(given: Any, field: str = "policy") -> Policy:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import alignment, compose, domains, feed, flops, frozen, losses, practice, schema, scores, tree
+from jaxcl import alignment, certify, compose, domains, feed, flops, frozen, losses, practice, schema, scores, tree
 from jaxcl import mesh as meshes
 from jaxcl import optim as optimisers
 from jaxcl import plan as plans
@@ -97,7 +97,7 @@ def build(
       microbatches: passes per step; divides the batch.
       seed: of everything that is random.
       policy: of problems: how thoughts are drawn, such as "soft(temperature=1.0)"; see `jaxcl.rl.thoughts`.
-      objective: of problems: how rollouts are valued, such as "rloo" or "grpo(kl=0.04)"; see `jaxcl.rl.objectives`.
+      objective: of problems: how rollouts and pairs are valued, "rloo", "dpo(beta=5.0)", "grpo + dpo"; see `jaxcl.rl`.
       rollout: of problems, see `jaxcl.rl.explore.Rollout`.
 
     Raises:
@@ -107,7 +107,7 @@ def build(
     chosen = schema.call(Evaluation, evaluation or {}, field="evaluation")
     check_options(schedule, optim, chosen, len(sources))
     own = practice.Options(policy, objective, rollout)
-    made = domains.make(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own)
+    made = domains.make(domains.Sections(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own))
     practice.check(made.practice, own, method, chosen.alignment)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}
@@ -239,13 +239,26 @@ def measures(
         bench = inference.make(mesh, model, explorer, own.policies, held, own.words, rows=chosen.rows)
         return found | {"evaluate": bench.evaluate, "compare": bench.compare, "utilisation": lambda speed: None}
     size = setting.example.task.shape[0]
-    batches = {name: list(tables.batches(c.held_out, size=size, limit=chosen.rows)) for name, c in corpora.items()}
+    batches = {
+        name: list(tables.batches(c.held_out, size=size, task=task_of(plan.flow, name), limit=chosen.rows))
+        for name, c in corpora.items()
+    }
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
     found["evaluate"] = evaluator(setting.model, corpora, rows)
+    if boxed := plan.network.boxed:
+        known["generator_parameters"] = tree.size(abstract.params["generator"])
+        known["parameters"] = boxed.size
+        found["compare"] = certify.make(boxed, rows, meshes.fetch)
+        return found
     if chosen.alignment:
         align = aligner(mesh, setting, rows, patterns)
         found["compare"] = lambda params: {"alignment": align(params)}
     return found
+
+
+def task_of(flow: streams.Stream, domain: str) -> int:
+    """Returns the first stage that a domain is new in, 0 if there is none."""
+    return next((i for i, stage in enumerate(flow.stages) if stage.mixture.get(domain)), 0)
 
 
 def evaluator(

@@ -75,7 +75,9 @@ def check(function: Callable[..., Any], options: Mapping[str, Any], *, field: st
         if key not in known:
             raise UserError(f"{dotted(field, key)}: unknown key{nearest(key, list(known))}")
         if key in hints and not fits(value, hints[key]):
-            raise UserError(f"{dotted(field, key)}={value!r}: expected {spell(hints[key])}, got {type(value).__name__}")
+            listed = isinstance(value, str) and fits([value], hints[key])
+            wanted = f"a list, as in [{value!r}]" if listed else spell(hints[key])
+            raise UserError(f"{dotted(field, key)}={value!r}: expected {wanted}, got {type(value).__name__}")
     missing = [n for n, p in known.items() if p.default is inspect.Parameter.empty and n not in options]
     if missing:
         raise UserError(f"{dotted(field, missing[0])}: missing; give it a value: {spell(hints.get(missing[0], Any))}")

@@ -180,6 +180,8 @@ class Session:
         with contextlib.closing(self.feed), jax.transfer_guard("disallow"):
             while self.step < flow.total_steps:
                 if reason := stopped(self.step):
+                    self.flush()
+                    self.event("stopped", f"by {reason}; the same command continues")
                     self.save()
                     raise Stopped(reason)
                 rows, told = self.feed.get(self.state)

@@ -12,6 +12,7 @@ import jax
 from jaxcl import folder, network, saved
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.random import key_for
+from jaxcl.rl import gate
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
 from jaxcl.types import Params
@@ -48,6 +49,11 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
     key = key_for(config.get("seed", 0), "init")
     step, leaves = saved.params(run / "checkpoints", step=step, sharding=sharding, base=made.base_of(key))
     names = {name for name, _ in named_leaves(jax.eval_shape(made.model.init, jax.random.key(0)))}
+    if gate.NAME in leaves and config.get("policy"):
+        raise UserError(
+            f"{run}: was trained with the gate of hrpo, which evaluation, export and merging have no place for; train "
+            "with another config.policy to use them"
+        )
     if names != {name for name, _ in named_leaves(leaves)}:
         raise UserError(f"{run}: checkpoint {step} holds another model than run.json describes; restore run.json")
     host = json.loads((run / "checkpoints" / str(step) / "host.json").read_text())

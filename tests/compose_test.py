@@ -1,5 +1,7 @@
 """Parts join into one method: what goes together, what does not and with which remedy, and the plain step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import optax
 import pytest
 import toys
 
-from jaxcl import compose, tree
+from jaxcl import compose, grad, tree
 from jaxcl.compose import Part, Wrapper
+from jaxcl.methods import reference
+from jaxcl.rl import objectives
 from jaxcl.schema import UserError
 
 PARAMS = toys.linear(3).init(jax.random.key(0))
@@ -167,6 +171,76 @@ def test_a_part_sees_the_step_it_settles():
     assert int(memory["came"]) == 4
     np.testing.assert_array_equal(memory["rows"], np.full(8, 2))
     np.testing.assert_allclose(memory["rate"]["w"], 0.25, rtol=1e-5)
+
+
+def penalised():
+    """Returns a setting whose loss has a divergence from the reference, rows of it, and parameters of a model."""
+    objective = objectives.make("grpo", kl=0.5)
+
+    def loss(output, rows):
+        return objective.surrogate(toys.score(output, rows), rows)
+
+    def drawn(seed):
+        rows = toys.rollouts(seed)
+        return dataclasses.replace(rows, extra=rows.extra | {"behaviour": -2.0 + 0 * rows.weights})
+
+    model = toys.language_model()
+    made = toys.setting(model=model, example=drawn(0), loss=loss, score=toys.score, tx=optax.sgd(0.1))
+    return made, toys.stack([drawn(1), drawn(2)]), [model.init(key(i)) for i in (1, 2)]
+
+
+def with_reference(made, rows, params):
+    """Returns rows [K, B, ...] with the column of `reference`, in one pass over all of them."""
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    column = toys.score(made.model.apply(params, flat), flat)
+    return dataclasses.replace(flat, extra=flat.extra | {"reference": column})
+
+
+@pytest.mark.parametrize("order", ["ewc(chunk=2) + reference(at='task')", "reference(at='task') + ewc(chunk=2)"])
+def test_the_fisher_of_an_objective_with_a_divergence(order):
+    """The loss that is squared at the end of a task is that of a step, with the reference of the task before."""
+    made, rows, (first, last) = penalised()
+    method = compose.make(order, made)
+    state = dataclasses.replace(method.init(first), params=last)
+    ended = toys.quick(method.end_task)(state, rows, key(0))
+    flat = with_reference(made, rows, first)
+
+    def squares(rows):
+        one = jax.tree.map(lambda x: x[None], rows)
+        slope = jax.grad(lambda params: made.loss(made.model.apply(params, one), one)[0])(last)
+        return jax.tree.map(jnp.square, slope)
+
+    each = toys.quick(jax.vmap(squares))(flat)
+    count = float(flat.extra["share"].sum())
+    fisher = dict(tree.named_leaves(ended.memory["ewc"]["fisher"]))
+    for name, leaf in tree.named_leaves(each):
+        want = np.sum(np.asarray(leaf, np.float64), axis=0) / count
+        np.testing.assert_allclose(fisher[name], want, rtol=1e-4, atol=1e-6 * want.max(), err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, ended.memory["reference"]["reference"], last)
+
+
+def test_every_part_ends_a_task_with_the_rows_of_a_step():
+    """Whatever differentiates the training loss then: here its mean gradient, kept."""
+    made, rows, (first, last) = penalised()
+
+    def end_task(memory, params, batch, key):
+        assert set(batch.extra) == {*rows.extra, "reference", "mark"}
+        del memory, key
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        return jax.grad(lambda params: grad.mean(*made.loss(made.model.apply(params, flat), flat)))(params)
+
+    def mark(memory, rows):
+        return dataclasses.replace(rows, extra=rows.extra | {"mark": rows.task})
+
+    keeper = Part(init=lambda params: jax.tree.map(jnp.zeros_like, params), annotate=mark, end_task=end_task)
+    method = compose.compose([("keeper", keeper), ("reference", reference.make(made))], made)
+    state = dataclasses.replace(method.init(first), params=last)
+    ended = toys.quick(method.end_task)(state, rows, key(0))
+    flat = with_reference(made, rows, first)
+    want = jax.grad(lambda params: grad.mean(*made.loss(made.model.apply(params, flat), flat)))(last)
+    for a, b in zip(jax.tree.leaves(ended.memory["keeper"]), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert any(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(want))
 
 
 def test_inner_and_outer_undo_each_other():

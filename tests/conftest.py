@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, strict JAX settings and reproducible property tests for the whole suite."""
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_platforms", "cpu")
@@ -10,3 +11,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A loaded machine must not turn into a failure; the same examples every time make one reproducible.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled(request):
+    """Modules that say QUICK = True compile with little optimisation, which is most of their time."""
+    quick = getattr(request.module, "QUICK", False)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -29,7 +29,7 @@ LAYERS = (
     {"models"},
     {"methods"},
     {"data", "rl"},
-    {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console"},
+    {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console", "certify"},
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
     {"network", "domains", "practice"},
     {"plan", "feed"},

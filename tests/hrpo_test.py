@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import rl_small
 
-from jaxcl import network, program, saved, train
+from jaxcl import network, program, saved, train, weights
+from jaxcl.hf.__main__ import export
 from jaxcl.models import transformer
 from jaxcl.rl import gate, teaching, thoughts
 from jaxcl.rl import sample as samples
@@ -16,6 +17,8 @@ from jaxcl.rl.sample import ANSWER, THOUGHT, Limits
 from jaxcl.schema import UserError
 from jaxcl.tree import map_named, named_leaves
 from jaxcl.types import Batch, Model, Output
+
+QUICK = True  # compiling is most of the time
 
 B, L, V, D = 3, 5, 24, 16
 LIMITS = Limits(thoughts=4, answer=2, stop=((3,), (4,)), forced=(5,), late=(6,), end=(7, 8, 9))
@@ -238,24 +241,58 @@ def settings(**overrides):
     return rl_small.config(**(own | overrides))
 
 
-def test_a_run_moves_the_gate(tmp_path):
-    rl_small.run(settings(), tmp_path / "run")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    found = tmp_path_factory.mktemp("hrpo") / "run"
+    rl_small.run(settings(), found)
+    return found
+
+
+def begun(place, **overrides):
+    """Returns the parameters of a run that starts from another."""
+    given = settings(**overrides)
+    return rl_small.build({**given, "model": {**given["model"], "start": str(place)}}).create().params
+
+
+def test_a_run_moves_the_gate(place):
     before = rl_small.build(settings()).create().params
-    after = saved.params(tmp_path / "run" / "checkpoints")[1]
+    after = saved.params(place / "checkpoints")[1]
     assert set(after) == set(before)
     moved = jax.tree.map(lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b)))), before, after)
     assert all(x > 0 for x in jax.tree.leaves(moved["gate"]))
     # Adam moves every coordinate by about the rate
     assert 50 < moved["gate"]["decay"] / moved["embedding"] < 300
     assert 5 < moved["gate"]["input"]["bias"] / moved["embedding"] < 30
-    steps = rl_small.records(tmp_path / "run", "train")
+    steps = rl_small.records(place, "train")
     assert len(steps) == 2
     for record in steps:
         assert np.isfinite(record["loss"])
         assert record["thoughts"] == 1
-    last = rl_small.records(tmp_path / "run", "eval")[-1]
+    last = rl_small.records(place, "eval")[-1]
     assert set(last["inference"]["three"]) == {"hrpo", "hard", "soft"}
     assert np.isfinite(list(last["drift"]["three"].values())).all()
+
+
+def test_a_run_starts_from_another_with_its_gate_or_with_a_new_one(place, monkeypatch):
+    _, there = saved.params(place / "checkpoints")
+    jax.tree.map(np.testing.assert_array_equal, begun(place), there)
+    fresh = rl_small.build(settings()).create().params["gate"]
+    assert not np.array_equal(there["gate"]["decay"], fresh["decay"])
+    monkeypatch.setattr(network.saved, "params", lambda directory: (2, gate.without(there)))
+    found = begun(place)
+    jax.tree.map(np.testing.assert_array_equal, gate.without(found), gate.without(there))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found["gate"], fresh)
+
+
+def test_a_gate_is_not_lost_in_silence(place, tmp_path, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"config\.model\.start=.*the gate of hrpo; set config\.policy='hrpo', or start"
+    ):
+        begun(place, policy="hard", optim__multipliers={}, rollout__modes=[])
+    monkeypatch.setattr(weights, "length_of", lambda run, about: 16)  # as if the problems were of text
+    with pytest.raises(UserError, match="was trained with the gate of hrpo, which evaluation, export and merging"):
+        export(place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_loaded_parameters_are_those_of_the_rest():
@@ -283,6 +320,10 @@ def test_loaded_parameters_are_those_of_the_rest():
         ({"policy": "hrpo(gamma=0.1)"}, "config.policy.gamma: unknown key"),
         ({"policy": "hrpo(temperature=0.0)"}, "config.policy temperature=0.0: must be positive"),
         ({"policy": "soft", "optim__multipliers": {}, "rollout__modes": ["hrpo"]}, "rollout.modes: hrpo needs a gate"),
+        (
+            {"stream__stages": [{"name": "worked", "steps": 2, "mixture": {"three": 1.0}, "learn": "csft"}]},
+            r"config\.stream\.stages\[0\]\.learn='csft': feeds mixtures past the gate of hrpo; set learn='sft'",
+        ),
         ({"adapter": "lora", "optim__multipliers": {}}, "config.adapter: 'hrpo' trains a gate beside the whole model"),
     ],
 )

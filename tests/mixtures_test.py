@@ -16,6 +16,8 @@ from jaxcl.rl import objectives
 from jaxcl.schema import UserError
 from jaxcl.types import Output
 
+QUICK = True  # compiling is most of the time
+
 FREE = objectives.make("rloo", proximal="current")
 PENALISED = objectives.make("rloo", kl=0.5, proximal="current")
 
@@ -205,6 +207,17 @@ def test_the_penalty_is_0_at_the_reference_and_positive_after_a_step():
     assert float(value) > 1e-5
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(slope)) > 1e-4
     np.testing.assert_allclose(again, column, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [{"score": toys.score}, {"example": toys.rollouts(0)}])
+def test_a_reference_needs_rollouts_and_their_score(parts):
+    with pytest.raises(UserError, match=r"config\.method reference: only for runs with config\.objective"):
+        reference.make(toys.setting(**parts))
+
+
+def test_rows_of_supervision_get_no_column():
+    part, rows = reference.make(setting()), toys.text(0)
+    assert part.annotate(part.init(toys.language_model().init(key(7))), rows) is rows
 
 
 @pytest.mark.parametrize("at", ["start", "task"])

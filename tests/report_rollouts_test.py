@@ -326,7 +326,7 @@ def test_runs_side_by_side_in_progress_show_the_modes_that_were_measured_last(tm
         fake_run.make_thinking(tmp_path / policy, label=policy, policy=policy, stop=85)
     results = report.write([tmp_path])
     assert [list(group["accuracy"]["add"]) for group in results["groups"]] == [["hard", "own"], ["soft", "own"]]
-    assert "Some runs are still in progress" in verdict(tmp_path)
+    assert "Some runs have not finished" in verdict(tmp_path)
     assert "single seed there is no interval" in verdict(tmp_path)
     page_of(tmp_path / "report.html")
 

@@ -145,6 +145,28 @@ def test_a_run_in_progress_gives_a_partial_report_that_says_so(tmp_path):
     assert json.loads((going / "report.json").read_text())["matrix"][3] == [None] * 3
 
 
+def test_a_run_that_a_signal_stopped_says_so_until_it_goes_on(tmp_path, capsys):
+    place = fake_run.make(tmp_path / "run", stop=633)
+    with (place / "metrics.jsonl").open("a") as file:
+        event = {"kind": "event", "step": 633, "event": "stopped", "message": "by SIGTERM; the same command continues"}
+        file.write(json.dumps(event) + "\n")
+    results = report.write([place])
+    assert results["stopped"] == 633
+    text = page_of(place / "report.html")
+    assert "stopped at step 633" in text
+    assert "This run was stopped by a signal: step 633 of 750" in text
+    assert "in progress" not in text
+    terminal.show(results, place / "report.html")
+    assert "The run was stopped at step 633: the report is partial." in capsys.readouterr().out
+    with (place / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "event", "step": 633, "event": "restore", "message": "continues"}) + "\n")
+    results = report.write([place])
+    assert results["stopped"] is None
+    text = page_of(place / "report.html")
+    assert "in progress" in text
+    assert "stopped at step" not in text
+
+
 @pytest.mark.parametrize("stop", [0, 5, 250, 251, 260])
 def test_every_early_moment_of_a_run_can_be_reported(tmp_path, stop):
     report.write([fake_run.make(tmp_path / "run", stop=stop)])
@@ -336,7 +358,7 @@ def test_runs_of_different_progress_compare_on_what_they_share(tmp_path):
     results = report.write([a, b, c])
     assert results["groups"][0]["complete"] is False
     text = page_of(tmp_path / "report.html")
-    assert "Some runs are still in progress" in text
+    assert "Some runs have not finished" in text
     assert "shares no seed with" in text or "No other method did better" in text
 
 

@@ -8,47 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rl_small
 
-from jaxcl import grad, practice
-from jaxcl import mesh as meshes
-from jaxcl.data.rows import batch_of
-from jaxcl.models import transformer
-from jaxcl.rl import explore, tasks
+from jaxcl.rl import explore
 from jaxcl.rl.sample import ANSWER, THOUGHT
 from jaxcl.types import Batch
 
+QUICK = True  # compiling is most of the time
 
-class Parts:
-    """A small model, modular sums, and what draws and values its answers."""
-
-    def __init__(self, objective="rloo", policy="hard", group=8, **rollout):
-        self.problems = tasks.make({"name": "modular", "count": 2, "modulus": 3, "held_out": 0.2})
-        options = practice.Options(policy, objective, {"group": group, **rollout})
-        self.own = practice.make({"sums": self.problems}, None, [{}], options)
-        shape = {"layers": 1, "embed": 24, "heads": 2, "kv_heads": 2, "mlp": 48, "max_length": 32}
-        self.model = transformer.make(preset="tiny", vocab=self.problems.vocab, **shape)
-        self.explorer = self.own.explorer(meshes.make(devices=jax.devices()[:1]), self.model, 0)
-        self.loss, _ = self.own.loss({})
-        self.rows = self.own.corpora()["sums"].train
-
-    def prompts(self, numbers):
-        batch = batch_of(self.rows.fetch(np.asarray(numbers)), np.zeros(len(numbers), np.int32))
-        return self.explorer.place(self.own.trim(batch, 0))
-
-    def draw(self, params, numbers, step):
-        prompts = self.prompts(numbers)
-        return self.explorer.judge(self.explorer.roll(params, prompts, step), prompts, np.asarray(numbers))
-
-    def gradient(self):
-        """Returns the function (params, rows) -> gradient of the training loss."""
-
-        def losses(params, rows):
-            return {"loss": self.loss(self.model.apply(params, rows), rows)}
-
-        return jax.jit(lambda params, rows: grad.value_and_grad(losses, params, rows)[1])
-
-
-parts = functools.cache(Parts)
+parts = functools.cache(rl_small.Parts)
 
 
 @pytest.mark.parametrize("name", ["rloo", "remax"])

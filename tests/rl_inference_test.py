@@ -15,6 +15,8 @@ from jaxcl.rl import inference, tasks
 from jaxcl.rl.sample import ANSWER, FORCED, NOTHING, THOUGHT, Rollouts
 from jaxcl.types import Batch
 
+QUICK = True  # compiling is most of the time
+
 SAMPLES, ROWS = 64, 5
 TEMPERATURE = 0.8  # of the soft thoughts
 

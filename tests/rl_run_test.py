@@ -9,6 +9,8 @@ import rl_small
 
 from jaxcl.schema import UserError
 
+QUICK = True  # compiling is most of the time
+
 CHAINS = {
     "on-policy": [("SIGKILL:step:7", -9), ("none", 0)],  # what is kept of the second stage is in the checkpoint
     "ahead": [
@@ -186,6 +188,7 @@ def test_demonstrations_a_reference_and_an_adapter_in_one_run():
     ("change", "message"),
     [
         ({"rollout__group": 1}, r"config\.rollout\.group=1"),
+        ({"rollout__modes": "hard"}, r"config\.rollout\.modes='hard': expected a list, as in \['hard'\]"),
         ({"rollout__ahead": True}, r"config\.rollout\.ahead=True: rloo knows no ratio"),
         ({"evaluation": {"alignment": True}}, r"config\.evaluation\.alignment=True: compares losses of text"),
         ({"rollout__overlong": 5}, r"config\.rollout\.overlong=5: must be at most the limit of 2 tokens"),

@@ -158,7 +158,8 @@ class Echo:
     def rewards(self, golds, answers):
         self.asked += list(zip(golds, answers, strict=True))
         events = dict.fromkeys(EVENTS, 0) | {EVENTS[0]: 1}
-        return Verdicts(np.array([answer[0] for answer in answers], np.float32), events, "said")
+        failed = np.arange(len(answers)) == len(answers) - 1
+        return Verdicts(np.array([answer[0] for answer in answers], np.float32), failed, events, "said")
 
 
 def test_each_row_is_judged_as_the_problem_it_answers():
@@ -178,3 +179,4 @@ def test_each_row_is_judged_as_the_problem_it_answers():
     assert [gold for gold, _ in pools[1].asked] == [two.gold(2), two.gold(0), two.gold(2)]
     assert [answer for _, answer in pools[1].asked] == [[1, 2], [14], [22]]
     assert found.events[EVENTS[0]] == 2
+    assert found.failed.tolist() == [False] * 4 + [True] * 2

@@ -12,6 +12,8 @@ from jaxcl.hf.__main__ import export
 from jaxcl.rl.sample import ANSWER, FORCED, NOTHING, THOUGHT
 from jaxcl.schema import UserError
 
+QUICK = True  # compiling is most of the time
+
 JUDGE = """
 import time
 

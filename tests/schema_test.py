@@ -26,6 +26,7 @@ def test_call_passes_values_through():
         ({"rows": 1.0}, "config.f.rows=1.0: expected int, got float"),
         ({"rows": 1, "mode": "c"}, "config.f.mode='c': expected 'a' or 'b', got str"),
         ({"rows": 1, "names": [1]}, "config.f.names=[1]: expected"),
+        ({"rows": 1, "names": "one"}, "config.f.names='one': expected a list, as in ['one'], got str"),
         ({}, "config.f.rows: missing"),
     ],
 )

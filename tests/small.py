@@ -56,13 +56,15 @@ def config(folder, **overrides):
         "checkpoint": {"every_steps": 3, "every_minutes": None, "keep": 3},
         "tensorboard": False,
     }
-    for key, value in overrides.items():
+    return overridden(made, overrides)
+
+
+def overridden(settings, changes):
+    """Returns a config whose sections, or single keys of them as `section__key`, are others."""
+    for key, value in changes.items():
         section, _, name = key.partition("__")
-        if name:
-            made[section] = {**made[section], name: value}
-        else:
-            made[section] = value
-    return made
+        settings[section] = {**settings[section], name: value} if name else value
+    return settings
 
 
 def stream(settings):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import rl_small
 
-from jaxcl import saved
+from jaxcl import network, saved
 from jaxcl.hf.__main__ import export
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
@@ -62,8 +62,16 @@ def test_an_adapter_begins_as_what_it_adapts(trunk):
 def test_another_shape_or_no_run_is_refused(trunk, tmp_path):
     with pytest.raises(UserError, match=r"config\.model\.start=.*layers/mlp/\w+ has the shape .* there and .* here"):
         rl_small.build(begun(trunk, mlp=16)).create()
-    with pytest.raises(UserError, match=r"config\.model\.start=.*give the folder of a run that has checkpoints"):
-        rl_small.build(begun(tmp_path / "none"))
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError, match=r"config\.model\.start=.*give the folder of a run that has checkpoints"):
+            rl_small.build(begun(folder))
+
+
+def test_no_parameter_of_the_run_is_left_behind(trunk, monkeypatch):
+    step, there = saved.params(trunk / "checkpoints")
+    monkeypatch.setattr(network.saved, "params", lambda directory: (step, {**there, "more": np.zeros(3)}))
+    with pytest.raises(UserError, match=r"config\.model\.start=.*more has the shape \(3,\) there and None here"):
+        rl_small.build(begun(trunk)).create()
 
 
 def test_generated_problems_cannot_be_exported(trunk, tmp_path):

@@ -185,7 +185,7 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
     settings = {
         "label": "images",
         "model": {"name": "mlp", "inputs": 12, "hidden": [8], "classes": 3},
-        "sources": {"low": {**data, "labels": [0, 1]}, "high": {**data, "labels": [2]}},
+        "sources": {"low": {**data, "classes": [0, 1]}, "high": {**data, "classes": [2], "relabel": False}},
         "stream": {
             "batch": 8,
             "steps": 6,
@@ -221,11 +221,11 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
     assert "now, accuracy" in (tmp_path / "run" / "report.html").read_text()
     told = json.loads((tmp_path / "run" / "run.json").read_text())["facts"]["sources"]
     assert {name: entry["licence"] for name, entry in told.items()} == {"low": "CC0-1.0", "high": "CC0-1.0"}
-    assert told["low"]["source"]["labels"] == [0, 1]
+    assert told["low"]["source"]["classes"] == [0, 1]
     splits = [[told[name][split]["rows"] for split in ("train", "held_out")] for name in ("low", "high")]
     assert splits == [[54, 4], [26, 2]]  # 80 and 6 images of three classes in turn
     assert told["low"]["train"]["fingerprint"] != told["low"]["held_out"]["fingerprint"]
-    table = images.make(dataset="tiny_images", labels=[0, 1], data_dir=folder)
+    table = images.make(dataset="tiny_images", classes=[0, 1], data_dir=folder)
     assert [set(part["targets"].tolist()) for part in (table.train, table.held_out)] == [{0, 1}] * 2
     odd = table._replace(held_out=table.held_out | {"targets": table.held_out["targets"] + 6})
     assert tabular.classes([table, odd]) == 8
@@ -238,7 +238,7 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
     for change, text in (
         ({"model": {**settings["model"], "classes": 2}}, r"gives logits \(2,\), but there are 3 classes"),
         ({"model": {**settings["model"], "inputs": 11}}, r"config\.model: takes no rows of shape \(4, 3, 1\)"),
-        ({"sources": {"low": {**data, "labels": [7]}}}, r"labels=\[7\]: tiny_images train has none of \[7\]"),
+        ({"sources": {"low": {**data, "classes": [7]}}}, r"classes=\[7\]: no training row has a label of \[7\]"),
         (
             {"sources": settings["sources"] | {"t": {"name": "embedded", "domain": "prose"}}},
             "low is a table and t is text",

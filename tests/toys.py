@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from jaxcl.compose import Setting
+from jaxcl.models import hypernetwork, mlp, weight_boxes
 from jaxcl.types import Batch, Model, Output
 
 # Compiling is most of the cost of a test: this halves it. Not for tests that compare bits of different programs.
@@ -112,3 +113,28 @@ def setting(*, model=None, tx=None, example=None, tasks=T, loss=cross_entropy, m
     """A setting for the toy language model."""
     example = shapes(example or text(0))
     return Setting(model or language_model(), tx or optax.adamw(1e-2), example, tasks, loss, microbatches, score)
+
+
+# kind -> (classifier, **options of its make) -> model of boxes
+BOXES = {
+    "hypernetwork": lambda target, **options: hypernetwork.make(target, **{"embedding": 4, "gamma": 0.5} | options),
+    "weight_boxes": lambda target, **options: weight_boxes.make(target, **{"radius": 0.1} | options),
+}
+
+
+def boxed(kind="hypernetwork", *, tx=None, loss=cross_entropy, tasks=T, features=4, width=8, labels=4, **options):
+    """A setting for a perceptron whose weights come from boxes; `options` are those of the boxes."""
+    if kind == "hypernetwork":
+        options = {"hidden": (6,)} | options
+    made = BOXES[kind](mlp.make(inputs=features, hidden=(width,), classes=labels), tasks=tasks, **options)
+    example = classes(0, features=features, labels=labels)
+    return setting(model=made.model, tx=tx, example=example, tasks=tasks, loss=loss)._replace(boxed=made)
+
+
+def classes(seed, rows=B, task=0, *, features=4, labels=4):
+    """Rows of features around the mean of their class; the classes of a task are turned by its number."""
+    rng = np.random.default_rng([seed, task, 2])
+    means = np.random.default_rng(9).normal(size=(labels, features))
+    targets = rng.integers(0, labels, rows)
+    inputs = means[(targets + task) % labels] + 0.3 * rng.normal(size=(rows, features))
+    return points(inputs.astype("f"), targets.astype("i"), task)

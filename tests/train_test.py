@@ -237,7 +237,10 @@ def test_a_signal_saves_and_the_same_command_continues(straight, folder, tmp_pat
     assert f"stopped by {name}: the state is saved in {workdir}" in capsys.readouterr().out
     assert small.checkpoint(workdir)[0] == step + (method == "account")
     assert not (workdir / "report.json").exists()
+    where = step + (method == "account")
+    assert small.events(workdir) == [(where, "stopped")]
     assert go_on(folder, workdir) == 0
+    assert small.events(workdir) == [(where, "stopped"), (where, "restore")]
     assert small.outcome(workdir) == small.outcome(straight)
 
 

@@ -332,6 +332,10 @@ def test_hostile_answers_cost_their_reward_only(hostile, tmp_path):
         verdicts = pool.rewards(["a"] * len(answers), answers)
         assert verdicts.rewards.tolist() == [float(answer == "a") for answer in answers]
         assert verdicts.rewards.dtype == np.float32
+        assert verdicts.failed.dtype == bool
+        assert verdicts.failed[[answers.index(x) for x in ("hang", "die", "eat", "raise", "nan")]].all()
+        assert not verdicts.failed[[i for i, x in enumerate(answers) if x in "ab"]].any()
+        assert verdicts.failed.sum() == sum(verdicts.events.values())
         assert verdicts.events == {"timeout": 2, "crash": 2, "memory": 1, "error": 4, "value": 1}
         assert verdicts.message
         assert "\n" not in verdicts.message

@@ -112,7 +112,8 @@ def practice_of(shape: Shape, policy: str):
         """Rewards odd tokens."""
 
         def __call__(self, numbers, kind, token):
-            return Verdicts((token[:, -1] % 2).astype(np.float32), dict.fromkeys(EVENTS, 0), None)
+            rewards = (token[:, -1] % 2).astype(np.float32)
+            return Verdicts(rewards, np.zeros(len(rewards), bool), dict.fromkeys(EVENTS, 0), None)
 
     problems = random_problems(shape)
     options = practice.Options(policy, "grpo", {"group": shape.group, "thoughts": shape.drawn - 1, "answer": 1})

@@ -105,8 +105,12 @@ def make(config: Mapping[str, Any], devices: Sequence[Any]) -> Step:
     program.check_options(pieces["schedule"], pieces["optim"], chosen, len(sources))
     model, batch = pieces.pop("model"), pieces["stream"].get("batch")
     text = {key: pieces.pop(key, None) for key in ("tokenizer", "packing", "adapter")}
-    of = _tabular if domains.of_tables(_kinds(sources), **text) else _text
+    tables_alone = {key: text[key] for key in ("tokenizer", "packing")}
+    of = _tabular if domains.of_tables(_kinds(sources), **tables_alone) else _text
     network, table, length, notes = of(model, max(batch, 1) if isinstance(batch, int) else 1, **text)
+    if of is _tabular and text["adapter"]:
+        stages = program.stages_of(pieces["stream"])
+        network = networks.with_boxes(network, text["adapter"], next(tables.batches(table, size=1)), len(stages))
     made = plan.make(mesh, network, **pieces)(dict.fromkeys(sources, table))
     ready = program.compiled(made)
     cut = meshes.batch_sharding(mesh)

@@ -60,7 +60,7 @@ class Stage(NamedTuple):
     steps: int
     mixture: Mapping[str, float]  # source -> weight, need not sum to 1
     replay: Mapping[str, Any] | None = None  # overrides the stream's: fraction, mode, over, capacity
-    learn: Literal["rl", "sft", "csft"] | None = None  # of problems: how they are learned from; see `jaxcl.rl.table`
+    learn: Literal["rl", "sft", "csft", "dpo"] | None = None  # of problems: how they are learned from; see `rl.table`
 
 
 class Index(NamedTuple):

@@ -1,10 +1,10 @@
-r"""Reference model: what a KL penalty of an objective compares the policy with.
+r"""Reference model: what a KL penalty of an objective compares the policy with, and what dpo does.
 
     extra["reference"] <- log p(what was drawn; reference)        reference = theta at the start, or of the last task
 
-It is the objective that penalises, by `config.objective.kl`; this part adds the column, float32 [B, L], to rollouts,
-replayed ones too, before the gradient is taken. In a supervised stage it does nothing but, with at="task", take the
-parameters at its end.
+It is the objective that penalises, by `config.objective.kl`; this part adds the column, float32 [B, L], to rollouts and
+pairs, replayed ones too, before the gradient is taken. In a supervised stage it does nothing but, with at="task", take
+the parameters at its end.
 
 Source: Ziegler et al., 1909.08593; with the reference renewed at the end of each task it is an anchor of the policy.
 
@@ -26,6 +26,8 @@ from jaxcl.compose import Part, Setting
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Memory, Params
 
+SCORED = {"advantage", "rejected"}  # columns of rollouts and of pairs, which have a score
+
 
 def make(setting: Setting, *, at: Literal["start", "task"] = "start") -> Part:
     """Returns the part that adds the column.
@@ -35,17 +37,17 @@ def make(setting: Setting, *, at: Literal["start", "task"] = "start") -> Part:
       at: `start` keeps the first parameters for ever, `task` takes those at the end of each task.
 
     Raises:
-      UserError: a run without an objective.
+      UserError: a run that learns neither from rollouts nor from pairs.
     """
     score = setting.score
-    if score is None or "advantage" not in setting.example.extra:
+    if score is None or not SCORED & setting.example.extra.keys():
         raise UserError("config.method reference: only for runs with config.objective; leave it out")
 
     def init(params: Params) -> Memory:
         return {"reference": jax.tree.map(jnp.copy, params)}
 
     def annotate(memory: Memory, rows: Batch) -> Batch:
-        if "advantage" not in rows.extra:
+        if not SCORED & rows.extra.keys():
             return rows
 
         def of(piece: Batch) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl import forgetting, stability
-from jaxcl.report import inference
+from jaxcl.report import certificates, inference
 from jaxcl.report.run import Run
 
 WINDOW = 10  # evaluations, the shorter of the two windows of De Lange et al. 2023
@@ -17,7 +17,7 @@ TOLERANCE = 0.02  # nats above the loss at the boundary that count as recovered:
 def of(run: Run) -> dict[str, Any]:
     """Returns every figure of a run; what could not be measured is NaN (null in the file).
 
-    A run that is still going on is judged by the tasks it has finished.
+    A run that has not finished is judged by the tasks it has finished.
     """
     R = run.matrix
     done = forgetting.finished(R)
@@ -26,6 +26,7 @@ def of(run: Run) -> dict[str, Any]:
         "label": run.label,
         "seed": run.seed,
         "complete": run.complete,
+        "stopped": run.stopped,
         "step": run.step,
         "steps": run.steps,
         "tasks": run.tasks,
@@ -42,6 +43,7 @@ def of(run: Run) -> dict[str, Any]:
         "accuracy": {domain: _last(values) for domain, values in run.accuracy.items()},
         "accuracy_matrix": _right(run),
         "inference": inference.of(run),
+        "certificates": certificates.of(run),
         "tokens": tokens(run),
         "sources": run.ledger,
         "peak_lr": peak_lr(run),

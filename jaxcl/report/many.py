@@ -67,7 +67,7 @@ def verdict(comparison: Comparison) -> list[str]:
     if going:
         names = words.join([escape(label) for label in going])
         sentences.append(
-            f"<strong>Some runs are still in progress</strong> ({names}); they are judged by their finished tasks."
+            f"<strong>Some runs have not finished</strong> ({names}); they are judged by their finished tasks."
         )
     told = accuracies.verdict(comparison)
     sentences += told

@@ -35,6 +35,7 @@ class Run:
     thinking: dict[int, dict[str, Any]]  # step -> what was measured by mode of inference; empty if nothing was
     boundaries: dict[int, int]  # k -> step of the evaluation after task k; -1 = before training
     alignment: dict[int, np.ndarray]  # k -> cosines [D, D] of the gradients of `domains`; empty if not recorded
+    certificates: dict[int, dict[str, Any]]  # boundary -> domain -> what was certified; empty if nothing was
     train: dict[str, np.ndarray]  # column -> float [M], with "step" and "task"
     speed: dict[str, np.ndarray]  # columns of "time"
     ledger: dict[str, dict[str, int]]  # source -> counts at the end
@@ -52,6 +53,12 @@ class Run:
     def complete(self) -> bool:
         """Whether the evaluation after the last task is there."""
         return len(self.tasks) - 1 in self.boundaries
+
+    @property
+    def stopped(self) -> int | None:
+        """The step that a signal ended the run at, unless it has gone on or finished since."""
+        last = self.events[-1] if self.events else {}
+        return int(last["step"]) if last.get("event") == "stopped" and not self.complete else None
 
     @property
     def matrix(self) -> forgetting.Matrix:
@@ -148,6 +155,7 @@ def _assemble(
         alignment={
             r["boundary"]: _square(r["alignment"], domains) for r in evals if _is_boundary(r) and r.get("alignment")
         },
+        certificates={r["boundary"]: r["certificate"] for r in evals if _is_boundary(r) and r.get("certificate")},
         train=_columns(train),
         speed=_columns([{"step": r["step"], **r.get("time", {})} for r in train]),
         ledger=ledgers[-1].get("sources", {}) if ledgers else {},

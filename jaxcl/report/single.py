@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import jaxcl
-from jaxcl.report import inference, origin, page, rollouts, words
+from jaxcl.report import certificates, inference, origin, page, rollouts, words
 from jaxcl.report.chart import Line, Span, figure
 from jaxcl.report.figures import TOLERANCE, WINDOW, speed
 from jaxcl.report.run import Run, readable
@@ -24,6 +24,7 @@ def body(run: Run, figures: dict[str, Any]) -> str:
         header(run, figures),
         rollouts.numbers(run, figures) if figures["inference"] else numbers(figures),
         rollouts.section(run, figures, spans(run), colours_of(run)),
+        certificates.section(figures),
         learning(run),
         matrix(run, figures),
         gaps(run, figures),
@@ -39,7 +40,8 @@ def body(run: Run, figures: dict[str, Any]) -> str:
 
 def header(run: Run, figures: dict[str, Any]) -> str:
     """Returns title, state and verdict."""
-    state = '<span class="pill">complete</span>' if run.complete else '<span class="pill going">in progress</span>'
+    going = "in progress" if run.stopped is None else f"stopped at step {run.stopped:,}"
+    state = '<span class="pill">complete</span>' if run.complete else f'<span class="pill going">{going}</span>'
     described, branch = readable(run.config), run.about.get("branch")
     facts = [
         *([described] if described != run.label else []),
@@ -216,12 +218,13 @@ def machinery(run: Run) -> str:
         line = Line("", columns["step"], columns[name], colour, thin=True)
         return figure([line], title=title, x="step", y=unit, spans=shaded, half=True, **more)
 
-    rolled = inference.rolled(run)
-    objective = "objective" if rolled else "nats per token"
+    rolled, paired = inference.rolled(run), "dpo/accuracy" in train
+    objective = "objective" if rolled or paired else "nats per token"
     meant = "Where stages learn by rollouts: the objective, which is no likelihood and need not fall." if rolled else ""
+    meant += " Where they learn from pairs: 0.69 before anything is preferred." if paired else ""
     return "<h2>How the training went</h2>" + page.pairs(
         [
-            one(train, "loss", "Training loss", objective, 0, caption=meant),
+            one(train, "loss", "Training loss", objective, 0, caption=meant.strip()),
             one(train, "lr", "Learning rate", "learning rate", 2, zero=True),
             one(train, "grad_norm", "Gradient norm", "norm", 3, zero=True),
             one(

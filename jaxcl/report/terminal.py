@@ -17,7 +17,9 @@ def show(results: dict[str, Any], target: Path) -> None:
     console = Console()
     console.print(summary(results))
     if not results.get("complete", True):
-        console.print("The run is still in progress: the report is partial.", style="yellow")
+        step = results.get("stopped")
+        state = "is still in progress" if step is None else f"was stopped at step {step:,}"
+        console.print(f"The run {state}: the report is partial.", style="yellow")
     console.print(f"Wrote {target} and {target.with_suffix('.json').name}.", highlight=False, soft_wrap=True)
 
 
@@ -25,6 +27,8 @@ def summary(results: dict[str, Any]) -> Table:
     """Returns the main figures as a table for the terminal: accuracies where runs have modes of inference."""
     if results["kind"] == "run" and results["inference"]:
         return _answers(results)
+    if results["kind"] == "run" and results["certificates"]:
+        return promises(results["certificates"])
     if results["kind"] == "comparison" and any(group["accuracy"] for group in results["groups"]):
         return _accuracies(results["groups"])
     names = ("learned", "final", "forgetting", "gap_depth")
@@ -47,6 +51,16 @@ def _table(*names: str) -> Table:
     table = Table(*names, box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
+    return table
+
+
+def promises(block: dict[str, Any]) -> Table:
+    """Returns what was promised for each task and what is kept."""
+    table = _table("task", "promised", "accuracy now", "kept")
+    for one in block["tasks"]:
+        promised = "–" if one["promised"] is None else words.share(one["promised"])
+        kept = {None: "–", True: "yes", False: "NO"}[one["kept"]]
+        table.add_row(one["task"], promised, words.share(one["deployed"]), kept)
     return table
 
 

@@ -129,8 +129,9 @@ def _progress(figures: dict[str, Any]) -> str:
         return ""
     of = f" of {figures['steps']:,}" if figures["steps"] else ""
     done, total = figures["finished_tasks"], len(figures["tasks"])
+    state = "is still in progress" if figures["stopped"] is None else "was stopped by a signal"
     return (
-        f"<strong>This run is still in progress</strong>: step {figures['step']:,}{of}, {done} of {total} "
+        f"<strong>This run {state}</strong>: step {figures['step']:,}{of}, {done} of {total} "
         f"task{'s' if total != 1 else ''} finished. What follows is judged by the finished tasks."
     )
 

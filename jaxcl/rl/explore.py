@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl import losses
 from jaxcl import mesh as meshes
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.memory import REPLAYED
@@ -30,7 +31,7 @@ from jaxcl.rl.advantages import Advantages
 from jaxcl.rl.judge import Judge
 from jaxcl.rl.objectives import Objective
 from jaxcl.rl.sample import Limits, Rollouts
-from jaxcl.rl.table import Size
+from jaxcl.rl.table import REJECTED, Size
 from jaxcl.rl.tasks import Problems
 from jaxcl.rl.thoughts import Policy
 from jaxcl.schema import UserError
@@ -45,6 +46,7 @@ class Rewarded(NamedTuple):
 
     values: np.ndarray  # float32 [N, G]
     right: np.ndarray  # bool [N, G], by the verifier alone
+    failed: np.ndarray  # bool [N, G], could not be judged: in no baseline, and of no weight
     events: dict[str, int]  # how many could not be judged, see `pool.EVENTS`
     message: str | None  # why the first of these could not
 
@@ -118,18 +120,25 @@ class Explorer(NamedTuple):
           busy (share of slot steps in use), failed (answers that the verifier could not judge).
         """
         rewarded = self.rewards(rolled.kind, rolled.token, numbers, step)
-        greedy = None if rolled.greedy is None else self.rewards(*rolled.greedy, numbers, step).values[:, 0]
-        return self.valued(rolled, prompts, numbers, rewarded, greedy)
+        return self.valued(rolled, prompts, numbers, rewarded, self.baseline(rolled, numbers, step))
+
+    def baseline(self, rolled: Rolled, numbers: np.ndarray, step: int) -> np.ndarray | None:
+        """Returns the rewards of the greedy rows, float32 [N], NaN for one that could not be judged; None without."""
+        if rolled.greedy is None:
+            return None
+        found = self.rewards(*rolled.greedy, numbers, step)
+        return np.where(found.failed, np.float32(np.nan), found.values)[:, 0]
 
     def value(self, numbers: np.ndarray, rewarded: Rewarded, greedy: np.ndarray | None) -> Advantages:
-        """Returns what the rollouts [N, G] are worth to the objective."""
-        valid = np.repeat(numbers[:, None] >= 0, self.rollout.group, axis=1)
-        return self.objective.advantages(rewarded.values, greedy, valid)
+        """Returns what the rollouts [N, G] are worth to the objective; nothing without a verdict or a baseline."""
+        known = (numbers >= 0) if greedy is None else (numbers >= 0) & ~np.isnan(greedy)
+        base = None if greedy is None else np.where(known, greedy, np.float32(0))
+        return self.objective.advantages(rewarded.values, base, known[:, None] & ~rewarded.failed)
 
     def valued(
         self, rolled: Rolled, prompts: Batch, numbers: np.ndarray, rewarded: Rewarded, greedy: np.ndarray | None
     ) -> tuple[Batch, Told]:
-        """Returns what `judge` does, given the rewards; `greedy` [N] are those of the baseline."""
+        """Returns what `judge` does, given the rewards; `greedy` [N] is the `baseline`."""
         value = self.value(numbers, rewarded, greedy)
         columns = {"advantage": value.values, "share": value.share}
         columns = self.place({name: np.asarray(x, np.float32).reshape(-1) for name, x in columns.items()})
@@ -164,7 +173,8 @@ class Explorer(NamedTuple):
             rewards = rewards + shaping.overlong(lengths, limit=self.limits.total, buffer=rollout.overlong)
         shape = (len(numbers), -1)
         right = self.judge_rows.right(each, found.rewards)
-        return Rewarded(rewards.reshape(shape).astype(np.float32), right.reshape(shape), found.events, found.message)
+        values, failed = rewards.reshape(shape).astype(np.float32), found.failed.reshape(shape)
+        return Rewarded(values, right.reshape(shape), failed, found.events, found.message)
 
     def measures(self, rolled: Rolled) -> Told:
         """Returns what happened; see `judge`."""
@@ -357,7 +367,7 @@ def demonstrated(rows: Batch, worked: Batch) -> Batch:
 def loss_of(
     policy: Policy, objective: Objective, temperature: float, limits: Limits, supervised: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns the loss of any rows of a run, (output, batch) -> (sum, weight), and the score of its rollouts.
+    """Returns the loss of any rows of a run, (output, batch) -> (sum, weight), and the score of its rollouts and pairs.
 
     Args:
       policy: of the thoughts.
@@ -366,7 +376,10 @@ def loss_of(
       limits: of the phases of the rollouts.
       supervised: loss of the others.
     """
-    score = teaching.log_probs(policy, temperature=temperature, limits=limits)
+    rolled = teaching.log_probs(policy, temperature=temperature, limits=limits)
+
+    def score(output: Output, rows: Batch) -> jax.Array:
+        return losses.log_probs(output, rows.targets)[0] if REJECTED in rows.extra else rolled(output, rows)
 
     def loss(output: Output, rows: Batch) -> Any:
         if "advantage" in rows.extra:

@@ -36,16 +36,16 @@ class Judge:
         found = self._verify(numbers, kind, token) if not jax.process_index() else None
         if many:
             counts = np.array([found.events[event] for event in EVENTS] if found else [0] * len(EVENTS), np.int32)
-            rewards = found.rewards if found else np.zeros(len(numbers), np.float32)
+            own = np.stack([found.rewards, found.failed]) if found else np.zeros((2, len(numbers)))
             with jax.transfer_guard("allow"):
-                rewards, counts = multihost_utils.broadcast_one_to_all((rewards, counts))
-            events = dict(zip(EVENTS, np.asarray(counts).tolist(), strict=True))
-            found = Verdicts(np.asarray(rewards), events, found.message if found else None)
+                own, counts = multihost_utils.broadcast_one_to_all((own.astype(np.float32), counts))
+            (rewards, failed), events = np.asarray(own), dict(zip(EVENTS, np.asarray(counts).tolist(), strict=True))
+            found = Verdicts(rewards, failed > 0, events, found.message if found else None)
         assert found is not None
         return found
 
     def _verify(self, numbers: np.ndarray, kind: np.ndarray, token: np.ndarray) -> Verdicts:
-        rewards = np.zeros(len(numbers), np.float32)
+        rewards, failed = np.zeros(len(numbers), np.float32), np.zeros(len(numbers), bool)
         events, message = dict.fromkeys(EVENTS, 0), None
         domain = np.searchsorted(self.first, numbers, side="right") - 1
         for d, (problems, pool) in enumerate(zip(self.problems, self.pools, strict=True)):
@@ -55,10 +55,10 @@ class Judge:
             golds = [problems.gold(int(numbers[i] - self.first[d])) for i in mine]
             answers = [self.answer(problems, kind[i], token[i]) for i in mine]
             verdicts = pool.rewards(golds, answers)
-            rewards[mine] = verdicts.rewards
+            rewards[mine], failed[mine] = verdicts.rewards, verdicts.failed
             events = {event: count + verdicts.events[event] for event, count in events.items()}
             message = message or verdicts.message
-        return Verdicts(rewards, events, message)
+        return Verdicts(rewards, failed, events, message)
 
     def right(self, numbers: np.ndarray, rewards: np.ndarray) -> np.ndarray:
         """Returns which rewards, float [R], are those of right answers to the problems `numbers`, bool [R]."""

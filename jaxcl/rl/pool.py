@@ -1,4 +1,4 @@
-"""Verification in worker processes: an answer that hangs, crashes or fills the memory costs its reward, never the run.
+"""Verification in worker processes: an answer that hangs, crashes or fills the memory costs the sample, never the run.
 
   with Pool(verify.make("math"), workers=2, timeout=5.0) as pool:
       rewards, events = pool.rewards(golds, answers)
@@ -38,6 +38,7 @@ class Verdicts(NamedTuple):
     """Rewards of a list of answers."""
 
     rewards: np.ndarray  # float32 [N]
+    failed: np.ndarray  # bool [N]: could not be judged; the reward is 0 then
     events: dict[str, int]  # how many answers got 0 for each of EVENTS
     message: str | None  # what the first of them was
 
@@ -98,7 +99,8 @@ class Pool:
             replies = self._ask([_line(job) for job in jobs])
         events = {event: sum(reply.get("event") == event for reply in replies) for event in EVENTS}
         message = next((r.get("message") or r["event"] for r in replies if "event" in r), None)
-        return Verdicts(np.array([reply.get("reward", 0.0) for reply in replies], np.float32), events, message)
+        rewards = np.array([reply.get("reward", 0.0) for reply in replies], np.float32)
+        return Verdicts(rewards, np.array(["event" in reply for reply in replies], bool), events, message)
 
     def _ask(self, lines: list[bytes]) -> list[dict[str, Any]]:
         """Returns the reply to each line."""

@@ -4,11 +4,14 @@ r"""Supervised losses beside the policy gradient: preferences, distributions of 
     csft      sum_t KL(alpha*_t || softmax(logits_t)) over thoughts + cross-entropy of the other tokens
 
 Sources: Rafailov et al., 2305.18290, and, length-normalised, Lambert et al., 2411.15124 (dpo); Gozeten et al.,
-2505.23648 (csft). All return (sum, weight); no weight depends on a parameter. For demonstrations beside rollouts see
-`jaxcl.methods.chord`.
+2505.23648 (csft). All return (sum, weight); no weight depends on a parameter. `preference` is dpo on rows that hold
+both sides, see `jaxcl.rl.table`. For demonstrations beside rollouts see `jaxcl.methods.chord`.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +43,55 @@ def dpo(
       beta: 5 with mean log-probabilities, 0.1 is usual with sums.
       normalise: takes the mean over the tokens of a row instead of the sum.
     """
-    if beta <= 0:
-        raise UserError(f"config.objective dpo beta={beta}: must be above 0")
-
-    def margin(side: Pair, anchor: jax.Array) -> jax.Array:
-        gap = side[0] - jax.lax.stop_gradient(anchor)
-        return gap / jnp.maximum(side[1], 1) if normalise else gap
-
+    _check(beta)
     weight = jax.lax.stop_gradient((chosen[1] > 0) & (rejected[1] > 0)).astype(chosen[0].dtype)
-    gap = margin(chosen, reference[0]) - margin(rejected, reference[1])
+    gap = _margin(chosen, reference[0], normalise) - _margin(rejected, reference[1], normalise)
     return jnp.sum(jnp.where(weight > 0, -jax.nn.log_sigmoid(beta * gap), 0)), jnp.sum(weight)
+
+
+def _check(beta: float) -> None:
+    if not 0 < beta < math.inf:
+        raise UserError(f"config.objective dpo beta={beta}: must be above 0, and finite")
+
+
+def _margin(side: Pair, anchor: jax.Array, normalise: bool) -> jax.Array:
+    gap = side[0] - jax.lax.stop_gradient(anchor)
+    return gap / jnp.maximum(side[1], 1) if normalise else gap
+
+
+def preference(*, beta: float = 5.0, normalise: bool = True) -> Callable[..., tuple[Pair, dict[str, Pair]]]:
+    """Returns dpo of rows that hold both sides of a pair, (log_prob [B, L], batch) -> (loss, measures).
+
+    The batch has two columns of `extra`: `rejected`, bool [B, L], the tokens of that side, and `reference`, float32
+    [B, L], the log-probabilities by the reference. Loss and measures are (sum, weight), the weight the number of pairs:
+    `dpo/accuracy`, the share of pairs whose chosen side gained more than the other (an equal gain counts half),
+    `dpo/margin`, beta times the difference of the gains, and `dpo/chosen`, beta times that of the chosen side, which
+    falls if both sides become less likely.
+
+    Args:
+      beta, normalise: see `dpo`.
+
+    Raises:
+      UserError: beta out of range; from the function, a batch without reference.
+    """
+    _check(beta)
+
+    def run(log_prob: jax.Array, batch: Batch) -> tuple[Pair, dict[str, Pair]]:
+        if "reference" not in batch.extra:
+            raise UserError("config.objective dpo: no column 'reference' in the batch; add reference to config.method")
+        # The difference first: it is small where the sums of long completions are not.
+        gain = log_prob - jax.lax.stop_gradient(batch.extra["reference"])
+        sides = [jnp.where(batch.extra["rejected"] == side, batch.weights, 0) for side in (False, True)]
+        chosen, rejected = (totals(gain, weights) for weights in sides)
+        zero = jnp.zeros_like(chosen[0])
+        total, count = dpo(chosen, rejected, (zero, zero), beta=beta, normalise=normalise)
+        one, other = (beta * _margin(side, zero, normalise) for side in (chosen, rejected))
+        found = {"accuracy": 0.5 + 0.5 * jnp.sign(one - other), "margin": one - other, "chosen": one}
+        whole = (chosen[1] > 0) & (rejected[1] > 0)
+        measures = {f"dpo/{name}": (jnp.sum(jnp.where(whole, x, 0)), count) for name, x in found.items()}
+        return (total, count), measures
+
+    return run
 
 
 def csft(

@@ -2,15 +2,21 @@
 
     form     behind the prompt               what is learned from a row
     prompt   nothing                         what its rollouts earn
-    sft      the discrete chain, the answer  cross-entropy of chain and answer
+    sft      the discrete chain, the answer  cross-entropy of chain and answer, or of the chosen completion
     csft     mixtures of tokens, the answer  divergence of the distributions of thoughts, cross-entropy of the answer
 
 All rows of a run have one shape: prompts are padded on the left, chains on the right. A prompt is the first P places
 of its row in every form, so that a stream of worked rows serves stages that learn from rollouts as well.
+
+Stages that learn from pairs (dpo) have rows of their own, in columns beside these: prompt and chosen completion are
+segment 1, the prompt again and the rejected completion segment 2, packed without gaps. One forward pass sees both, and
+what is learned from a row needs no other. The sides are those of the file; generated problems prefer their own worked
+chain and answer to those of the next problem that has another answer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -18,13 +24,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxcl.data.prepare import Corpus
-from jaxcl.data.rows import Columns, Rows, from_columns
+from jaxcl.data.rows import NAMES, Columns, Rows, from_columns
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.rl.tasks import SPECIAL, Problems, Targets
 from jaxcl.schema import UserError
+from jaxcl.types import Batch
 
 Form = Literal["prompt", "sft", "csft"]
 NUMBER = "problem"  # column of the number of a problem, int32 [n]
+PAIR = "pair_"  # before the names of the columns of a pair
+REJECTED = "rejected"  # column of Batch.extra, bool [B, L]: what belongs to the rejected side; the mark of pairs
 
 
 class Size(NamedTuple):
@@ -33,11 +42,12 @@ class Size(NamedTuple):
     prompt: int  # P
     tail: int  # most tokens behind a prompt: chain and answer
     support: int  # S, most tokens in the mixture of a thought
+    pair: int = 0  # most tokens of a pair, both prompts included; 0 = none are learned from
 
     @property
     def length(self) -> int:
-        """L of a worked row."""
-        return self.prompt + self.tail - 1
+        """L of the longest row."""
+        return max(self.prompt + self.tail, self.pair) - 1
 
 
 def joined(problems: Mapping[str, Problems]) -> dict[str, Problems]:
@@ -110,19 +120,66 @@ def size_of(problems: Sequence[Problems], form: Form, words: Tokenizer) -> Size:
     for one in every:
         if form == "csft" and one.targets is None:
             raise UserError(f"config.stream learn='csft': {one.description['name']} has no distributions; use 'sft'")
-        if one.traces is None and not one.worked:
+        if one.traces is None and not one.worked and not one.chosen:
             raise UserError(f"config.stream learn={form!r}: {one.description['name']} has no worked chains; use 'rl'")
     support = max(one.targets.tokens.shape[2] for one in every if one.targets is not None) if form == "csft" else 0
     return Size(prompt, max(len(tail) for one in every for tail in tails(one, words)), support)
 
 
 def tails(problems: Problems, words: Tokenizer) -> list[list[int]]:
-    """Returns what stands behind each prompt of a worked row: the tokens of a chain and the answer."""
+    """Returns what stands behind each prompt of a worked row: the tokens of a chain and the answer.
+
+    Of text without worked chains it is the chosen completion, if there are pairs.
+    """
     if problems.traces is not None:
         answers = np.asarray(problems.answers)
         return np.concatenate([problems.traces, answers], axis=1).tolist()
-    texts = [f" {one}\n\\boxed{{{answer}}}" for one, answer in zip(problems.worked, problems.answers, strict=True)]
-    return [[*map(int, tokens), problems.eos] for tokens in words.encode_many(texts)]
+    if not problems.worked:
+        return _coded(problems, problems.chosen, words)
+    texts = [f"{one}\n\\boxed{{{answer}}}" for one, answer in zip(problems.worked, problems.answers, strict=True)]
+    return _coded(problems, texts, words)
+
+
+def _coded(problems: Problems, texts: Sequence[str], words: Tokenizer) -> list[list[int]]:
+    """Returns the tokens of completions, each with its end; none of an empty one."""
+    coded = words.encode_many([f" {text}" for text in texts])
+    return [[*map(int, tokens), problems.eos] if text else [] for text, tokens in zip(texts, coded, strict=True)]
+
+
+def pair_of(problems: Sequence[Problems], words: Tokenizer) -> int:
+    """Returns the most tokens of a pair of these problems; those held out are only evaluated on.
+
+    Raises:
+      UserError: some domain has no pairs.
+    """
+    return max(len(sides[0]) + len(sides[1]) for one in problems for sides in pairs(one, words))
+
+
+def pairs(problems: Problems, words: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """Returns the tokens of prompt and chosen completion, and of prompt and rejected completion, of every problem.
+
+    Both are empty where a record has no pair.
+
+    Raises:
+      UserError: there is no pair.
+    """
+    name = problems.description["name"]
+    prompts = [row[used > 0].tolist() for row, used in zip(problems.prompts, problems.segments, strict=True)]
+    if problems.chosen:
+        both = (_coded(problems, texts, words) for texts in (problems.chosen, problems.rejected))
+        return [
+            (prompt + one, prompt + other) if one else ([], [])
+            for prompt, one, other in zip(prompts, *both, strict=True)
+        ]
+    if problems.traces is None:
+        raise UserError(f"config.stream learn='dpo': {name} has no pairs; name its fields chosen and rejected")
+    number = np.unique(np.asarray(problems.answers), axis=0, return_inverse=True)[1].ravel()
+    last = np.flatnonzero(number != np.roll(number, -1))  # of a run of problems with one answer
+    if not last.size:
+        raise UserError(f"config.stream learn='dpo': {name} has no pairs, all its answers are equal; use 'sft'")
+    count, own = len(prompts), tails(problems, words)
+    other = (last[np.searchsorted(last, np.arange(count)) % last.size] + 1) % count
+    return [(prompt + own[i], prompt + own[other[i]]) for i, prompt in enumerate(prompts)]
 
 
 def rows(problems: Problems, form: Form, size: Size, words: Tokenizer, first: int = 0) -> Rows:
@@ -137,15 +194,20 @@ def rows(problems: Problems, form: Form, size: Size, words: Tokenizer, first: in
 
     Returns:
       Columns of a Batch, and `problem`; with csft also `soft`, `support`, `shares` (what is fed in place of tokens)
-      and `goal`, `goal_shares` (what is to be predicted).
+      and `goal`, `goal_shares` (what is to be predicted); with pairs also those of `of_pairs`, by other names.
     """
     count, have = problems.prompts.shape
     pad = ((0, 0), (size.prompt - have, 0))
     prompts = np.pad(problems.prompts, pad, constant_values=problems.pad)
     segments = np.pad(problems.segments, pad).astype(np.int32)
     number = (first + np.arange(count)).astype(np.int32)
+    paired = _pairs(problems, size, words) if size.pair else {}
     if form == "prompt":
-        return from_columns(_columns(prompts, prompts, segments, segments.astype(np.float32)) | {NUMBER: number})
+        columns = _columns(prompts, prompts, segments, segments.astype(np.float32)) | {NUMBER: number}
+        made = from_columns(columns | paired)
+        if paired:  # what is learned from, and not the prompts
+            made = dataclasses.replace(made, tokens=paired[f"{PAIR}weights"].sum(axis=1).astype(np.int64))
+        return made
     tokens = np.full((count, size.prompt + size.tail), problems.pad, np.int32)
     used = np.zeros(tokens.shape, np.int32)
     tokens[:, : size.prompt], used[:, : size.prompt] = prompts, segments
@@ -155,7 +217,7 @@ def rows(problems: Problems, form: Form, size: Size, words: Tokenizer, first: in
     weights = used[:, 1:].astype(np.float32)
     weights[:, : size.prompt - 1] = 0
     columns = _columns(tokens[:, :-1], tokens[:, 1:], used[:, :-1], weights) | {NUMBER: number}
-    return from_columns(columns | (_mixtures(problems, size) if form == "csft" else {}))
+    return from_columns(columns | paired | (_mixtures(problems, size) if form == "csft" else {}))
 
 
 def _columns(inputs: np.ndarray, targets: np.ndarray, segments: np.ndarray, weights: np.ndarray) -> Columns:
@@ -163,19 +225,44 @@ def _columns(inputs: np.ndarray, targets: np.ndarray, segments: np.ndarray, weig
     return {"inputs": inputs, "targets": targets, "weights": weights, "segments": segments, "positions": positions}
 
 
+def _pairs(problems: Problems, size: Size, words: Tokenizer) -> Columns:
+    """Returns the columns of pairs, [N, pair - 1]."""
+    shape = (len(problems.prompts), size.pair)
+    tokens = np.full(shape, problems.pad, np.int32)
+    segments, positions, said = np.zeros((3, *shape), np.int32)
+    begin = (problems.segments > 0).sum(axis=1)  # tokens of each prompt
+    for i, sides in enumerate(pairs(problems, words)):
+        start = 0
+        for segment, side in enumerate(sides, 1):
+            end = start + len(side)
+            tokens[i, start:end], segments[i, start:end] = side, segment
+            positions[i, start:end] = np.arange(len(side))
+            said[i, start + begin[i] : end] = 1
+            start = end
+    columns = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": said[:, 1:].astype(np.float32)}
+    columns |= {"segments": segments[:, :-1], "positions": positions[:, :-1]}
+    return {PAIR + name: columns[name] for name in NAMES}
+
+
+def of_pairs(batch: Batch) -> Batch:
+    """Returns the pairs of rows that have them, as rows of their own, marked by `rejected`."""
+    columns = {name: batch.extra[PAIR + name] for name in NAMES}
+    return dataclasses.replace(batch, **columns, extra={**batch.extra, REJECTED: columns["segments"] == 2})
+
+
 def _mixtures(problems: Problems, size: Size) -> Columns:
     """Returns what is fed and predicted at the places of thoughts."""
     assert problems.targets is not None
     tokens, shares = problems.targets
     count, thoughts, support = tokens.shape
-    room = (count, size.length, size.support)
+    room = (count, size.prompt + size.tail - 1, size.support)
     columns: Columns = {name: np.zeros(room, np.int32) for name in ("support", "goal")}
     columns |= {name: np.zeros(room, np.float32) for name in ("shares", "goal_shares")}
     fed, said = slice(size.prompt, size.prompt + thoughts), slice(size.prompt - 1, size.prompt - 1 + thoughts)
     for place, numbers, parts in ((fed, "support", "shares"), (said, "goal", "goal_shares")):
         columns[numbers][:, place, :support] = tokens
         columns[parts][:, place, :support] = shares
-    soft = np.zeros((count, size.length), bool)
+    soft = np.zeros(room[:2], bool)
     soft[:, fed] = True
     return columns | {"soft": soft}
 
@@ -183,7 +270,8 @@ def _mixtures(problems: Problems, size: Size) -> Columns:
 def corpus(problems: Problems, form: Form, size: Size, words: Tokenizer, first: int) -> Corpus:
     """Returns the rows of a domain as a corpus, in memory; a row is a document."""
     assert problems.held_out is not None
-    train, held_out = (rows(part, form, size, words, first) for part in (problems, problems.held_out))
+    train = rows(problems, form, size, words, first)
+    held_out = rows(problems.held_out, form, size._replace(pair=0), words, first)
     splits = {}
     for name, part, made in (("train", problems, train), ("held_out", problems.held_out, held_out)):
         count = len(made)

@@ -19,6 +19,7 @@ from jaxcl.schema import UserError
 
 PAD, BOS, EOS = range(3)  # of the vocabularies that the generated tasks make
 SPECIAL = ("<pad>", "<bos>", "<eos>")
+TEXTS = ("worked", "chosen", "rejected")  # fields of problems that may have no texts
 
 
 class Targets(NamedTuple):
@@ -65,6 +66,8 @@ class Problems(NamedTuple):
     traces: np.ndarray | None = None  # int32 [N, T]: tokens of a good chain, for discrete supervision
     targets: Targets | None = None  # of the T thoughts, for supervision by distributions (CSFT)
     worked: tuple[str, ...] = ()  # N texts: written solutions, if there are any
+    chosen: tuple[str, ...] = ()  # N texts to be preferred to those rejected, if there are any; empty: no such pair
+    rejected: tuple[str, ...] = ()  # N texts
     licence: str | None = None
     held_out: Problems | None = None  # for evaluation: shares no problem with these
 
@@ -109,7 +112,7 @@ def part(problems: Problems, rows: np.ndarray) -> Problems:
         answers=answers[rows] if isinstance(answers, np.ndarray) else texts(answers),
         traces=None if problems.traces is None else problems.traces[rows],
         targets=None if problems.targets is None else Targets(*(x[rows] for x in problems.targets)),
-        worked=texts(problems.worked) if problems.worked else (),
+        **{name: texts(given) for name in TEXTS if (given := getattr(problems, name))},
         baselines={},
         held_out=None,
     )

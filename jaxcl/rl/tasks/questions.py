@@ -5,7 +5,8 @@
   plain    a number or a short text (SVAMP: question=["Body", "Question"], answer="Answer")    boxed
   choice   index, letter or text of one of `choices`                 choice
 
-The prompt is a template with the question; the answer asked for is `\\boxed{...}`, or a letter.
+The prompt is a template with the question; the answer asked for is `\\boxed{...}`, or a letter. A record may also hold
+two completions of the prompt, one to be preferred to the other, for stages with learn="dpo".
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _Item(NamedTuple):
     question: str
     answer: str
     worked: str
+    pair: tuple[str, str] = ("", "")  # chosen, rejected
 
 
 def make(
@@ -44,6 +46,8 @@ def make(
     question: str | list[str] = "question",
     answer: str = "answer",
     choices: str = "choices",
+    chosen: str | None = None,
+    rejected: str | None = None,
     template: str | None = None,
     verifier: Mapping[str, Any] | None = None,
     held_out: float | str | list[str] = 0.1,
@@ -61,6 +65,7 @@ def make(
       question: field of the question, or several whose texts are joined by a space.
       answer: field of the answer.
       choices: field of the choices: a list of texts, or {"text": [...], "label": [...]}.
+      chosen, rejected: fields of the completion to be preferred and of the other; a record with neither is no pair.
       template: of the prompt, in which {question} is replaced.
       verifier: `name` and options, see `jaxcl.rl.verify.make`; by default that of the form.
       held_out: share of the questions, or other files.
@@ -70,27 +75,33 @@ def make(
       seed: of the split.
 
     Raises:
-      UserError: no such file or field, an answer that does not fit the form, or a prompt that is too long.
+      UserError: no such file or field, an answer that does not fit the form, a prompt that is too long, or half a pair.
     """
     template = template or (CHOICE_TEMPLATE if form == "choice" else TEMPLATE)
     if "{question}" not in template:
         raise UserError(f"config.task.template={template!r}: has no place for the question; write {{question}} there")
     names = [question] if isinstance(question, str) else list(question)
     fields = [*names, answer, *([choices] if form == "choice" else [])]
+    sides = _sides(chosen, rejected)
     options = dict(verifier or {"name": "choice" if form == "choice" else "boxed"})
     checked = verify.of(options)
     description = {"name": "questions", "path": path, "form": form, "question": question, "answer": answer}
     description |= {"template": template, "verifier": options, "held_out": held_out, "problems": problems, "seed": seed}
+    description |= dict(zip(("chosen", "rejected"), sides, strict=False))
 
     def read(paths: str | list[str]) -> Problems:
-        records = _records(files(paths), fields, problems)
-        items = [_item(place, record, form, names, answer, choices) for place, record in records]
+        records = _records(files(paths), fields, sides, problems)
+        items = [_item(*one, form, names, answer, choices)._replace(pair=_pair(*one, sides)) for one in records]
         made = _problems(items, tokenizer, template, checked, form, longest)
         return made._replace(description=description, licence=licence)
 
-    everything = read(path)
     if isinstance(held_out, (str, list)):
-        return _measured(everything)._replace(held_out=_measured(read(held_out)))
+        return _measured(read(path))._replace(held_out=_measured(read(held_out)))
+    return _divided(read(path), held_out, seed)
+
+
+def _divided(everything: Problems, held_out: float, seed: int) -> Problems:
+    """Returns the problems, a share of them held out."""
     groups = np.unique(everything.prompts, axis=0, return_inverse=True)[1].ravel()  # equal questions stay together
     train, rest = split(groups, held_out, seed, field="task.held_out")
     return _measured(part(everything, train))._replace(held_out=_measured(part(everything, rest)))
@@ -100,14 +111,39 @@ def _measured(problems: Problems) -> Problems:
     return problems._replace(baselines={"majority": guess(problems.answers)})
 
 
-def _records(paths: Sequence[str], fields: Sequence[str], most: int | None) -> Iterator[tuple[str, Record]]:
-    """Yields place and record, all fields there."""
+def _sides(chosen: str | None, rejected: str | None) -> tuple[str, ...]:
+    """Returns the fields of the two sides of a pair, or none."""
+    if chosen is None and rejected is None:
+        return ()
+    if chosen is None or rejected is None or chosen == rejected:
+        raise UserError(f"config.task.chosen={chosen!r}, rejected={rejected!r}: name two fields, or neither")
+    return chosen, rejected
+
+
+def _pair(place: str, record: Record, sides: Sequence[str]) -> tuple[str, str]:
+    """Returns the texts of the two sides; two empty ones if the record has none."""
+    given = [record.get(side) for side in sides]
+    if not any(given):
+        return "", ""
+    texts = [text.strip() if isinstance(text, str) else "" for text in given]
+    if not all(texts):
+        name, text = next((name, x) for name, x, said in zip(sides, given, texts, strict=True) if not said)
+        raise UserError(f"{place}: {name}={text!r}: expected a text, as the other side of the pair has one")
+    if texts[0] == texts[1]:
+        raise UserError(f"{place}: {' and '.join(sides)} are equal; nothing is to be preferred, remove the line")
+    return texts[0], texts[1]
+
+
+def _records(
+    paths: Sequence[str], fields: Sequence[str], more: Sequence[str], most: int | None
+) -> Iterator[tuple[str, Record]]:
+    """Yields place and record; all `fields` are there, and `more` may be."""
     count = 0
     for path in paths:
         reader = next((read for end, read in _READERS.items() if path.lower().endswith(end)), None)
         if reader is None:
             raise UserError(f"{path}: its name does not tell what it is; rename it to end in {', '.join(_READERS)}")
-        for place, record in reader(path, fields):
+        for place, record in reader(path, list(dict.fromkeys([*fields, *more]))):
             if count == most:
                 return
             for field in fields:
@@ -188,4 +224,6 @@ def _problems(
         thoughts=0,
         baselines={},
         worked=tuple(item.worked for item in items) if form == "marked" else (),
+        chosen=tuple(item.pair[0] for item in items) if any(item.pair[0] for item in items) else (),
+        rejected=tuple(item.pair[1] for item in items) if any(item.pair[0] for item in items) else (),
     )

@@ -1,0 +1,66 @@
+"""HyperInterval on split MNIST, five tasks of two digits, three seeds: with the ledger, as published, without boxes.
+
+Parts:    task       networks for every task: with the ledger; as published (soft penalty, no ledger)
+          universal  one network on fixed detectors: four weights of what wide boxes earn, InterContiNet, plain training
+          published  one network at the published sizes: with the ledger; as published
+          long       one network, two tasks of 1,000 steps
+Command:  JAXCL_MNIST=mnist python -m jaxcl.main --config=configs/hyperinterval_compare.py:task --workdir=runs/hi_task
+Expected: experiments/hyperinterval/README.md, with the time of each part.
+
+The first three tasks of a run are the run of three tasks: evaluations at every boundary are kept.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import hyperinterval
+
+ROOM = (1.0, 3.0, 10.0, 30.0)
+# What the published code does; a ramp to half of the task, kappa jumps, R is divided twice, no ledger.
+PUBLISHED = {"schedule": "published", "average": "twice", "project": False, "point": "middle"}
+
+
+def method(**options):
+    return {"name": "hyperinterval", **options}
+
+
+def variant(label, *changes):
+    return ConfigDict({"label": label, "set": changes})
+
+
+def variants(part):
+    boxes = {"name": "weight_boxes", "fixed": ("^filters$",), "radius": 1.0}
+    plain = (("adapter", None), ("method", {"name": "cpt"}), ("optim.frozen", ("^filters$",)))
+    begun = {"name": "hypernetwork", "start": "published"}
+    if part == "task":
+        published = begun | {"embedding": 72, "hidden": (75, 75)}
+        return [
+            variant("ledger"),
+            variant("published", ("adapter", published), ("method", method(beta=0.01, **PUBLISHED))),
+        ]
+    if part == "universal":
+        rooms = [variant(f"room {one:g}", ("method.spread", one)) for one in ROOM]
+        return [
+            *rooms,
+            variant("intercontinet", ("adapter", boxes), ("method", {"name": "intercontinet"})),
+            variant("plain", *plain),
+        ]
+    published = begun | hyperinterval.BOXES
+    return [
+        variant("ledger"),
+        variant("published", ("adapter", published), ("method", method(beta=0.001, **PUBLISHED))),
+    ]
+
+
+def get_config(part="universal"):
+    if part not in ("task", "universal", "published", "long"):
+        raise ValueError(f"--config=configs/hyperinterval_compare.py:{part}: no such part; see its first lines")
+    base = {"task": "mnist", "published": "mnist_published"}.get(part, "mnist_universal")
+    config = hyperinterval.get_config(base)
+    config.seeds = (0, 1, 2)
+    if part == "long":
+        config.stream.stages = tuple({**stage, "steps": 1000} for stage in config.stream.stages[:2])
+        config.variants = tuple(variant(f"room {one:g}", ("method.spread", one)) for one in ROOM)
+    else:
+        config.variants = tuple(variants(part))
+    config.control = config.variants[0].label
+    return config

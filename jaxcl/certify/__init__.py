@@ -1,0 +1,170 @@
+r"""Certificates of boxes of weights: what every network of a box gets right, and whether the promises are kept.
+
+    certified  share of held-out rows on which the least logit of the target, over the whole box, is above the greatest
+               of any other class: every network in the box gets them right
+    promised   the same of the box in the ledger, which the deployed network cannot leave
+
+Bounds are rounded outward (`jaxcl.models.interval`), so that they hold in exact arithmetic; the deployed network itself
+is computed in float32, and differs only on rows whose margin is within its rounding error.
+
+  python -m jaxcl.certify RUN      checks the ledger of a run again, from its checkpoint and its held-out rows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.models import boxed as boxes
+from jaxcl.models.boxed import LEDGER, Boxed
+from jaxcl.models.interval import Interval
+from jaxcl.schema import UserError
+from jaxcl.types import Batch, Params
+
+Rows = Mapping[str, Sequence[Batch]]  # domain -> batches [B, ...] with the number of their task
+
+
+def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) -> Callable[[Params], dict[str, Any]]:
+    """Returns the function from parameters to what is certified of every domain.
+
+    Args:
+      made: the model.
+      rows: held-out rows on the devices.
+      fetch: arrays to the host.
+
+    Returns:
+      A function that gives, for each domain: `task`; `over`, whether it has been learned; `deployed`, the accuracy of
+      the deployed network; `promised`, the certified accuracy of its box in the ledger, None without one; `interval`
+      and `affine`, those of its present box by interval arithmetic and by affine forms, before any clipping; `radius`
+      and `affine_radius`, mean radii of these; `kept_radius`, that in the ledger; `clipped`, the share of the weights
+      of the point network that the ledger moves; and, of task networks, `guessed` and `guessed_interval`: the share
+      of rows of which task and class are right if the task is that of the least (interval) entropy.
+    """
+    count = jax.jit(functools.partial(_counts, made))
+    shape = jax.jit(functools.partial(_shape, made))
+    guess = jax.jit(functools.partial(_guesses, made))
+    task_of = {domain: int(fetch(batches[0].task)[0]) for domain, batches in rows.items()}
+
+    def total(function: Callable[[Params, Batch], jax.Array], params: Params, batches: Sequence[Batch]) -> list[float]:
+        values = fetch([function(params, batch) for batch in batches])
+        return np.asarray(values, np.float64).sum(axis=0).tolist()
+
+    def run(params: Params) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        over = fetch(params[LEDGER]["done"]) > 0
+        for domain, batches in rows.items():
+            task = task_of[domain]
+            deployed, promised, wide, tight, weight = total(count, params, batches)
+            sizes = {name: float(value) for name, value in fetch(shape(params, batches[0])).items()}
+            kept = math.isfinite(sizes["kept_radius"])
+            one: dict[str, Any] = {"task": task, "over": bool(over[task]), "deployed": deployed / weight}
+            one["promised"] = promised / weight if over[task] and kept else None
+            one |= {"interval": wide / weight, "affine": tight / weight}
+            one |= sizes | ({} if kept else {"kept_radius": None})
+            if not made.universal and over.sum() > 1:
+                plain, interval, weight = total(guess, params, batches)
+                one |= {"guessed": plain / weight, "guessed_interval": interval / weight}
+            found[domain] = one
+        return {"certificate": found}
+
+    return run
+
+
+def common(made: Boxed, params: Params, tasks: Sequence[str]) -> Interval:
+    """Returns what the present boxes of all tasks that are over have in common, float32 [N], by interval arithmetic.
+
+    Args:
+      made: the model.
+      params: of it.
+      tasks: names.
+
+    Raises:
+      UserError: no task is over, or nothing is common to them: the task whose box misses those before it.
+    """
+    over = np.flatnonzero(np.asarray(jax.device_get(params[LEDGER]["done"])) > 0)
+    if not over.size:
+        raise UserError("certificate: no task is over; finish one first")
+    ranks = jnp.asarray(over, jnp.int32)
+    centre, radius = made.boxes(params["generator"], ranks, jnp.ones(over.size))
+    lower, upper = (np.asarray(end) for end in (centre - radius, centre + radius))
+    for k in range(1, over.size):
+        empty = float(np.mean(lower[: k + 1].max(0) > upper[: k + 1].min(0)))
+        if empty:
+            raise UserError(
+                f"certificate: the box of {tasks[over[k]]} misses those of the tasks before it in {100 * empty:.3g} % "
+                "of the weights, so that no network is in all of them and nothing is guaranteed; train with "
+                "config.method hyperinterval project=True"
+            )
+    return Interval(jnp.asarray(lower.max(0)), jnp.asarray(upper.min(0)))
+
+
+def _ledger(made: Boxed, params: Params, task: jax.Array) -> Interval:
+    """Returns the box that was promised, [N]; where nothing was, that of the deployed network alone."""
+    held, where = boxes.point(made, params, task), boxes.limits(made, params, task)
+    kept = jnp.isfinite(where.lower) & jnp.isfinite(where.upper)
+    return Interval(jnp.where(kept, where.lower, held), jnp.where(kept, where.upper, held))
+
+
+def _raw(made: Boxed, params: Params, task: jax.Array) -> tuple[Interval, Interval]:
+    """Returns the present box of a task by interval arithmetic and by affine forms, without the ledger, [N]."""
+    own = boxes.shown(made, params, task)
+    centre, radius = made.boxes(params["generator"], own[None], jnp.ones(1))
+    middle, near = made.tight(params["generator"], own)
+    return Interval(centre[0] - radius[0], centre[0] + radius[0]), Interval(middle - near, middle + near)
+
+
+def _counts(made: Boxed, params: Params, batch: Batch) -> jax.Array:
+    """Returns numbers of rows, float32 [5]: deployed right, promised, certified by both arithmetics; weight."""
+    task, weights = batch.task[0], batch.weights
+    right = made.model.apply(params, batch).logits.argmax(-1) == batch.targets
+    found = [
+        boxes.certain(boxes.logits(made, params, box, batch, outward=True), batch)
+        for box in (_ledger(made, params, task), *_raw(made, params, task))
+    ]
+    return jnp.stack([*(jnp.sum(weights * one) for one in (right, *found)), jnp.sum(weights)])
+
+
+def _shape(made: Boxed, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    """Returns the sizes of the boxes of the task of a batch."""
+    task = batch.task[0]
+    wide, tight = _raw(made, params, task)
+    where, raw = boxes.limits(made, params, task), boxes.shown(made, params, task)
+    point, _ = made.boxes(params["generator"], raw[None], jnp.zeros(1))
+    return {
+        "radius": jnp.mean(wide.upper - wide.lower) / 2,
+        "affine_radius": jnp.mean(tight.upper - tight.lower) / 2,
+        "kept_radius": jnp.mean(where.upper - where.lower) / 2,
+        "clipped": jnp.mean((point[0] < where.lower) | (point[0] > where.upper)),
+    }
+
+
+def _guesses(made: Boxed, params: Params, batch: Batch) -> jax.Array:
+    """Returns numbers of rows, float32 [3]: task and class right by entropy, by interval entropy; weight.
+
+    The entropy of a task is that of the probabilities of its point network; the interval entropy divides each term by
+    the width of its logit + 0.001 (Krukowski et al., published code). Tasks that are not over do not take part.
+    """
+    task = batch.task[0]
+
+    def one(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        rows = dataclasses.replace(batch, task=jnp.full_like(batch.task, k))
+        logits = made.model.apply(params, rows).logits
+        term = jax.scipy.special.entr(jax.nn.softmax(logits))  # -p log p, 0 at 0
+        spread = boxes.logits(made, params, _ledger(made, params, k), rows, outward=True)
+        return jnp.sum(term, -1), jnp.sum(term / (1e-3 + spread.upper - spread.lower), -1), logits.argmax(-1)
+
+    plain, interval, classes = jax.lax.map(one, jnp.arange(made.tasks))  # [T, B]
+    waiting = (params[LEDGER]["done"] <= 0)[:, None]
+    right = []
+    for entropy in (plain, interval):
+        chosen = jnp.argmin(jnp.where(waiting, jnp.inf, entropy), axis=0)
+        own = jnp.take_along_axis(classes, chosen[None], axis=0)[0]
+        right.append(jnp.sum(batch.weights * ((chosen == task) & (own == batch.targets))))
+    return jnp.stack([*right, jnp.sum(batch.weights)])

@@ -1,0 +1,83 @@
+"""Command line of certificates: python -m jaxcl.certify RUN [--step=N].
+
+Certifies a checkpoint of a run anew, on its held-out rows, and compares it with what its records promised. Exit codes:
+0 every promise is kept, 1 one is not, 2 nothing can be guaranteed, or bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxcl import certify, console, domains, folder, program, saved, train
+from jaxcl.report import certificates, run, terminal
+from jaxcl.schema import UserError
+from jaxcl.tree import named_leaves
+from jaxcl.types import Params
+
+
+def check(path: Path, step: int | None = None) -> dict[str, Any]:
+    """Returns the figures of `jaxcl.report.certificates.of`, with what is certified of a checkpoint as the last entry.
+
+    Args:
+      path: folder of a run.
+      step: of a checkpoint; None = the newest.
+
+    Raises:
+      UserError: no run, no boxes, other held-out rows, the ledger of another network, or a run that guarantees nothing.
+    """
+    config = folder.about(path)["config"]
+    if not config.get("adapter") or config["adapter"].get("name") == "lora":
+        raise UserError(f"{path}: config.adapter makes no boxes of weights; there is nothing to certify")
+    _, pieces = train.split(config)
+    made = program.build(**pieces)
+    step, params = saved.params(path / "checkpoints", step=step)
+    fitting(path, made.abstract.params, params)
+    held = json.loads((path / "checkpoints" / str(step) / "host.json").read_text())["held_out"]
+    if held != made.held_out:
+        raise UserError(f"{path}: the held-out rows are not those of the run; restore the sources of its config")
+    told = run.load(path)
+    past = {k: record for k, record in told.certificates.items() if told.boundaries[k] <= step}
+    assert made.compare
+    now = made.compare(params)["certificate"]
+    if not any(one["promised"] is not None for one in now.values()):
+        given = (pieces["sources"], {}, None, pieces["model"], pieces["adapter"], pieces["stream"]["stages"])
+        boxed = domains.make(domains.Sections(*given)).network.boxed
+        assert boxed
+        certify.common(boxed, params, told.tasks)  # names the task that misses the others
+        raise UserError(f"{path}: the run keeps no ledger, so that nothing is guaranteed; train with project=True")
+    return certificates.compared(told.tasks, told.own, {**past, len(told.tasks): now})
+
+
+def fitting(path: Path, wanted: Params, found: Params) -> None:
+    """Raises UserError unless parameters are those of the network that the config describes."""
+    shapes = [{name: tuple(leaf.shape) for name, leaf in named_leaves(side)} for side in (wanted, found)]
+    for name in [*shapes[0], *shapes[1]]:
+        here, there = (side.get(name) for side in shapes)
+        if here != there:
+            raise UserError(
+                f"{path}: the ledger is of another network: {name} has the shape {there} in the checkpoint and {here} "
+                "by run.json; restore run.json"
+            )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the promises of a run and whether they are kept."""
+    parser = console.Parser(prog="python -m jaxcl.certify", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--step", type=int, help="of a checkpoint; the newest unless given")
+    options = parser.parse_args(arguments)
+    block = check(options.run, options.step)
+    Console().print(terminal.promises(block))
+    if not block["kept"]:
+        print("a promise is broken: an accuracy is below what was certified", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    console.cli(main)

@@ -1,0 +1,211 @@
+"""What a task sees of images: some of the classes, and pixels that are padded, rotated or permuted.
+
+The options of every source of images, in the order in which they act. Split, permuted and rotated MNIST are made of
+them (Goodfellow et al. 2014, https://arxiv.org/abs/1312.6211; Zenke et al. 2017, https://arxiv.org/abs/1703.04200;
+Lopez-Paz & Ranzato 2017, https://arxiv.org/abs/1706.08840).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.image_files import Images
+from jaxcl.data.rows import Columns
+from jaxcl.data.sources import Table, describe
+from jaxcl.schema import UserError
+
+
+class View(NamedTuple):
+    """What a task sees."""
+
+    classes: Sequence[int] | None = None  # labels of the rows that are kept
+    relabel: bool = True  # whether these become 0, 1, ... in the order given
+    pad: int = 0  # black pixels on every side
+    rotation: float = 0.0  # degrees, counterclockwise
+    permutation: int | None = None  # seed of an order of the pixels
+    standardise: bool = False  # whether pixels are shifted and scaled by mean and deviation of the training file
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the description of a source says of it: all that is not as in the file."""
+        chosen = None if self.classes is None else [*self.classes]
+        told = {"classes": chosen, "relabel": None if chosen is None else self.relabel}
+        told |= {"pad": self.pad or None, "rotation": self.rotation or None, "permutation": self.permutation}
+        return told | {"standardise": self.standardise or None}
+
+
+def check(view: View, limit: int | None = None) -> None:
+    """Raises UserError for options that no images can have."""
+    for name, value, least in (("pad", view.pad, 0), ("permutation", view.permutation, 0), ("limit", limit, 1)):
+        if value is not None and value < least:
+            raise UserError(f"config.sources: {name}={value!r}: must be at least {least}")
+    if not math.isfinite(view.rotation):
+        raise UserError(f"config.sources: rotation={view.rotation!r}: must be a finite number of degrees")
+    if view.classes is not None and not 0 < len(view.classes) == len({*view.classes}):
+        raise UserError(f"config.sources: classes={[*view.classes]}: name at least one, and each once")
+
+
+def table(
+    name: str,
+    options: Mapping[str, Any],
+    train: Images,
+    held_out: Images,
+    view: View,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    licence: str | None = None,
+) -> Table:
+    """Returns the rows of a task in memory.
+
+    Args:
+      name: of the source.
+      options: of the source, beside those of the view.
+      train: all training rows.
+      held_out: all rows that are only evaluated on.
+      view: what the task sees of them.
+      limit: at most that many training rows, drawn by `seed`.
+      seed: see `limit`.
+      licence: recorded in the run.
+
+    Raises:
+      UserError: a class that is not there; images of two sizes; flat rows that should be rotated or padded.
+    """
+    if train.pixels.shape[1:] != held_out.pixels.shape[1:]:
+        sizes = f"{train.pixels.shape[1:]} and held-out rows {held_out.pixels.shape[1:]}"
+        raise UserError(f"config.sources: training rows have the shape {sizes}; give files of equal images")
+    if train.pixels.ndim == 2 and (view.pad or view.rotation):
+        key = "pad" if view.pad else "rotation"
+        raise UserError(f"config.sources: {key}={getattr(view, key)!r}: rows of {train.pixels.shape[1:]} are no images")
+    moments = _moments(train.pixels) if view.standardise else None
+    parts = [_chosen(part, view, which) for part, which in ((train, "training"), (held_out, "held-out"))]
+    if limit is not None and limit < len(parts[0].labels):
+        kept = np.random.default_rng((seed, 1)).permutation(len(parts[0].labels))[:limit]
+        parts[0] = parts[0].take(np.sort(kept))
+    told = describe(name, {**options, **view.options, "limit": limit})
+    first, second = (columns(seen(part.pixels, view, moments), part.labels) for part in parts)
+    return Table(told, first, second, licence)
+
+
+def columns(inputs: np.ndarray, labels: np.ndarray) -> Columns:
+    """Returns rows of a classifier.
+
+    Args:
+      inputs: float32 [N, ...].
+      labels: whole numbers [N].
+
+    Returns:
+      inputs as given; targets, segments (1) and positions (0) int32 [N]; weights (1) float32 [N].
+    """
+    total = len(labels)
+    return {
+        "inputs": inputs,
+        "targets": labels.astype(np.int32),
+        "weights": np.ones(total, np.float32),
+        "segments": np.ones(total, np.int32),
+        "positions": np.zeros(total, np.int32),
+    }
+
+
+def seen(pixels: np.ndarray, view: View, moments: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Returns pixels as the task sees them, float32 [N, ...]; without `moments` those of uint8 lie in [0, 1].
+
+    Args:
+      pixels: uint8 or float [N, H, W, C], or [N, D].
+      view: padding, rotation and permutation.
+      moments: mean and deviation that pixels are standardised by, [C].
+    """
+    if view.pad:
+        pixels = np.pad(pixels, ((0, 0), (view.pad, view.pad), (view.pad, view.pad), (0, 0)))
+    out = scaled(pixels)
+    if view.rotation % 360:
+        out = rotated(out, view.rotation)
+    if view.permutation is not None:
+        flat = out.reshape(len(out), *((-1, out.shape[-1]) if out.ndim == 4 else (-1,)))
+        order = np.random.default_rng(view.permutation).permutation(flat.shape[1])
+        out = flat[:, order].reshape(out.shape)
+    if moments is not None:
+        out -= moments[0]
+        out /= moments[1]
+    return out
+
+
+def scaled(pixels: np.ndarray) -> np.ndarray:
+    """Returns a new array, float32: bytes in [0, 1], other pixels as they are."""
+    out = pixels.astype(np.float32)
+    if pixels.dtype == np.uint8:
+        out /= np.float32(255)
+    return out
+
+
+def rotated(images: np.ndarray, degrees: float) -> np.ndarray:
+    """Returns images turned counterclockwise about their centre by bilinear interpolation; what comes in is black.
+
+    Args:
+      images: float32 [N, H, W, C].
+      degrees: of the turn.
+    """
+    height, width = images.shape[1:3]
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    y, x = y - (height - 1) / 2, x - (width - 1) / 2
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    row = cos * y + sin * x + (height - 1) / 2  # where each pixel comes from
+    column = cos * x - sin * y + (width - 1) / 2
+    top, left = np.floor(row).astype(int), np.floor(column).astype(int)
+    flat = images.reshape(len(images), height * width, -1)
+    out = np.zeros_like(flat)
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        i, j = top + down, left + right
+        weight = (1 - np.abs(row - i)) * (1 - np.abs(column - j)) * (i >= 0) * (i < height) * (j >= 0) * (j < width)
+        place = np.clip(i, 0, height - 1) * width + np.clip(j, 0, width - 1)
+        out += flat[:, place.ravel()] * weight.ravel()[None, :, None].astype(np.float32)
+    return out.reshape(images.shape)
+
+
+def divided(whole: Images, held_out: float, seed: int) -> tuple[Images, Images]:
+    """Returns training and held-out rows of one file, drawn by seed; equal images are on the same side.
+
+    Args:
+      whole: all rows.
+      held_out: share of the rows below 1, or a number of them.
+      seed: of the draw, which does not depend on what a task sees.
+
+    Raises:
+      UserError: nothing would be left on one side.
+    """
+    total = len(whole.labels)
+    count = round(held_out * total) if held_out < 1 else int(held_out)
+    flat = np.ascontiguousarray(whole.pixels).reshape(total, -1)
+    _, group = np.unique(flat.view(np.dtype((np.void, flat.itemsize * flat.shape[1]))).ravel(), return_inverse=True)
+    order = np.random.default_rng((seed, 0)).permutation(group.max() + 1)
+    taken = order[np.cumsum(np.bincount(group)[order]) <= count]
+    out = np.isin(group, taken)
+    if not 0 < out.sum() < total:
+        raise UserError(f"config.sources: held_out={held_out!r}: of {total:,} images; leave some on both sides")
+    return whole.take(np.flatnonzero(~out)), whole.take(np.flatnonzero(out))
+
+
+def _chosen(images: Images, view: View, which: str) -> Images:
+    """Returns the rows of the view's classes."""
+    if view.classes is None:
+        return images
+    classes = np.asarray(view.classes)
+    if missing := sorted({*classes.tolist()} - {*np.unique(images.labels).tolist()}):
+        raise UserError(f"config.sources: classes={classes.tolist()}: no {which} row has a label of {missing}")
+    pixels, labels = images.take(np.flatnonzero(np.isin(images.labels, classes)))
+    if view.relabel:
+        order = np.argsort(classes)
+        labels = order[np.searchsorted(classes[order], labels)]
+    return Images(pixels, labels)
+
+
+def _moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and deviation of every channel of the pixels as they are fed, float32 [C]."""
+    flat = pixels.reshape(-1, pixels.shape[-1] if pixels.ndim == 4 else 1)
+    scale = 255 if pixels.dtype == np.uint8 else 1
+    mean, deviation = flat.mean(axis=0, dtype=np.float64) / scale, flat.std(axis=0, dtype=np.float64) / scale
+    return mean.astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)

@@ -1,0 +1,250 @@
+r"""Networks whose weights come from a box: the box of a task, and the ledger of what earlier tasks were promised.
+
+    raw_t    = the box that a generator (a hypernetwork, a centre and radii) gives for task t, in R^N
+    box_t    = clip(raw_t, lower, upper)                     never leaves the ledger
+    ledger   <- box_t  when task t is over                   (Boxed.close)
+
+Task networks (`universal=False`): the ledger has a row for every task, the network of task t is clip(point_t, row t).
+One universal network: the ledger is one row, the intersection of the boxes of all tasks that are over; since every
+later box and the network itself are clipped into it, it cannot become empty. If every network of box_t solves a share
+a_t of some rows, then so does the deployed network ever after, whatever happened to the generator.
+
+Parameters are {"generator": ..., "fixed": ..., "ledger": {"lower", "upper" [R, N], "done" [T], "current" []}}. `fixed`
+are parameters of the network that are no intervals and never move. The ledger is no parameter in the optimiser's sense,
+but it is part of the model: without it the network is another one.
+
+Source: the promise is that of Wolczyk et al. 2022 (InterContiNet); that it must be enforced, and by a projection while
+training, is this library's: a penalty alone does not keep later boxes inside earlier ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl import frozen
+from jaxcl.models.interval import Interval, bounds
+from jaxcl.schema import UserError
+from jaxcl.types import Batch, Key, Model, Output, Params
+
+LEDGER = "ledger"
+
+# (generator, tasks int32 [S], scales float32 [S]) -> centres and radii, float32 [S, N] each; at scale 0 the radius is 0
+Boxes = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Boxed(NamedTuple):
+    """A model of boxes, and what a method and a certificate need of it."""
+
+    model: Model
+    target: Model  # the network whose weights are generated
+    tasks: int  # T
+    universal: bool  # one network for all tasks
+    size: int  # N
+    boxes: Boxes
+    tight: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]  # of one task: the tightest known, [N] each
+    begin: Callable[[Params, jax.Array, jax.Array], Params]  # (generator, task, task before): before its first step
+    keep: Callable[[Params, Params, jax.Array], Params]  # (generator, that before a step, task): the others' own parts
+    network: Callable[[Params, jax.Array], Params]  # (params, weights [N]) -> parameters of the target
+
+
+def make(
+    target: Model,
+    generator: Callable[[Key], Params],
+    axes: Any,
+    tasks: int,
+    universal: bool,
+    fixed: Sequence[str] = (),
+    **functions: Callable[..., Any],
+) -> Boxed:
+    """Returns the model of a generator.
+
+    Args:
+      target: the network.
+      generator: key -> parameters of the generator.
+      axes: of these.
+      tasks: T.
+      universal: whether one network serves all tasks.
+      fixed: patterns of the target's parameters that have no boxes.
+      **functions: `boxes`, `tight`, `begin` and `keep` of `Boxed`.
+
+    Raises:
+      UserError: T below 1, or parameters of the target that are not float32.
+    """
+    if tasks < 1:
+        raise UserError(f"config.adapter.tasks={tasks}: must be at least 1")
+    shapes = jax.eval_shape(free(target, fixed), jax.eval_shape(lambda: jax.random.key(0)))
+    for leaf in jax.tree.leaves(shapes):
+        if leaf.dtype != jnp.float32:
+            raise UserError(f"config.model: has parameters of {leaf.dtype}; boxes are of float32 weights")
+    size, unravel = raveling(shapes)
+    rows = 1 if universal else tasks
+
+    def init(key: Key) -> Params:
+        infinite = jnp.full((rows, size), jnp.inf, jnp.float32)
+        known = {"lower": -infinite, "upper": infinite, "done": jnp.zeros(tasks), "current": jnp.zeros(())}
+        return {"generator": generator(key), "fixed": _parted(target.init(key), fixed)[1], LEDGER: known}
+
+    def network(params: Params, weights: jax.Array) -> Params:
+        return frozen.join(unravel(weights), params.get("fixed", {}))
+
+    def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
+        task = batch.task[0]
+        output = target.apply(network(params, point(made, params, task)), batch, cache)
+        # Rows of several tasks have no common network: nothing is better than a wrong number.
+        one = jnp.all(batch.task == task) | jnp.asarray(universal)
+        return output._replace(hidden=jnp.where(one, output.hidden, jnp.nan))
+
+    known = {"lower": (None, "mlp"), "upper": (None, "mlp"), "done": (None,), "current": ()}
+    model = Model(init, apply, {"generator": axes, "fixed": _parted(target.axes, fixed)[1], LEDGER: known})
+    made = Boxed(model, target, tasks, universal, size, network=network, **functions)
+    return made
+
+
+def free(target: Model, fixed: Sequence[str]) -> Callable[[Key], Params]:
+    """Returns the function from a key to the parameters of the target that boxes are made of.
+
+    Raises:
+      UserError: a pattern that matches nothing or is none, or nothing is left.
+    """
+    try:
+        frozen.check(target, fixed)
+    except UserError as error:
+        raise UserError(str(error).replace("config.optim.frozen", "config.adapter.fixed")) from None
+    return lambda key: _parted(target.init(key), fixed)[0]
+
+
+def _parted(tree: Any, fixed: Sequence[str]) -> tuple[Any, Any]:
+    return frozen.split(tree, fixed)
+
+
+def raveling(shapes: Any) -> tuple[int, Callable[[jax.Array], Params]]:
+    """Returns N, and the function from a vector [N] to a tree of these shapes, in flattening order."""
+    leaves, structure = jax.tree.flatten(shapes)
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+
+    def unravel(vector: jax.Array) -> Params:
+        parts, begin = [], 0
+        for leaf, count in zip(leaves, sizes, strict=True):
+            parts.append(jax.lax.slice_in_dim(vector, begin, begin + count).reshape(leaf.shape))
+            begin += count
+        return jax.tree.unflatten(structure, parts)
+
+    return sum(sizes), unravel
+
+
+def ravel(params: Params) -> jax.Array:
+    """Returns the leaves as one vector [N], in flattening order."""
+    return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(params)])
+
+
+def limits(boxed: Boxed, params: Params, task: jax.Array) -> Interval:
+    """Returns what the ledger leaves to a task, float32 [N]: infinite where nothing was promised."""
+    ledger = params[LEDGER]
+    row = 0 if boxed.universal else task
+    return Interval(ledger["lower"][row], ledger["upper"][row])
+
+
+def shown(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
+    """Returns the task whose embedding makes the network: the current one if one network serves all tasks."""
+    return params[LEDGER]["current"].astype(jnp.int32) if boxed.universal else task
+
+
+def point(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
+    """Returns the weights of the deployed network, float32 [N]."""
+    own = shown(boxed, params, task)[None]
+    centre, _ = boxed.boxes(params["generator"], own, jnp.zeros(1))
+    return inside(centre[0], limits(boxed, params, task))
+
+
+def box(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = False) -> Interval:
+    """Returns the box of a task as it is now, clipped into the ledger, float32 [N]; it holds the deployed network.
+
+    Args:
+      boxed: the model.
+      params: of it.
+      task: int32 [].
+      tight: whether by affine forms, which are inside the bounds of interval arithmetic.
+    """
+    own, generator = shown(boxed, params, task), params["generator"]
+    centre, radius = boxed.boxes(generator, jnp.stack([own, own]), jnp.array([1.0, 0.0]))
+    found = boxed.tight(generator, own) if tight else (centre[0], radius[0])
+    return around(*found, inside(centre[1], where := limits(boxed, params, task)), where)
+
+
+def around(centre: jax.Array, radius: jax.Array, held: jax.Array, where: Interval) -> Interval:
+    """Returns centre -+ radius clipped into a box, [N], in which `held` stays whatever the rounding."""
+    lower, upper = inside(centre - radius, where), inside(centre + radius, where)
+    return Interval(jnp.minimum(lower, held), jnp.maximum(upper, held))
+
+
+def close(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = True) -> Params:
+    """Returns the parameters with the present box of a task in the ledger. A task that is over stays as it was."""
+    ledger, found = params[LEDGER], box(boxed, params, task, tight=tight)
+    row = 0 if boxed.universal else task
+    # A second pass over a task may not widen what was promised, and need not narrow it: clipping keeps it inside.
+    again = (ledger["done"][task] > 0) & ~jnp.asarray(boxed.universal)
+    lower, upper = (jnp.where(again, ledger[end][row], getattr(found, end)) for end in ("lower", "upper"))
+    new = {
+        "lower": ledger["lower"].at[row].set(lower),
+        "upper": ledger["upper"].at[row].set(upper),
+        "done": ledger["done"].at[task].set(1.0),
+        "current": ledger["current"],
+    }
+    return {**params, LEDGER: new}
+
+
+def over(params: Params, task: jax.Array) -> Params:
+    """Returns the parameters with a task noted as over, and nothing promised for it."""
+    return {**params, LEDGER: {**params[LEDGER], "done": params[LEDGER]["done"].at[task].set(1.0)}}
+
+
+def logits(boxed: Boxed, params: Params, box: Interval, batch: Batch, *, outward: bool = False) -> Interval:
+    """Returns bounds of the logits of every network in a box [N], float32 [B, V]."""
+    bare = {**params, "fixed": {}}
+    ends = jax.tree.map(Interval, boxed.network(bare, box.lower), boxed.network(bare, box.upper))
+    ends = frozen.join(ends, params.get("fixed", {}))
+    return bounds(lambda params, rows: boxed.target.apply(params, rows).logits, outward=outward)(ends, batch)
+
+
+def worst(logits: Interval, batch: Batch) -> jax.Array:
+    """Returns the least logits of the targets and the greatest of all others, [B, V]."""
+    own = batch.targets[..., None] == jnp.arange(logits.lower.shape[-1])[None]
+    return jnp.where(own, logits.lower, logits.upper)
+
+
+def certain(logits: Interval, batch: Batch) -> jax.Array:
+    """Returns the rows that all networks of a box get right, bool [B]: the target's least logit beats all others."""
+    own = batch.targets[:, None] == jnp.arange(logits.lower.shape[-1])[None]
+    others = jnp.max(jnp.where(own, -jnp.inf, logits.upper), axis=-1)
+    return jnp.sum(jnp.where(own, logits.lower, 0), axis=-1) > others
+
+
+@jax.custom_vjp
+def _inside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    return jnp.minimum(jnp.maximum(x, lower), upper)
+
+
+def _inside_forward(x: jax.Array, lower: jax.Array, upper: jax.Array) -> tuple[jax.Array, Any]:
+    return _inside(x, lower, upper), (x, lower, upper)
+
+
+def _inside_backward(kept: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+    x, lower, upper = kept
+    return jnp.where(((x > upper) & (g < 0)) | ((x < lower) & (g > 0)), 0, g), None, None
+
+
+_inside.defvjp(_inside_forward, _inside_backward)
+
+
+def inside(x: jax.Array, where: Interval) -> jax.Array:
+    """Returns the nearest point of a box.
+
+    What lies outside has a gradient only if a step against it leads back: a clipped weight can return, and is not
+    driven further away.
+    """
+    return _inside(x, where.lower, where.upper)

@@ -1,0 +1,176 @@
+"""Bad input about boxes of weights: one line that names the field and the remedy, before anything is computed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import toys
+
+from jaxcl import compose, domains, network, program
+from jaxcl.models import hypernetwork, mlp, weight_boxes
+from jaxcl.schema import UserError
+from jaxcl.types import Model, Output
+
+STAGES = [{"name": f"t{t}", "steps": 2, "mixture": {f"t{t}": 1.0}} for t in range(2)]
+
+
+def config(**overrides):
+    """Returns the sections of a run of two tasks on drawn digits; overrides replace them."""
+    source = {"name": "digits", "count": 20, "held_out": 10, "size": 8}
+    return {
+        "model": {"name": "mlp", "inputs": 64, "hidden": (4,), "classes": 2},
+        "adapter": {"name": "hypernetwork", "embedding": 2, "hidden": (3,)},
+        "sources": {f"t{t}": {**source, "classes": [2 * t, 2 * t + 1]} for t in range(2)},
+        "stream": {"batch": 4, "stages": STAGES},
+        "method": {"name": "hyperinterval", "steps": 2},
+        "optim": {"name": "adam"},
+        "schedule": {"name": "constant", "peak": 1e-3},
+        "mesh": {"devices": jax.devices()[:1]},
+    } | overrides
+
+
+def adapter(**options):
+    return {"adapter": {"name": "hypernetwork", "embedding": 2, "hidden": (3,)} | options}
+
+
+def replayed(**where):
+    stages = [STAGES[0], {**STAGES[1], **where}]
+    return {"stream": {"batch": 4, "stages": stages}}
+
+
+REPLAY = {"fraction": 0.25, "mode": "replace", "over": "earlier"}
+# name -> (sections, words the line must hold)
+BAD = {
+    "negative gamma": (adapter(gamma=-1.0), ["config.adapter.gamma=-1.0", "must not be negative"]),
+    "infinite gamma": (adapter(gamma=float("inf")), ["config.adapter.gamma=inf"]),
+    "no embedding": (adapter(embedding=0), ["config.adapter.embedding=0", "at least 1"]),
+    "no hidden layer": (adapter(hidden=[]), ["config.adapter.hidden=[]", "at least one"]),
+    "hidden layer of nothing": (adapter(hidden=[0]), ["config.adapter.hidden=0", "at least 1"]),
+    "misspelt option": (adapter(gama=1.0), ["config.adapter.gama", "did you mean 'gamma'"]),
+    "too few tasks": (adapter(tasks=1), ["config.adapter.tasks=1", "leave it out"]),
+    "no task": (adapter(tasks=0), ["config.adapter.tasks=0", "leave it out"]),
+    "radius of weights": (
+        {"adapter": {"name": "weight_boxes", "radius": 0.0}, "method": "intercontinet"},
+        ["config.adapter.radius=0.0", "above 0"],
+    ),
+    "adapter of language models": ({"adapter": "lora"}, ["config.adapter.name='lora'", "hypernetwork"]),
+    "method of weights": ({"method": "cpt"}, ["config.method='cpt'", "hyperinterval", "leave the adapter out"]),
+    "methods of weights": (
+        {"method": "ewc + reptile(every=2)"},
+        ["config.method='ewc'", "hyperinterval", "leave the adapter out"],
+    ),
+    "no adapter": ({"adapter": None}, ["config.method='hyperinterval'", "config.adapter='hypernetwork'"]),
+    "no boxes of weights": (
+        {"method": "intercontinet"},
+        ["config.method='intercontinet'", "config.adapter='weight_boxes'"],
+    ),
+    "frozen parameters": (
+        {"optim": {"name": "adam", "frozen": ["^layer_0"]}},
+        ["config.optim.frozen", "leave it out"],
+    ),
+    "replay of the stream": (
+        {"stream": {"batch": 4, "stages": STAGES, "replay": REPLAY}},
+        ["config.stream", "replay", "one task", "leave it out"],
+    ),
+    "replay of a stage": (replayed(replay=REPLAY), ["config.stream", "replay", "one task", "leave it out"]),
+    "microbatches": ({"microbatches": 2}, ["config.microbatches=2", "set it to 1"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_line_names_field_and_remedy(name):
+    sections, words = BAD[name]
+    with pytest.raises(UserError) as error:
+        program.build(**config(**sections))
+    text = str(error.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_replay_of_nothing_is_no_replay():
+    made = program.build(**config(**replayed(replay={**REPLAY, "fraction": 0.0})))
+    assert made.stream.total_steps == 4
+
+
+METHOD = {
+    "beta=-1.0": ["beta=-1.0", "must not be negative"],
+    "kappa=2.0": ["kappa=2.0", "[0, 1]"],
+    "ramp=-0.5": ["ramp=-0.5", "[0, 1]"],
+    "steps=3": ["steps=3", "a stage of config.stream has 2", "leave it out"],
+    "spread=1e999": ["spread=inf", "finite"],
+    "steps=0": ["steps=0", "at least 1"],
+    "sample=0": ["sample=0", "at least 1"],
+    "spread=-1.0": ["spread=-1.0", "must not be negative"],
+    "schedule='linear'": ["schedule='linear'", "'smooth' or 'published'"],
+    "bta=1.0": ["bta", "did you mean 'beta'"],
+}
+
+
+@pytest.mark.parametrize("option", METHOD)
+def test_options_of_hyperinterval(option):
+    with pytest.raises(UserError) as error:
+        compose.make(f"hyperinterval({option})", toys.boxed()._replace(steps=2))
+    for word in ["config.method", *METHOD[option]]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["steps=0", "contraction=1.5", "threshold=-0.1"])
+def test_options_of_intercontinet(option):
+    with pytest.raises(UserError, match=rf"config\.method intercontinet\.{option}: must"):
+        compose.make(f"intercontinet({option})", toys.boxed("weight_boxes"))
+
+
+def test_methods_of_boxes_need_their_own():
+    for name, kind in (("hyperinterval", None), ("intercontinet", None), ("intercontinet", "hypernetwork")):
+        with pytest.raises(UserError, match=f"config.method='{name}'.*set config.adapter="):
+            compose.make(name, toys.boxed(kind) if kind else toys.setting())
+    with pytest.raises(UserError, match=r"'hyperinterval' is a complete method of its own; remove ewc"):
+        compose.make("hyperinterval + ewc", toys.boxed())
+
+
+def of(apply):
+    """A classifier with one matrix."""
+    return network.Network(
+        Model(lambda key: {"w": jax.random.normal(key, (4, 4))}, apply, {"w": ("embed", None)}), None, None
+    )
+
+
+def test_models_without_sound_bounds_are_refused():
+    rows = toys.classes(0, rows=1)
+
+    def mixing(params, batch, cache=None):
+        x = batch.inputs @ params["w"]
+        return Output((x - x.mean(0, keepdims=True)) / (1e-3 + x.std(0, keepdims=True)))
+
+    def unknown(params, batch, cache=None):
+        return Output(jnp.sin(batch.inputs @ params["w"]))
+
+    for apply, words in ((mixing, "mixes the rows of a batch.*LayerNorm"), (unknown, "'sin'")):
+        for name in network.BOXES:
+            with pytest.raises(UserError, match=words):
+                network.with_boxes(of(apply), name, rows, 2)
+
+
+def test_weights_that_are_not_float32_are_refused():
+    half = mlp.make(inputs=4, hidden=(3,), classes=4)
+    half = half._replace(
+        init=lambda key: jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16), mlp.make(inputs=4, hidden=(3,), classes=4).init(key)
+        )
+    )
+    for make in (hypernetwork.make, weight_boxes.make):
+        with pytest.raises(UserError, match=r"config\.model: has parameters of bfloat16"):
+            make(half, tasks=2)
+
+
+def test_boxes_are_of_classifiers():
+    with pytest.raises(UserError, match=r"config\.adapter\.name='hypernetwork'"):
+        domains.make(
+            domains.Sections(
+                {"d": {"name": "embedded", "domain": "prose", "max_bytes": 1000}},
+                {"length": 16},
+                None,
+                {"name": "transformer", "preset": "tiny", "layers": 1, "embed": 16, "mlp": 32},
+                "hypernetwork",
+            )
+        )

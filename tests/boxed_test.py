@@ -1,0 +1,192 @@
+"""The ledger: whatever happens to a generator, the deployed networks stay in the boxes that were promised."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from jaxcl.models import boxed as boxes
+from jaxcl.models import weight_boxes
+from jaxcl.models.boxed import LEDGER
+from jaxcl.models.interval import Interval
+
+CASES = {
+    "task networks": ("hypernetwork", {"universal": False, "gamma": 0.05}),
+    "one network": ("hypernetwork", {"universal": True, "gamma": 0.05}),
+    "boxes of weights": ("weight_boxes", {"radius": 0.02}),
+}
+
+
+def shaken(generator, key, size):
+    """Returns a generator with noise on every parameter; radii of weights stay radii."""
+    leaves, structure = jax.tree.flatten(generator)
+    keys = jax.random.split(key, len(leaves))
+    new = jax.tree.unflatten(
+        structure, [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+    return new | ({"radius": jnp.abs(new["radius"])} if "radius" in new else {})
+
+
+class Trial:
+    """A model of boxes that learns nothing and forgets on purpose; rows are labelled as its networks see them."""
+
+    def __init__(self, case):
+        kind, options = CASES[case]
+        self.made = made = toys.boxed(kind, **options).boxed
+        self.init = toys.quick(made.model.init)
+        self.close = toys.quick(lambda params, task: boxes.close(made, params, task))
+        self.point = toys.quick(lambda params, task: boxes.point(made, params, task))
+        self.limits = toys.quick(lambda params, task: boxes.limits(made, params, task))
+        self.logits = toys.quick(made.model.apply)
+        self.certain = toys.quick(
+            lambda params, lower, upper, rows: boxes.certain(
+                boxes.logits(made, params, Interval(lower, upper), rows, outward=True), rows
+            )
+        )
+        self.predict = toys.quick(
+            jax.vmap(
+                lambda params, weights, rows: made.target.apply(made.network(params, weights), rows).logits.argmax(-1),
+                in_axes=(None, 0, None),
+            )
+        )
+
+        def attack(params, rows):
+            def gain(generator):
+                return toys.cross_entropy(made.model.apply({**params, "generator": generator}, rows), rows)[0]
+
+            grads = jax.grad(gain)(params["generator"])
+            return {**params, "generator": jax.tree.map(lambda p, g: p + g, params["generator"], grads)}
+
+        self.attack = toys.quick(attack)
+
+    def current(self, params, task):
+        return {**params, LEDGER: {**params[LEDGER], "current": jnp.float32(task)}}
+
+    def right(self, params, rows):
+        return np.asarray(self.logits(params, rows).logits.argmax(-1) == rows.targets)
+
+    def bare(self, params):
+        """Returns the parameters with an empty ledger."""
+        ledger = params[LEDGER]
+        return {
+            **params,
+            LEDGER: {**ledger, "lower": ledger["lower"] * 0 - jnp.inf, "upper": ledger["lower"] * 0 + jnp.inf},
+        }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_promises_outlive_any_drift(case):
+    trial, key = Trial(case), jax.random.key(4)
+    params, promised, escaped, lost = trial.init(key), [], [], []
+    start = params["generator"]
+    for t in range(toys.T):
+        params = trial.current(params, t)
+        if not trial.made.universal:  # nothing holds a task that is not over: begin with a box that certifies something
+            params = {**params, "generator": start}
+        rows = toys.classes(t, rows=64, task=t)
+        rows = dataclasses.replace(rows, targets=trial.logits(params, rows).logits.argmax(-1).astype(jnp.int32))
+        before = trial.limits(params, t)
+        params = trial.close(params, t)
+        where = trial.limits(params, t)
+        assert (where.lower >= before.lower).all()
+        assert (where.upper <= before.upper).all()
+        assert (where.lower <= where.upper).all()
+        certain = np.asarray(trial.certain(params, where.lower, where.upper, rows))
+        assert certain.mean() > 0.3
+        promised.append((t, rows, where, certain))
+        for i in range(6):
+            hurt = trial.attack(params, rows) if i % 2 else params
+            params = {**hurt, "generator": shaken(hurt["generator"], jax.random.fold_in(key, 10 * t + i), 0.3)}
+            for task, old, box, sure in promised:
+                deployed, bare = trial.point(params, task), trial.point(trial.bare(params), task)
+                assert (deployed >= box.lower).all()
+                assert (deployed <= box.upper).all()
+                assert trial.right(params, old)[sure].all()
+                assert trial.right(params, old).mean() >= sure.mean()
+                escaped.append(np.mean((bare < box.lower) | (bare > box.upper)))
+                lost.append(sure.mean() - trial.right(trial.bare(params), old).mean())
+    assert np.mean(escaped) > 0.5  # the attack was one
+    assert max(lost) > 0.2
+    uniform = np.random.default_rng(0).uniform(size=(1000, trial.made.size)).astype("f")
+    for task, old, _, sure in promised:  # and so does every network of the box
+        low, high = (np.asarray(end) for end in trial.limits(params, task))
+        weights = np.clip(low + uniform * (high - low), low, high)
+        found = np.asarray(trial.predict(params, weights, old))
+        assert (found == np.asarray(old.targets)[None])[:, sure].all()
+
+
+def test_the_ledger_of_one_network_is_common_to_all_tasks():
+    trial = Trial("one network")
+    params, key, width = trial.init(jax.random.key(0)), jax.random.key(1), []
+    for t in range(toys.T):
+        params = trial.close(trial.current(params, t), t)
+        where = trial.limits(params, 0)
+        width.append(float(jnp.mean(where.upper - where.lower)))
+        raw = trial.made.boxes(params["generator"], jnp.array([t]), jnp.ones(1))
+        assert np.all(where.lower >= (raw[0] - raw[1])[0] - 1e-6) or t
+        params = {**params, "generator": shaken(params["generator"], jax.random.fold_in(key, t), 0.01)}
+    assert width[0] > width[1] > width[2] > 0
+    assert np.array_equal(params[LEDGER]["done"], np.ones(toys.T))
+
+
+def test_a_task_that_is_over_keeps_what_it_was_promised():
+    """A second pass over a task neither widens nor narrows its box."""
+    trial = Trial("task networks")
+    params = trial.close(trial.init(jax.random.key(0)), 1)
+    first = jax.device_get(params[LEDGER])
+    moved = {**params, "generator": shaken(params["generator"], jax.random.key(1), 1.0)}
+    again = jax.device_get(trial.close(moved, 1)[LEDGER])
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    assert np.isinf(first["lower"][0]).all()
+    assert np.isfinite(first["lower"][1]).all()
+
+
+def test_rows_of_two_tasks_have_no_network():
+    """Task networks answer for one task at a time; one network serves all."""
+    rows = toys.classes(0)
+    mixed = dataclasses.replace(rows, task=rows.task.at[-1].set(1))
+    for case, bad in (("task networks", True), ("one network", False)):
+        trial = Trial(case)
+        params = trial.init(jax.random.key(0))
+        assert np.isnan(trial.logits(params, mixed).logits).all() == bad
+        assert np.isfinite(trial.logits(params, rows).logits).all()
+
+
+def test_a_clipped_weight_can_come_back_and_is_not_driven_away():
+    x, where = jnp.array([-2.0, -2.0, 0.5, 2.0, 2.0]), Interval(-jnp.ones(5), jnp.ones(5))
+    value, back = jax.vjp(lambda x: boxes.inside(x, where), x)
+    np.testing.assert_array_equal(value, [-1, -1, 0.5, 1, 1])
+    # a step is against the gradient: outside below, only a negative gradient leads back
+    np.testing.assert_array_equal(back(jnp.array([-3.0, 3.0, 3.0, -3.0, 3.0]))[0], [-3, 0, 3, 0, 3])
+
+
+def test_boxes_of_weights_nest_whatever_shift_and_scale_are():
+    made = toys.boxed("weight_boxes").boxed
+    generator, key = made.model.init(jax.random.key(0))["generator"], jax.random.key(1)
+    for i in range(20):
+        old_low, old_high = generator["centre"] - generator["radius"], generator["centre"] + generator["radius"]
+        a, b = jax.random.split(jax.random.fold_in(key, i))
+        moved = {
+            **generator,
+            "shift": jax.random.normal(a, (made.size,)),
+            "scale": jax.random.normal(b, (made.size,)) + 2,
+        }
+        centre, radius = weight_boxes.present(moved)
+        rounding = 4e-7 * (jnp.abs(generator["centre"]) + generator["radius"])
+        assert (centre - radius >= old_low - rounding).all()
+        assert (centre + radius <= old_high + rounding).all()
+        assert (radius > 0).all()
+        generator = weight_boxes.settled(moved)
+        np.testing.assert_array_equal(generator["centre"], centre)
+        np.testing.assert_array_equal(generator["radius"], radius)
+        inner, rest = weight_boxes.present(generator)
+        np.testing.assert_array_equal(inner, centre)
+        np.testing.assert_allclose(rest, jax.nn.sigmoid(weight_boxes.FULL) * radius, rtol=1e-6)
+    whole = made.model.init(jax.random.key(0))["generator"]
+    centre, radius = made.boxes(whole, jnp.zeros(2, jnp.int32), jnp.array([1.0, 0.0]))
+    np.testing.assert_array_equal(radius[1], 0)
+    np.testing.assert_array_equal(centre[0], centre[1])
+    np.testing.assert_allclose(radius[0], 0.1 / (1 + np.exp(-5.0)), rtol=1e-6)

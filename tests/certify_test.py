@@ -1,0 +1,197 @@
+"""Certificates of real runs and of toys: recorded promises are kept, and what cannot be promised is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import rl_small
+import small
+import toys
+
+from jaxcl import certify
+from jaxcl.data import scenarios
+from jaxcl.methods import hyperinterval
+from jaxcl.models import boxed as boxes
+from jaxcl.models import hypernetwork, mlp
+from jaxcl.models.boxed import LEDGER
+from jaxcl.schema import UserError
+
+STEPS, TASKS = 60, 3
+KINDS = {
+    "task networks": ({"gamma": 0.5}, {"beta": 0.01}),
+    "one network": ({"gamma": 4.0, "universal": True}, {"beta": 0.0, "spread": 0.3}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, tmp_path_factory):
+    """Returns the kind, and the certificates at every boundary of a run on drawn digits, by task."""
+    adapter, method = KINDS[request.param]
+    source = {"name": "digits", "count": 300, "held_out": 64, "size": 8}
+    sources, stages = scenarios.split(source, classes=2 * TASKS, groups=TASKS, steps=STEPS)
+    settings = {
+        "label": "certified",
+        "seed": 1,
+        "model": {"name": "mlp", "inputs": 64, "hidden": (12,), "classes": 2},
+        "adapter": {"name": "hypernetwork", "embedding": 8, "hidden": (12,), **adapter},
+        "method": {"name": "hyperinterval", "steps": STEPS, **method},
+        "sources": sources,
+        "stream": {"batch": 32, "stages": list(stages)},
+        "optim": {"name": "adam", "clip": None},
+        "schedule": {"name": "constant", "peak": 5e-3},
+        "evaluation": {"every": STEPS, "rows": 64},
+        "checkpoint": {"every_steps": 10**6, "every_minutes": None, "keep": 1},
+        "tensorboard": False,
+    }
+    place = tmp_path_factory.mktemp("certified") / "run"
+    try:
+        rl_small.run(settings, place)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    found = [r for r in small.records(place, "eval") if r["boundary"] is not None]
+    assert [r["boundary"] for r in found] == [-1, *range(TASKS)]
+    return request.param, found
+
+
+def test_promises_are_kept_to_the_end(trained):
+    kind, found = trained
+    for t in range(TASKS):
+        own = [r["certificate"][f"task_{t:02d}"] for r in found[t + 1 :]]
+        assert all(one["over"] and one["task"] == t for one in own)
+        for now, one in enumerate(own):
+            for past in own[: now + 1]:
+                assert one["deployed"] >= past["promised"]
+                assert one["promised"] >= past["promised"]  # the box of the ledger only shrinks
+                assert one["kept_radius"] <= past["kept_radius"] * (1 + 1e-6)
+        for one in own:
+            assert one["promised"] <= one["deployed"]
+            assert one["affine_radius"] <= one["radius"] * (1 + 1e-5)
+        assert own[0]["promised"] >= own[0]["affine"] - 1e-6  # as much as was certified when it was learned
+        assert own[0]["affine"] >= own[0]["interval"]
+    learned = [found[t + 1]["certificate"][f"task_{t:02d}"] for t in range(TASKS)]
+    assert learned[0]["promised"] > 0.8
+    if kind == "task networks":  # a box this small leaves one network of 12 units no room for more than the first task
+        assert np.mean([one["deployed"] for one in learned]) > 0.9
+
+
+def test_what_a_kind_of_network_tells(trained):
+    kind, found = trained
+    assert all(one["promised"] is None and not one["over"] for one in found[0]["certificate"].values())
+    for record in found:
+        for name, one in record["certificate"].items():
+            assert one["deployed"] == pytest.approx(record["accuracy"][name], abs=1e-6)
+    last = [one for record in found[1:] for one in [record["certificate"][f"task_{record['boundary']:02d}"]]]
+    if kind == "task networks":
+        assert all(
+            one["kept_radius"] == found[-1]["certificate"][f"task_{one['task']:02d}"]["kept_radius"] for one in last
+        )
+        assert "guessed" not in found[1]["certificate"]["task_00"]
+        for one in found[-1]["certificate"].values():
+            assert 0 < one["guessed"] <= one["deployed"]
+            assert 0 <= one["guessed_interval"] <= one["deployed"]
+    else:
+        assert last[0]["kept_radius"] >= last[1]["kept_radius"] >= last[2]["kept_radius"] > 0
+        assert all("guessed" not in one for one in last)
+
+
+@functools.cache
+def toy(universal):
+    """Returns a model whose first two tasks are over, its parameters and rows that it is right about."""
+    made = toys.boxed(universal=universal, gamma=0.03).boxed
+    params = toys.quick(made.model.init)(jax.random.key(0))
+    close = toys.quick(lambda params, task: boxes.close(made, params, task))
+    rows = {}
+    for t in range(2):
+        params = {**params, LEDGER: {**params[LEDGER], "current": jnp.float32(t)}}
+        one = toys.classes(t, rows=32, task=t)
+        labels = toys.quick(made.model.apply)(params, one).logits.argmax(-1).astype(jnp.int32)
+        labels = labels.at[:4].set((labels[:4] + 1) % 4)  # and four that it is wrong about
+        rows[f"task {t}"] = [type(one)(**{**vars(one), "targets": labels})]
+        params = close(params, t)
+    return made, params, rows
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_no_network_of_the_box_is_worse_than_certified(universal):
+    """Of each domain: promised, by the ledger; interval and affine, by the present box."""
+    made, params, rows = toy(universal)
+    told = certify.make(made, rows)(params)["certificate"]
+    uniform = np.random.default_rng(0).uniform(size=(200, made.size)).astype("f")
+    uniform[::2] = np.round(uniform[::2])  # corners
+    predict = toys.quick(jax.vmap(lambda w, batch: made.target.apply(made.network(params, w), batch).logits, (0, None)))
+    for t, (domain, (batch,)) in enumerate(rows.items()):
+        low, high = jax.device_get(boxes.limits(made, params, jnp.int32(t)))
+        logits = np.asarray(predict(low + uniform * (high - low), batch))
+        always = (logits.argmax(-1) == np.asarray(batch.targets)[None]).all(0).mean()
+        one = told[domain]
+        assert 0.1 < one["promised"] <= always <= one["deployed"] + 1e-6
+        assert one["deployed"] <= 28 / 32
+        assert one["over"]
+        np.testing.assert_allclose(one["kept_radius"], np.mean(high - low) / 2, rtol=1e-5)
+        if not universal:  # nothing has happened since
+            assert one["promised"] == one["affine"] >= one["interval"]
+            assert one["clipped"] == 0
+    nothing = {**params, LEDGER: {**params[LEDGER], "done": jnp.zeros(3)}}
+    told = certify.make(made, rows)(nothing)["certificate"]
+    assert told["task 0"]["promised"] is None
+
+
+def test_what_all_boxes_have_in_common():
+    names = ["first", "second", "third"]
+    made, params, _ = toy(True)
+    with pytest.raises(UserError, match="no task is over"):
+        certify.common(made, {**params, LEDGER: {**params[LEDGER], "done": jnp.zeros(3)}}, names)
+    shared = certify.common(made, params, names)
+    centre, radius = made.boxes(params["generator"], jnp.arange(2), jnp.ones(2))
+    np.testing.assert_allclose(shared.lower, (centre - radius).max(0), atol=1e-6)
+    np.testing.assert_allclose(shared.upper, (centre + radius).min(0), atol=1e-6)
+    assert (shared.lower <= shared.upper).all()
+    made, params, _ = toy(False)  # embeddings of different tasks are far from each other
+    with pytest.raises(UserError, match=r"box of second misses .* no network is in all of them.*project=True"):
+        certify.common(made, params, names)
+
+
+def test_thirty_tasks_are_not_forgotten():
+    """Pixels in another order for every task: at the end as good as just after, three points at the most."""
+    tasks, steps, pixels, labels, rows = 30, 40, 16, 4, 32
+    target = mlp.make(inputs=pixels, hidden=(16,), classes=labels)
+    made = hypernetwork.make(target, tasks=tasks, embedding=8, hidden=(16,), gamma=0.2)
+    example = toys.points(np.zeros((rows, pixels), "f"), np.zeros(rows, "i"))
+    setting = toys.setting(model=made.model, tx=optax.adam(5e-3), example=example, tasks=tasks)._replace(boxed=made)
+    method = hyperinterval.make(setting, steps=steps, beta=0.01)
+    rng = np.random.default_rng(0)
+    means = rng.uniform(size=(labels, pixels))
+
+    def drawn(task, count):
+        """Returns batches, stacked."""
+        order = np.random.default_rng(task).permutation(pixels)
+        targets = rng.integers(0, labels, (count, rows))
+        inputs = np.maximum(means[targets] + 0.25 * rng.normal(size=(count, rows, pixels)), 0)[..., order]
+        return toys.stack(
+            [toys.points(x.astype("f"), y.astype("i"), task) for x, y in zip(inputs, targets, strict=True)]
+        )
+
+    @toys.quick
+    def learn(state, batches, key):
+        keys = jax.random.split(key, steps)
+        return jax.lax.scan(lambda s, x: method.step(s, *x), state, (batches, keys))[0]
+
+    end_task = toys.quick(method.end_task)
+
+    @toys.quick
+    def accuracy(params, batches):
+        return jnp.mean(jax.lax.map(lambda b: made.model.apply(params, b).logits.argmax(-1) == b.targets, batches))
+
+    held = [drawn(t, 4) for t in range(tasks)]
+    state, after = method.init(toys.quick(made.model.init)(jax.random.key(0))), []
+    for t in range(tasks):
+        state = learn(state, drawn(t, steps), jax.random.key(t))
+        state = end_task(state, held[t], jax.random.key(t))
+        after.append(float(accuracy(state.params, held[t])))
+    final = [float(accuracy(state.params, batches)) for batches in held]
+    assert np.mean(after) > 0.8
+    assert np.mean(final) >= np.mean(after) - 0.03
+    assert min(b - a for a, b in zip(after, final, strict=True)) > -0.1
