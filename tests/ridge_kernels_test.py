@@ -61,9 +61,11 @@ def test_a_sum_of_pairs_has_the_quality_of_float64(name, size, rows, sign):
     x = pair.Pair(x.high, x.high * 2.0**-25)
     found = form(name, "gram_update")(a, x, sign)
     want = wide(a) + sign * wide(x).T @ wide(x)
+    # What is not exact are sums of 3 b float32 products that have 2^-18 of the largest ones; a pair rounds to 2^-46.
     largest = np.abs(wide(x)).max(0)
-    limit = 2.0**-40 * rows**0.5 * largest[:, None] * largest[None] + 2.0**-46 * np.abs(want) + 1e-13 * np.abs(wide(a))
-    assert (np.abs(wide(found) - want) / limit).max() < 2
+    last = rows * 2.0**-18 * largest[:, None] * largest[None]
+    limit = 3 * rows * 2.0**-24 * last + 2.0**-46 * np.abs(want) + 1e-13 * np.abs(wide(a))
+    assert (np.abs(wide(found) - want) / limit).max() < 1
     assert name == "reference" or all((np.asarray(part) == np.asarray(part).T).all() for part in found)
     assert (np.abs(found.low) <= 2.0**-24 * np.abs(found.high)).all()
 

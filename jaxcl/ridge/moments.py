@@ -3,7 +3,7 @@
     A = sum_i w_i x_i x_i^T,   B_c = sum of w_i x_i over the rows i of class c,   n_c = sum of w_i over them
 
 All are pairs of float32 (`jaxcl.kernels.ridge.pair`), and what is added to them was summed without rounding or with an
-error of about 2^-40, so that the order of 10^4 batches does not show in float32 weights. They form a commutative
+error of about 2^-38, so that the order of 10^4 batches does not show in float32 weights. They form a commutative
 monoid: `empty`, `add`, `merge`. `remove` is exact unlearning. Classes are preallocated (a head of C columns); a class
 without rows has a column of zeros, and so have its weights.
 
