@@ -106,17 +106,18 @@ def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array,
     whole, last = divmod(x.shape[0], pair.ROWS)
 
     def block(m: Moments, rows: tuple[jax.Array, ...]) -> tuple[Moments, None]:
-        return _add_block(m, *rows, sign), None
+        return _add_block(m, rows, sign), None
 
     if whole > 1:
         cut = [part[: whole * pair.ROWS].reshape(whole, pair.ROWS, *part.shape[1:]) for part in (x, labels, weights)]
         m, _ = jax.lax.scan(block, m, tuple(cut))
     elif whole:
-        m = _add_block(m, *(part[: pair.ROWS] for part in (x, labels, weights)), sign)
-    return _add_block(m, *(part[-last:] for part in (x, labels, weights)), sign) if last else m
+        m = _add_block(m, tuple(part[: pair.ROWS] for part in (x, labels, weights)), sign)
+    return _add_block(m, tuple(part[-last:] for part in (x, labels, weights)), sign) if last else m
 
 
-def _add_block(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
+def _add_block(m: Moments, rows: tuple[jax.Array, ...], sign: float) -> Moments:
+    x, labels, weights = rows
     root = pair.root(weights)
     scaled = pair.times(pair.of(x), Pair(root.high[:, None], root.low[:, None]))
     weighted = pair.product(x, weights[:, None])

@@ -82,10 +82,10 @@ def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, 
     whole, last = divmod(x.shape[0], block)
     if whole > 1:
         cut = tuple(part[: whole * block].reshape(whole, block, -1) for part in rows)
-        inverse, _ = jax.lax.scan(lambda i, part: (_step(i, *part, sign), None), inverse, cut)
+        inverse, _ = jax.lax.scan(lambda i, part: (_step(i, part[0], part[1], sign), None), inverse, cut)
     elif whole:
-        inverse = _step(inverse, *(part[:block] for part in rows), sign)
-    return _step(inverse, *(part[-last:] for part in rows), sign) if last else inverse
+        inverse = _step(inverse, rows[0][:block], rows[1][:block], sign)
+    return _step(inverse, rows[0][-last:], rows[1][-last:], sign) if last else inverse
 
 
 def _step(inverse: Inverse, x: jax.Array, y: jax.Array, sign: float) -> Inverse:

@@ -25,6 +25,8 @@ from jaxcl.ridge.moments import Moments, prepare
 
 Gamma = jax.Array | float  # a Python number keeps float64 precision, which an array of float32 does not
 
+_Carry = tuple[jax.Array, Pair, jax.Array, jax.Array, jax.Array]  # round, W, residual, its size, that before
+
 _ROUNDS = 12  # of refinement, at most; two or three are the rule
 _STEPS = 3  # of conjugate gradients per residual
 _FLOOR = 2.0**-40  # of |A| |W|: what a residual is off by, at most in practice
@@ -117,11 +119,11 @@ def _refine(
         weight = scale * _norm(w.high)
         return jnp.where(weight > 0, _norm(r) / jnp.where(weight > 0, weight, 1.0), jnp.where(_norm(r) > 0, 1.0, 0.0))
 
-    def on(carry: tuple[jax.Array, Pair, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def on(carry: _Carry) -> jax.Array:
         n, _, _, new, old = carry
         return (n < _ROUNDS) & (new > 2.0**-46) & (new < 0.5 * old)
 
-    def step(carry: tuple[jax.Array, Pair, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Pair, jax.Array, ...]:
+    def step(carry: _Carry) -> _Carry:
         n, w, r, last, _ = carry
         better = pair.plus(w, _correction(gram.high, gamma.high, r, precondition, _STEPS))
         fresh = _residual(gram, right, gamma, better)

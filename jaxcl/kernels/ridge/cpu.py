@@ -77,7 +77,7 @@ def _blocks(
         if start:
             new = _place(new, [m[start:, :start].T for m in new], 0, start)
     for body in (update, mirror) if whole else ():
-        new, _ = jax.lax.scan(body, new, plan)
+        new, _ = jax.lax.scan(body, new, jnp.asarray(plan))
     return new
 
 

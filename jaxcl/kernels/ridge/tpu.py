@@ -8,7 +8,7 @@ and aliased: no block is read after it was written.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,27 +46,15 @@ def steps(count: int) -> np.ndarray:
     return np.asarray(made, np.int32).T
 
 
-def _launch(
-    products: cpu.Products,
-    sums: cpu.Sums,
-    name: str,
-    matrices: Sequence[jax.Array],
-    operands: Sequence[jax.Array],
-    flops: int,
-    side: int | None,
-    interpret: Any,
-) -> list[jax.Array]:
-    """Updates `matrices` [d, d] by sums(old blocks, products(operands at i, at j)); operands are [b, d]."""
-    (rows, size), number = operands[0].shape, len(matrices)
-    side = min(side or default_side(rows, size, len(operands), number), size)
-    plan = steps(pl.cdiv(size, side))
+def _kernel(products: cpu.Products, sums: cpu.Sums, number: int, operands: int) -> Callable[..., None]:
+    """Returns the program of one block of `number` matrices, from blocks of `operands` operands."""
 
     def kernel(plan: Any, *refs: Any) -> None:
         old, left, right, new, kept = (
             refs[start : start + length]
             for start, length in zip(
-                np.cumsum([0, number, len(operands), len(operands), number]),
-                (number, len(operands), len(operands), number, number),
+                np.cumsum([0, number, operands, operands, number]),
+                (number, operands, operands, number, number),
                 strict=True,
             )
         )
@@ -86,6 +74,25 @@ def _launch(
             for out, keep in zip(new, kept, strict=True):
                 out[...] = keep[...].T
 
+    return kernel
+
+
+def _launch(
+    products: cpu.Products,
+    sums: cpu.Sums,
+    name: str,
+    matrices: Sequence[jax.Array],
+    operands: Sequence[jax.Array],
+    flops: int,
+    side: int | None,
+    interpret: Any,
+) -> list[jax.Array]:
+    """Updates `matrices` [d, d] by sums(old blocks, products(operands at i, at j)); operands are [b, d]."""
+    (rows, size), number = operands[0].shape, len(matrices)
+    side = min(side or default_side(rows, size, len(operands), number), size)
+    plan = steps(pl.cdiv(size, side))
+
+    kernel = _kernel(products, sums, number, len(operands))
     block = (side, side)
     return pl.pallas_call(
         kernel,
