@@ -12,7 +12,20 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "jaxcl").rglob("*.py"))
 LAYERS = (
     {"types", "tree", "random", "schema", "kernels"},
-    {"grad", "losses", "memory", "optim", "vocabulary", "schedules", "mesh", "compose", "frozen", "guard", "alignment"},
+    {
+        "grad",
+        "losses",
+        "ridge",
+        "memory",
+        "optim",
+        "vocabulary",
+        "schedules",
+        "mesh",
+        "compose",
+        "frozen",
+        "guard",
+        "alignment",
+    },
     {"models"},
     {"methods"},
     {"data", "rl"},

@@ -1,0 +1,120 @@
+"""One recursive ridge update: jaxcl in float32 against the published order in float64 on torch, CPU-seconds.
+
+python -m experiments.benchmarks.ridge --peer_python=PYTHON_WITH_TORCH [--cases 2048x64 5000x256]
+
+Both sides are processes of their own that wait for a line and then take one update, so that whatever else the machine
+does falls on both alike. Memory is the peak of the process above what it held with state and inputs. Raw results go to
+results/ridge_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from experiments.benchmarks import train_step
+
+HERE = Path(__file__).resolve().parent
+
+
+def serve(case):
+    """The jaxcl side: one update for every line on stdin."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxcl.ridge import recursion
+
+    d, b, c = case["features"], case["rows"], case["classes"]
+    state = recursion.Inverse(jnp.eye(d) / case["gamma"], jnp.zeros((d, c)))
+    x = jax.nn.relu(jax.random.normal(jax.random.key(0), (b, d)))
+    batch = x, jnp.arange(b, dtype=jnp.int32) % c, jnp.ones(b)
+    step = jax.jit(recursion.update, donate_argnums=0).lower(state, *batch).compile()
+    jax.block_until_ready((state, batch))
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    temporary = step.memory_analysis().temp_size_in_bytes
+    print(json.dumps({"versions": {"jax": jax.__version__}, "temporary_bytes": temporary}), flush=True)
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        state = jax.block_until_ready(step(state, *batch))
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024
+        print(json.dumps({"cpu_s": cpu, "wall_s": wall, "extra_bytes": extra}), flush=True)
+
+
+def compare(case, peer_python, repeats):
+    """Returns side -> figures of the updates that both sides took in turn, after one that is not counted."""
+    argument = json.dumps(case)
+    commands = {
+        "jaxcl": [sys.executable, "-m", "experiments.benchmarks.ridge", f"--worker={argument}"],
+        "torch": [peer_python, str(HERE / "torch_ridge.py"), argument],
+    }
+    sides = {
+        name: subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=HERE.parents[1],
+            env=os.environ | train_step.ENVIRONMENT,
+        )
+        for name, command in commands.items()
+    }
+    table = {name: json.loads(side.stdout.readline()) | {"updates": []} for name, side in sides.items()}
+    for n in range(repeats + 1):
+        for name, side in sides.items():
+            side.stdin.write("\n")
+            side.stdin.flush()
+            figures = json.loads(side.stdout.readline())
+            if n:
+                table[name]["updates"].append(figures)
+    for side in sides.values():
+        side.stdin.close()
+        side.wait()
+    for row in table.values():
+        row["least_cpu_s"] = min(update["cpu_s"] for update in row["updates"])
+    return table
+
+
+def main():
+    """Prints the table and writes the raw figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer_python")
+    parser.add_argument("--cases", nargs="+", default=["2048x64", "5000x256"], help="features x rows of a batch")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", default=str(HERE / "results" / "ridge_cpu.json"))
+    parser.add_argument("--worker")
+    options = parser.parse_args()
+    if options.worker:
+        serve(json.loads(options.worker))
+        return
+    if not options.peer_python:
+        parser.error("give --peer_python, an interpreter that has torch")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    record = {
+        "machine": train_step.machine(),
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m experiments.benchmarks.ridge --peer_python=PYTHON "
+        f"--repeats={options.repeats} --cases {' '.join(options.cases)}",
+        "cases": {},
+    }
+    for name in options.cases:
+        d, b = map(int, name.split("x"))
+        table = compare({"features": d, "rows": b, "classes": 100, "gamma": 0.1}, options.peer_python, options.repeats)
+        ratio = table["torch"]["least_cpu_s"] / table["jaxcl"]["least_cpu_s"]
+        record["cases"][name] = table | {"ratio": ratio}
+        for side, row in table.items():
+            extra = max(update["extra_bytes"] for update in row["updates"]) / 2**20
+            print(f"d={d} b={b} {side:6s} {row['least_cpu_s']:7.3f} CPU-s, {extra:7.1f} MiB above the state")
+        print(f"d={d} b={b} torch / jaxcl = {ratio:.1f}", flush=True)
+    Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

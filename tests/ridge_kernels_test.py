@@ -1,0 +1,164 @@
+"""Symmetric updates: every form against float64, ragged sizes, in place, and on the TPU where there is one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from jax.sharding import AbstractMesh, AxisType
+from ridge_test import precisions
+
+from jaxcl.kernels import ridge
+from jaxcl.kernels.ridge import cpu, pair, reference, tpu
+
+FORMS = {
+    "reference": reference,
+    "cpu": cpu,
+    "tpu": tpu,
+}
+SIZES = [(100, 32), (128, 5), (300, 100), (257, 1)]  # one block, blocks and a ragged one, one row
+
+
+def form(name, function):
+    """Returns a form with small blocks."""
+    options = {"reference": {}, "cpu": {"side": 128}, "tpu": {"side": 128, "interpret": True}}[name]
+    return toys.quick(functools.partial(getattr(FORMS[name], function), **options), static_argnums=2)
+
+
+def wide(x):
+    return np.asarray(x.high, np.float64) + np.asarray(x.low, np.float64)
+
+
+def draw(*shape, seed=0):
+    """Returns float32 numbers of many magnitudes."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal(shape) * np.exp(rng.standard_normal(shape[-1])), jnp.float32)
+
+
+def symmetric(size):
+    x = np.asarray(draw(size, size, seed=3))
+    return jnp.asarray(x + x.T)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("size", "rows"), SIZES)
+@pytest.mark.parametrize("name", FORMS)
+def test_an_update_agrees_with_float64_and_is_symmetric(name, size, rows, sign):
+    r, v = symmetric(size), draw(rows, size)
+    found = form(name, "downdate")(r, v, sign)
+    want = np.asarray(r, np.float64) + sign * np.asarray(v, np.float64).T @ np.asarray(v, np.float64)
+    assert np.abs(found - want).max() / np.abs(want).max() < 1e-6
+    np.testing.assert_array_equal(found, found.T)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("size", "rows"), SIZES)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_sum_of_pairs_has_the_quality_of_float64(name, size, rows, sign):
+    a, x = pair.Pair(symmetric(size), 2.0**-26 * symmetric(size)), pair.Pair(draw(rows, size), 0 * draw(rows, size))
+    x = pair.Pair(x.high, x.high * 2.0**-25)
+    found = form(name, "gram_update")(a, x, sign)
+    want = wide(a) + sign * wide(x).T @ wide(x)
+    # What is not exact are sums of 3 b float32 products that have 2^-18 of the largest ones; a pair rounds to 2^-46.
+    largest = np.abs(wide(x)).max(0)
+    last = rows * 2.0**-18 * largest[:, None] * largest[None]
+    limit = 3 * rows * 2.0**-24 * last + 2.0**-46 * np.abs(want) + 1e-13 * np.abs(wide(a))
+    assert (np.abs(wide(found) - want) / limit).max() < 1
+    assert name == "reference" or all((np.asarray(part) == np.asarray(part).T).all() for part in found)
+    assert (np.abs(found.low) <= 2.0**-24 * np.abs(found.high)).all()
+
+
+@pytest.mark.parametrize("compile_", [toys.quick, jax.jit])
+def test_pairs_are_not_simplified_away(compile_):
+    """A compiler that reorders sums, or rounds a product once that is used twice, loses the low part."""
+    a, b = draw(5, 64, seed=1), draw(5, 64, seed=2) * 1e-4
+    exact = [np.asarray(x, np.float64) for x in (a, b)]
+    np.testing.assert_array_equal(wide(compile_(pair.two_sum)(a, b)), sum(exact))
+    np.testing.assert_allclose(wide(compile_(pair.product)(a, b)), exact[0] * exact[1], rtol=2.0**-46)
+    np.testing.assert_allclose(wide(compile_(pair.root)(abs(a))), np.sqrt(abs(exact[0])), rtol=2.0**-46)
+    total = compile_(pair.total)(pair.Pair(a, b))
+    np.testing.assert_allclose(wide(total), (exact[0] + exact[1]).sum(), rtol=1e-13)
+    assert not wide(compile_(pair.root)(jnp.zeros(3))).any()
+
+
+def test_a_product_of_pairs_has_the_quality_of_float64():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((9, 2 * pair.ROWS + 30)), rng.standard_normal((2 * pair.ROWS + 30, 4))
+    found = toys.quick(pair.dot)(pair.of(a), pair.of(b))
+    assert np.abs(wide(found) - a @ b).max() < 1e-9  # 2^-40 of products up to 16, and 286 of them
+    np.testing.assert_allclose(wide(pair.of(0.1)), 0.1, rtol=2.0**-47)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 128])
+def test_sums_of_slices_are_exact(rows):
+    x = pair.pieces(pair.of(draw(rows, 6, seed=rows)), 0)
+    first, middle, _ = toys.quick(pair.parts, static_argnums=(2, 3))(x, x, 0, 0)
+    a, b = (np.asarray(part, np.float64) for part in x[:2])
+    np.testing.assert_array_equal(first, a.T @ a)
+    np.testing.assert_array_equal(middle, a.T @ b + b.T @ a)
+    np.testing.assert_array_equal(np.asarray(x.first + x.second + x.rest), draw(rows, 6, seed=rows))
+
+
+def test_updates_are_in_place():
+    r, v = jnp.eye(640), jnp.ones((4, 640))
+    for function, donated, rest in ((ridge.downdate, r, v), (ridge.gram_update, pair.of(r + 0), pair.of(v))):
+        compiled = jax.jit(function, donate_argnums=0).lower(donated, rest).compile()
+        memory, size = compiled.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(donated))
+        assert memory.alias_size_in_bytes == size
+        assert "f32[640,640]{1,0} copy(" not in compiled.as_text()
+        compiled(donated, rest)
+        assert all(x.is_deleted() for x in jax.tree.leaves(donated))
+
+
+def lowered(function, *operands, mesh=None):
+    traced = jax.jit(function).trace(*operands)
+    if mesh is None:
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*operands).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("size", [1000, 8192])
+def test_the_tpu_form_lowers_and_is_used_where_arrays_are_whole(size):
+    r, v = jax.ShapeDtypeStruct((size, size), jnp.float32), jax.ShapeDtypeStruct((100, size), jnp.float32)
+    for function, operands in ((ridge.downdate, (r, v)), (ridge.gram_update, (pair.Pair(r, r), pair.Pair(v, v)))):
+        text = lowered(function, *operands)
+        assert text.count("@tpu_custom_call") == 1
+        assert "output_operand_aliases" in text
+        assert "tpu_custom_call" not in lowered(functools.partial(function, kernel=False), *operands)
+    many = AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    assert "tpu_custom_call" not in lowered(ridge.downdate, r, v, mesh=many)
+
+
+def test_blocks_of_the_tpu_form_fit_its_memory():
+    for rows in (8, 128, 256, 1024):
+        for operands, matrices in ((1, 1), (3, 2)):
+            side = tpu.default_side(rows, 8192, operands, matrices)
+            assert side % 128 == 0
+            assert 4 * (2 * 2 * rows * side * operands + 5 * matrices * side * side) < 56 * 2**20
+    assert tpu.default_side(64, 100, 1, 1) == 100
+
+
+def test_every_lower_block_is_computed_once_and_mirrored_after():
+    plan = tpu.steps(5).T
+    assert sorted(map(tuple, plan[:, 2:])) == [(i, j) for i in range(5) for j in range(5)]
+    for n, (i, j, to, at) in enumerate(plan):
+        assert i >= j
+        assert (to, at) == (i, j) or ((to, at) == (j, i) and tuple(plan[n - 1]) == (i, j, i, j))
+
+
+def test_products_are_in_full_float32():
+    r, v = jnp.eye(200), jnp.ones((4, 200))
+    for form_ in FORMS.values():
+        found = precisions(form_.downdate, r, v) + precisions(form_.gram_update, pair.of(r), pair.of(v))
+        assert len(found) >= 4
+        assert all(one == ({jax.lax.Precision.HIGHEST}, "float32") for one in found)
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"downdate: matrix \[3, 3\] and rows \[2, 4\]"):
+        ridge.downdate(jnp.eye(3), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="expected float32"):
+        ridge.downdate(jnp.eye(4, dtype=jnp.bfloat16), jnp.ones((2, 4)))
