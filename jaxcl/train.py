@@ -181,7 +181,7 @@ class Session:
             while self.step < flow.total_steps:
                 if reason := stopped(self.step):
                     self.flush()
-                    self.event("stopped", f"by {reason}; the same command continues")
+                    self.event("stopped", f"by {reason}")
                     self.save()
                     raise Stopped(reason)
                 rows, told = self.feed.get(self.state)

@@ -244,7 +244,7 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
             "low is a table and t is text",
         ),
         ({"tokenizer": {"name": "byte"}}, r"config\.tokenizer: config\.sources are tables"),
-        ({"adapter": "lora"}, r"config\.adapter: config\.sources are tables"),
+        ({"adapter": "lora"}, r"config\.adapter\.name='lora': is no adapter of a classifier"),
         ({"model": {"checkpoint": folder}}, r"config\.model\.checkpoint: a language model, but config\.sources are"),
         ({"packing": {"length": 8}}, r"config\.packing: config\.sources are tables"),
         ({"sources": {"low": {**data, "clean": {}}}}, r"config\.sources\.low\.clean: of documents"),
