@@ -280,9 +280,11 @@ IMAGES = {"split_digits", "hyperinterval", "hyperinterval_compare"}  # the last 
 def test_the_abstract_step_of_a_classifier_of_images_is_that_of_the_run(name):
     config, _ = abstract.one_run(main.plain(importlib.import_module(f"configs.{name}").get_config()))
     config["sources"] = {key: one | {"count": 64, "held_out": 16} for key, one in config["sources"].items()}
-    made, step = program.build(**train.split(config)[1]), abstract.make(config, jax.devices()[:1])
-    shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (step.state, made.abstract)]
-    assert shapes[0] == shapes[1]
+    config |= {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
+    made, step = program.build(**train.split(config)[1]), abstract.make(config, jax.devices())
+    trained = [(state.params, state.opt_state) for state in (step.state, made.abstract)]  # rows in memory are flat here
+    told = [jax.tree.map(lambda x: (x.shape, str(x.dtype), x.sharding.spec), tree) for tree in trained]
+    assert told[0] == told[1]
     assert ("ledger" in step.state.params) == (name == "hyperinterval")
 
 
