@@ -17,7 +17,7 @@ from jaxcl import schema
 from jaxcl.data import pixels
 from jaxcl.schema import UserError
 
-MNIST = Path("/work/shared/data/mnist")
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
 
 def made(**options):

@@ -16,7 +16,7 @@ from jaxcl.rl import evaluate, tasks
 from jaxcl.rl.tasks import mnns, reach
 from jaxcl.schema import UserError
 
-DATA = Path("/work/shared/data")
+DATA = Path(__file__).parents[2] / "shared" / "data"
 GENERATED = (
     {"name": "mnns", "count": 3, "low": 1, "high": 6},
     {"name": "mnns", "count": 4, "low": 1, "high": 99, "problems": 60},
