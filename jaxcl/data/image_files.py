@@ -25,7 +25,8 @@ HELD_OUT = (("x_test", "y_test"), ("test_images", "test_labels"))
 _RATIO = 1032  # output of deflate per byte of input, at most (zlib's technical notes)
 _UBYTE = 8  # type code of IDX
 _CHUNK = 2**20
-_BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+# What reading a damaged file raises; RuntimeError is that of an archive that is encrypted or packed in a foreign way.
+_BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 class Images(NamedTuple):
