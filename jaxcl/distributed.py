@@ -7,6 +7,7 @@ with distributed.stop_on_signal() as stopped:
         break
 distributed.together(action)                fails on all processes if it fails on one
 distributed.shutdown()                      last: a process that leaves early makes the others abort
+distributed.abandon(status)                 instead, if another process is gone
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -59,6 +62,13 @@ def shutdown() -> None:
     """Waits for the other processes and leaves; harmless without a cluster."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def abandon(status: int) -> NoReturn:
+    """Ends this process at once, without waiting for others: one of them is gone and would never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def together(action: Callable[[], object]) -> None:
