@@ -2,7 +2,7 @@
 
 python experiments/reliability/faults.py --workdir=runs/faults [--every=200] [--out=FILE]
 
-The quickstart's model on more and longer steps is killed (SIGKILL) whenever it has taken `every` steps more, and started
+The model of the quickstart on longer steps is killed (SIGKILL) whenever it has taken `every` steps more, and started
 again at once by this script, which is the launcher. Then the same run without kills must have the same losses.
 """
 
