@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from jaxcl.kernels import boxes as products
 from jaxcl.models import boxed
-from jaxcl.models.boxed import Boxed
+from jaxcl.models.boxed import Boxed, Layer
 from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Key, Model, Params
@@ -91,7 +91,7 @@ def make(
 
 
 def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dict[str, Callable[..., Any]]:
-    """Returns `boxes`, `tight`, `begin` and `keep` of `jaxcl.models.boxed.Boxed`."""
+    """Returns `boxes`, `tight`, `begin`, `keep` and `layer` of `jaxcl.models.boxed.Boxed`."""
 
     def embed(generator: Params, which: jax.Array) -> tuple[jax.Array, jax.Array]:
         free, spread = (generator["embedding"][part][which] for part in ("centre", "radius"))  # [S, M]
@@ -103,6 +103,12 @@ def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dic
         centre, radius = embed(generator, which)
         centre, radius = _through(generator["hidden"], centre, radius * scales[:, None])
         return products.affine(generator["head"]["weight"], generator["head"]["bias"], centre, radius)
+
+    def layer(generator: Params, task: jax.Array) -> Layer:
+        centre, radius = embed(generator, task[None])
+        centre, noise, fresh = _affine_forms(generator["hidden"], centre[0], radius[0])
+        generators = jnp.concatenate([noise, jnp.diag(fresh)])
+        return Layer(generator["head"]["weight"], generator["head"]["bias"], centre, generators)
 
     def tight(generator: Params, task: jax.Array) -> tuple[jax.Array, jax.Array]:
         centre, radius = embed(generator, task[None])
@@ -125,7 +131,7 @@ def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dic
         new, kept = generator["embedding"], old["embedding"]
         return _with(generator, **{part: jnp.where(own, new[part], kept[part]) for part in new})
 
-    return {"boxes": wide, "tight": tight, "begin": begin, "keep": keep}
+    return {"boxes": wide, "tight": tight, "begin": begin, "keep": keep, "layer": layer}
 
 
 def intersection(centre: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
