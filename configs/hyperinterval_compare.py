@@ -1,6 +1,7 @@
 """HyperInterval on split MNIST, five tasks of two digits, three seeds: with the ledger, as published, without boxes.
 
 Parts:    task       networks for every task: with the ledger; as published (soft penalty, no ledger)
+          three      the same on the first three tasks, two seeds
           universal  one network on fixed detectors: four weights of what wide boxes earn, InterContiNet, plain training
           published  one network at the published sizes: with the ledger; as published
           long       one network, two tasks of 1,000 steps
@@ -31,7 +32,7 @@ def variants(part):
     boxes = {"name": "weight_boxes", "fixed": ("^filters$",), "radius": 1.0}
     plain = (("adapter", None), ("method", {"name": "cpt"}), ("optim.frozen", ("^filters$",)))
     begun = {"name": "hypernetwork", "start": "published"}
-    if part == "task":
+    if part in ("task", "three"):
         published = begun | {"embedding": 72, "hidden": (75, 75)}
         return [
             variant("ledger"),
@@ -52,11 +53,14 @@ def variants(part):
 
 
 def get_config(part="universal"):
-    if part not in ("task", "universal", "published", "long"):
+    if part not in ("task", "three", "universal", "published", "long"):
         raise ValueError(f"--config=configs/hyperinterval_compare.py:{part}: no such part; see its first lines")
-    base = {"task": "mnist", "published": "mnist_published"}.get(part, "mnist_universal")
+    base = {"task": "mnist", "three": "mnist", "published": "mnist_published"}.get(part, "mnist_universal")
     config = hyperinterval.get_config(base)
     config.seeds = (0, 1, 2)
+    if part == "three":
+        config.seeds, config.stream.stages = (0, 1), config.stream.stages[:3]
+        config.sources = {name: config.sources[name] for name in [*config.sources][:3]}
     if part == "long":
         config.stream.stages = tuple({**stage, "steps": 1000} for stage in config.stream.stages[:2])
         config.variants = tuple(variant(f"room {one:g}", ("method.spread", one)) for one in ROOM)

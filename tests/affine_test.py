@@ -13,6 +13,7 @@ from jaxcl.models import cnn, mlp, patches
 from jaxcl.models.interval import Form, Interval, affine_bounds, bounds
 from jaxcl.schema import UserError
 
+QUICK = True
 K, S, SAMPLES, ROWS = 3, 5, 300, 4
 MODELS = {
     "linear": mlp.make(inputs=16, hidden=[], classes=3),
@@ -57,7 +58,7 @@ def margins(apply, params, rows):
 
 @functools.cache
 def bounded(name):
-    """Returns bounds of the margins of a network by affine forms, by intervals, and in float64 those of many networks."""
+    """Returns bounds of the margins of a network, by affine forms and by intervals, and the margins of many networks."""
     model = MODELS[name]
     fixed = {key: value for key, value in model.init(jax.random.key(0)).items() if key == "filters"}
 

@@ -57,7 +57,7 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
     count = jax.jit(functools.partial(_counts, made))
     shape = jax.jit(functools.partial(_shape, made))
     guess = jax.jit(functools.partial(_guesses, made))
-    whole = jax.jit(functools.partial(boxes.zonotope, made))
+    whole = jax.jit(lambda params, batch: boxes.zonotope(made, params, batch.task[0]))
     together = jax.jit(functools.partial(_together, made))
     task_of = {domain: int(fetch(batches[0].task)[0]) for domain, batches in rows.items()}
 
@@ -70,15 +70,15 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
         over = fetch(params[LEDGER]["done"]) > 0
         for domain, batches in rows.items():
             task = task_of[domain]
-            made_boxes = find(params, np.int32(task))
+            made_boxes = find(params, batches[0])
             deployed, promised, wide, tight, weight = total(count, batches, params, made_boxes)
-            sizes = {name: float(value) for name, value in fetch(shape(params, np.int32(task), made_boxes)).items()}
+            sizes = {name: float(value) for name, value in fetch(shape(params, made_boxes, batches[0])).items()}
             kept = math.isfinite(sizes["kept_radius"])
             one: dict[str, Any] = {"task": task, "over": bool(over[task]), "deployed": deployed / weight}
             one["promised"] = promised / weight if over[task] and kept else None
             one |= {"interval": wide / weight, "affine": tight / weight, "joint": None}
             if made.layer and over[task]:
-                (sure,) = total(together, batches, params, made_boxes[2], whole(params, np.int32(task)))
+                (sure,) = total(together, batches, params, made_boxes[2], whole(params, batches[0]))
                 one["joint"] = sure / weight
             one |= sizes | ({} if kept else {"kept_radius": None})
             if not made.universal and over.sum() > 1:
@@ -133,8 +133,9 @@ def _raw(made: Boxed, params: Params, task: jax.Array) -> tuple[Interval, Interv
     return Interval(centre[0] - radius[0], centre[0] + radius[0]), Interval(middle - near, middle + near)
 
 
-def _boxes(made: Boxed, params: Params, task: jax.Array) -> tuple[Interval, Interval, Interval]:
-    """Returns the boxes of a task: of the ledger, by interval arithmetic, by affine forms; [N] each."""
+def _boxes(made: Boxed, params: Params, batch: Batch) -> tuple[Interval, Interval, Interval]:
+    """Returns the boxes of the task of a batch: of the ledger, by interval arithmetic, by affine forms; [N] each."""
+    task = batch.task[0]
     return _ledger(made, params, task), *_raw(made, params, task)
 
 
@@ -160,10 +161,10 @@ def _together(made: Boxed, params: Params, tight: Interval, found: boxes.Zonotop
 
 
 def _shape(
-    made: Boxed, params: Params, task: jax.Array, found: tuple[Interval, Interval, Interval]
+    made: Boxed, params: Params, found: tuple[Interval, Interval, Interval], batch: Batch
 ) -> dict[str, jax.Array]:
-    """Returns the sizes of the boxes of a task."""
-    _, wide, tight = found
+    """Returns the sizes of the boxes of the task of a batch."""
+    (_, wide, tight), task = found, batch.task[0]
     where, raw = boxes.limits(made, params, task), boxes.shown(made, params, task)
     point, _ = made.boxes(params["generator"], raw[None], jnp.zeros(1))
     return {
