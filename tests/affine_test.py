@@ -58,7 +58,7 @@ def margins(apply, params, rows):
 
 @functools.cache
 def bounded(name):
-    """Returns bounds of the margins of a network, by affine forms and by intervals, and the margins of many networks."""
+    """Returns bounds of the margins of a network by both arithmetics, and those margins of many networks."""
     model = MODELS[name]
     fixed = {key: value for key, value in model.init(jax.random.key(0)).items() if key == "filters"}
 

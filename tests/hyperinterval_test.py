@@ -21,7 +21,7 @@ STEPS, BETA, GAMMA = 4, 0.3, 0.5
 SCHEDULE = optax.linear_schedule(0.05, 0.01, 50)
 OPTIONS = hyperinterval.Options(
     steps=8, beta=0.0, kappa=0.5, ramp=0.5, schedule="smooth", average="once", point="centre", sample=None,
-    lookahead=False, project=True, spread=0.0, cap=1.0, ease=1.0, fresh=True,
+    lookahead=False, project=True, spread=0.0, cap=1.0, ease=1.0, fresh=True, select=0, aside=0.1,
 )  # fmt: skip
 
 
