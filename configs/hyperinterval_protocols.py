@@ -51,11 +51,9 @@ def get_config(part="stress"):
     config.evaluation = ConfigDict({"every": 10**6, "rows": 512})
     config.checkpoint = ConfigDict({"every_steps": 10**9, "every_minutes": 10.0, "keep": 1})
     config.mesh = ConfigDict({"data": 1})
-    if part == "stress":
-        return config
     wide = (("model", PATCHES), ("adapter", UNIVERSAL), ("method", {"name": "hyperinterval", **hyperinterval.WIDE}))
     plain = (("model", PATCHES), ("adapter", None), ("method", "cpt"), ("optim.frozen", ("^filters$",)))
-    arms = {"task": (), "universal": wide, "plain": plain}
+    arms = {"task": ()} if part == "stress" else {"task": (), "universal": wide, "plain": plain}
     config.seeds, config.control = (0,), "task"
     config.variants = tuple(ConfigDict({"label": label, "set": change}) for label, change in arms.items())
     return config

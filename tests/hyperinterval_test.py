@@ -314,3 +314,14 @@ def test_wide_boxes_earn_up_to_a_cap():
     box = Interval(jnp.array([0.0, 0.0, -1.0]), jnp.array([0.2, 1.0, 9.0]))
     want = np.mean(np.log(np.array([0.1, 0.5, 2.0]) + 1e-6))
     np.testing.assert_allclose(hyperinterval.width(box, 2.0), want, rtol=1e-6)
+
+
+def test_what_wide_boxes_earn_changes_from_task_to_task():
+    """By `ease` with every task that is over; the box is that of the ledger."""
+    run, (_, states) = Run(True, spread=2.0, ease=0.5, cap=0.3), learned(True)
+    for k in range(toys.T):
+        told = run.step(at(states[k], STEPS), toys.classes(3, task=k), jax.random.key(0))[1]
+        ledger = {**states[k].params[LEDGER], "current": jnp.float32(k)}
+        box = boxes.box(run.made, {**states[k].params, LEDGER: ledger}, jnp.int32(k))
+        radius = np.minimum((np.asarray(box.upper) - np.asarray(box.lower)) / 2, 0.3)
+        np.testing.assert_allclose(told["spread"], -2.0 * 0.5**k * np.mean(np.log(radius + 1e-6)), rtol=1e-4)
