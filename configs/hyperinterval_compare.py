@@ -5,6 +5,7 @@ Parts:    task       networks for every task: with the ledger; as published (sof
           universal  one network on fixed detectors: four weights of what wide boxes earn, InterContiNet, plain training
           published  one network at the published sizes: with the ledger; as published
           long       one network, two tasks of 1,000 steps
+          select     drawn digits, three tasks, two seeds: the last generator of a task, or that which certified most
 Command:  JAXCL_MNIST=mnist python -m jaxcl.main --config=configs/hyperinterval_compare.py:task --workdir=runs/hi_task
 Expected: experiments/hyperinterval/README.md, with the time of each part.
 
@@ -45,6 +46,15 @@ def variants(part):
             variant("intercontinet", ("adapter", boxes), ("method", {"name": "intercontinet"})),
             variant("plain", *plain),
         ]
+    if part == "select":
+        model, boxed, options, _, _, peak = hyperinterval.PARTS["universal"]
+        wide = (("model", model), ("adapter", {"name": "hypernetwork", **boxed}), ("schedule.peak", peak))
+        return [
+            variant("last"),
+            variant("select", ("method.select", 10)),
+            variant("universal last", *wide, ("method", method(**options))),
+            variant("universal select", *wide, ("method", method(**options, select=10))),
+        ]
     published = begun | hyperinterval.BOXES
     return [
         variant("ledger"),
@@ -53,12 +63,12 @@ def variants(part):
 
 
 def get_config(part="universal"):
-    if part not in ("task", "three", "universal", "published", "long"):
+    if part not in ("task", "three", "universal", "published", "long", "select"):
         raise ValueError(f"--config=configs/hyperinterval_compare.py:{part}: no such part; see its first lines")
-    base = {"task": "mnist", "three": "mnist", "published": "mnist_published"}.get(part, "mnist_universal")
-    config = hyperinterval.get_config(base)
+    bases = {"task": "mnist", "three": "mnist", "published": "mnist_published", "select": "task"}
+    config = hyperinterval.get_config(bases.get(part, "mnist_universal"))
     config.seeds = (0, 1, 2)
-    if part == "three":
+    if part in ("three", "select"):
         config.seeds, config.stream.stages = (0, 1), config.stream.stages[:3]
         config.sources = {name: config.sources[name] for name in [*config.sources][:3]}
     if part == "long":

@@ -295,6 +295,9 @@ def test_a_task_begins_where_the_task_before_is():
             assert new[LEDGER]["current"] == 1
         again = hyperinterval.started(made, params, jnp.int32(0), jnp.array(True))
         np.testing.assert_array_equal(again["generator"]["embedding"]["centre"], old)
+        back = hyperinterval.started(made, states[2].params, jnp.int32(0), jnp.array(True))  # from the second task
+        want = states[2].params["generator"]["embedding"]["centre"]
+        np.testing.assert_array_equal(back["generator"]["embedding"]["centre"], want)
         if universal:  # its first box is that of the task before, inside the ledger
             ledger = states[1].params[LEDGER]
             begun = hyperinterval.started(made, params, jnp.int32(1), jnp.array(True))
