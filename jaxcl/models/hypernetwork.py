@@ -13,7 +13,9 @@ at 0 this is the hypernetwork of points, bit for bit.
 `tight` are affine forms (zonotopes; Singh et al. 2018, DeepZ, section 4): every coordinate of the embedding keeps its
 own noise symbol through all layers, a ReLU that may be on or off adds one, and the radius of weight n is
 sum_s |V_n g_s|. Where few ReLUs are undecided they are far inside the boxes of interval arithmetic; where many are,
-neither holds the other, and what is used is the intersection, in every layer and at the end.
+neither holds the other, and what is used is the intersection, in every layer and at the end. `layer` is what a
+certificate of all networks together goes on from (`boxed.together`): V itself holds the slopes of the weights, so that
+no number of weights x symbols is stored.
 
 Choices. `start="fan"` draws the bias of the last layer as the target network draws its weights and gives V rows that
 move a weight by `reach` of its own scale, so that all target layers start well; "published" draws V and both biases
