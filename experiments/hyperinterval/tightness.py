@@ -1,8 +1,8 @@
 """How far each arithmetic certifies: python -m experiments.hyperinterval.tightness RUN [--times=1,2,4] [--out=FILE]
 
 Certifies the hypernetwork of a finished run around the embeddings of its tasks, with radii a multiple of those that it
-was trained for, and prints the share of held-out rows (percent, and seconds of one processor) by interval arithmetic, by
-affine forms through the hypernetwork, and by affine forms through both networks.
+was trained for, and prints the share of held-out rows, in percent: by interval arithmetic, by affine forms through the
+hypernetwork, and by affine forms through both networks.
 """
 
 import argparse
