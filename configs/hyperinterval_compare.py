@@ -2,7 +2,7 @@
 
 Parts:    task       networks for every task: with the ledger; as published (soft penalty, no ledger)
           three      the same on the first three tasks, two seeds
-          universal  one network on fixed detectors: four weights of what wide boxes earn, InterContiNet, plain training
+          universal  one network on fixed detectors: four weights of what wide boxes earn, InterContiNet twice, plain
           published  one network at the published sizes: with the ledger; as published
           long       one network, two tasks of 1,000 steps
           select     drawn digits, three tasks, two seeds: the last generator of a task, or that which certified most
@@ -19,6 +19,7 @@ from configs import hyperinterval
 ROOM = (1.0, 3.0, 10.0, 30.0)
 # What the published code does; a ramp to half of the task, kappa jumps, R is divided twice, no ledger.
 PUBLISHED = {"schedule": "published", "average": "twice", "project": False, "point": "middle"}
+TUNED = (("method", {"name": "intercontinet", "contraction": 0.5}), ("schedule.peak", 0.05))
 
 
 def method(**options):
@@ -44,6 +45,7 @@ def variants(part):
         return [
             *rooms,
             variant("intercontinet", ("adapter", boxes), ("method", {"name": "intercontinet"})),
+            variant("intercontinet tuned", ("adapter", boxes | {"radius": 0.1}), *TUNED),
             variant("plain", *plain),
         ]
     if part == "select":
@@ -55,11 +57,8 @@ def variants(part):
             variant("universal last", *wide, ("method", method(**options))),
             variant("universal select", *wide, ("method", method(**options, select=10))),
         ]
-    published = begun | hyperinterval.BOXES
-    return [
-        variant("ledger"),
-        variant("published", ("adapter", published), ("method", method(beta=0.001, **PUBLISHED))),
-    ]
+    published = ("adapter", begun | hyperinterval.BOXES), ("method", method(beta=0.001, **PUBLISHED))
+    return [variant("ledger"), variant("published", *published)]
 
 
 def get_config(part="universal"):

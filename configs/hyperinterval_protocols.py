@@ -6,6 +6,7 @@ Parts:    permuted   ten orders of the pixels of MNIST
 Arms:     task       a small network for every task
           universal  one network for all tasks on fixed detectors, with room for later ones
           plain      the same detectors without boxes
+          pull ...   of the stress: the strength beta that holds earlier boxes back, beside the ledger
 Command:  JAXCL_MNIST=mnist python -m jaxcl.main --config=configs/hyperinterval_protocols.py:rotated \
               --workdir=runs/rotated
           python -m experiments.hyperinterval.claims runs/rotated --out=FILE
@@ -53,7 +54,9 @@ def get_config(part="stress"):
     config.mesh = ConfigDict({"data": 1})
     wide = (("model", PATCHES), ("adapter", UNIVERSAL), ("method", {"name": "hyperinterval", **hyperinterval.WIDE}))
     plain = (("model", PATCHES), ("adapter", None), ("method", "cpt"), ("optim.frozen", ("^filters$",)))
-    arms = {"task": ()} if part == "stress" else {"task": (), "universal": wide, "plain": plain}
-    config.seeds, config.control = (0,), "task"
+    arms = {"task": (), "universal": wide, "plain": plain}
+    if part == "stress":
+        arms = {f"pull {one:g}": (("method.beta", one),) for one in (0.01, 0.001, 0.0)}
+    config.seeds, config.control = (0,), next(iter(arms))
     config.variants = tuple(ConfigDict({"label": label, "set": change}) for label, change in arms.items())
     return config
