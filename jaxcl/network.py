@@ -150,8 +150,12 @@ def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Netw
     except Exception as error:  # layers raise what they like
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"config.model: takes no rows of shape {example.inputs.shape[1:]} ({reason})") from error
-    if len(found) != 2 or found[1] < classes:
-        raise UserError(f"config.model: gives logits {found[1:]}, but there are {classes} classes; set its option")
+    if len(found) != 2:
+        raise UserError(f"config.model: gives {found[1:]} numbers for a row; choose one with a logit for each class")
+    if found[1] < max(classes, 2):
+        given = f"config.model.classes={found[1]}" if "classes" in options else f"config.model: gives {found[1]} logits"
+        fault = f"config.sources have labels up to {classes - 1}" if classes > found[1] else "a classifier needs two"
+        raise UserError(f"{given}: {fault}; set it to {max(classes, 2)}")
     return Network(model, None, None)
 
 

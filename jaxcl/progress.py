@@ -24,6 +24,7 @@ class Progress:
         stages: Sequence[str] = (),
         *,
         start: int = 0,
+        unit: str = "tokens",
         every_s: float = 5.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -34,6 +35,7 @@ class Progress:
           steps: steps of the whole run.
           stages: names of the tasks in their order.
           start: step from which this process continues, so that the time left is measured on its own steps.
+          unit: what `tokens_per_s` counts: a row of a table is one token.
           every_s: seconds between plain lines when the output is not a terminal.
           console: where to write; standard error by default.
           clock: seconds, for tests.
@@ -42,7 +44,7 @@ class Progress:
         from rich.live import Live  # noqa: PLC0415
 
         self._console = console or Console(stderr=True)
-        self._steps, self._stages, self._start = steps, list(stages), start
+        self._steps, self._stages, self._start, self._unit = steps, list(stages), start, unit
         self._clock, self._first = clock, (0, 0.0)  # step and second of the first record: compiling comes before it
         self._every, self._shown = every_s, float("-inf")
         self._train: dict[str, Any] = {}
@@ -108,7 +110,7 @@ class Progress:
         if record.get("lr") is not None:
             parts.append(f"lr {record['lr']:.2e}")
         if (speed := record.get("time", {}).get("tokens_per_s")) is not None:
-            parts.append(f"{_short(speed)} tokens/s")
+            parts.append(f"{_short(speed)} {self._unit}/s")
         if (share := record.get("time", {}).get("mfu")) is not None:
             parts.append(f"MFU {100 * share:.0f} %")
         eta = self.eta_s()

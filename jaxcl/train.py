@@ -92,7 +92,8 @@ class Session:
         if self.loop.wandb:
             about = folder.about(self.place)
             out.append(metrics.Wandb(self.place, project=self.loop.wandb, run_id=about["id"], config=about["config"]))
-        return [*out, progress.Progress(self.made.stream.total_steps, stages, start=self.step)]
+        steps, unit = self.made.stream.total_steps, self.made.facts["unit"]
+        return [*out, progress.Progress(steps, stages, start=self.step, unit=unit)]
 
     def restore(self) -> str | None:
         """Takes the newest sound checkpoint, or a fresh state; returns what there is to say about it.

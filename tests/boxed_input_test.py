@@ -40,6 +40,10 @@ def replayed(**where):
 REPLAY = {"fraction": 0.25, "mode": "replace", "over": "earlier"}
 # name -> (sections, words the line must hold)
 BAD = {
+    "one class": (
+        {"model": {"name": "mlp", "inputs": 64, "hidden": (4,), "classes": 1}},
+        ["config.model.classes=1", "labels up to 1", "set it to 2"],
+    ),
     "negative gamma": (adapter(gamma=-1.0), ["config.adapter.gamma=-1.0", "must not be negative"]),
     "infinite gamma": (adapter(gamma=float("inf")), ["config.adapter.gamma=inf"]),
     "no embedding": (adapter(embedding=0), ["config.adapter.embedding=0", "at least 1"]),

@@ -2,6 +2,7 @@
 
 import functools
 
+import boxed_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +71,7 @@ def test_promises_are_kept_to_the_end(trained):
             assert one["promised"] <= one["deployed"]
             assert one["affine_radius"] <= one["radius"] * (1 + 1e-5)
         assert own[0]["promised"] >= own[0]["affine"] - 1e-6  # as much as was certified when it was learned
-        assert own[0]["affine"] >= own[0]["interval"]
+        assert own[0]["joint"] >= own[0]["affine"] >= own[0]["interval"]
     learned = [found[t + 1]["certificate"][f"task_{t:02d}"] for t in range(TASKS)]
     assert learned[0]["promised"] > 0.8
     if kind == "task networks":  # a box this small leaves one network of 12 units no room for more than the first task
@@ -80,6 +81,7 @@ def test_promises_are_kept_to_the_end(trained):
 def test_what_a_kind_of_network_tells(trained):
     kind, found = trained
     assert all(one["promised"] is None and not one["over"] for one in found[0]["certificate"].values())
+    assert all(one["joint"] is None for one in found[0]["certificate"].values())
     for record in found:
         for name, one in record["certificate"].items():
             assert one["deployed"] == pytest.approx(record["accuracy"][name], abs=1e-6)
@@ -137,6 +139,27 @@ def test_no_network_of_the_box_is_worse_than_certified(universal):
     nothing = {**params, LEDGER: {**params[LEDGER], "done": jnp.zeros(3)}}
     told = certify.make(made, rows)(nothing)["certificate"]
     assert told["task 0"]["promised"] is None
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_affine_forms_through_the_target_certify_more_and_never_too_much(universal):
+    """What the hypernetwork makes of an embedding, of which some rows are right everywhere."""
+    _, params, rows = toy(universal)
+    wider = toys.boxed(universal=universal, gamma=0.6).boxed
+    told = certify.make(wider, rows)(params)["certificate"]
+    generator, rng, shares = oracle.wide(params["generator"]), np.random.default_rng(2), []
+    for t, (domain, (batch,)) in enumerate(rows.items()):
+        current = 1 if universal else t
+        centre, radius = oracle.embedded(generator, current, 0.6, universal)
+        networks = oracle.point(generator, oracle.sampled(rng, centre, radius, 400))
+        logits = np.stack([oracle.logits(one, np.asarray(batch.inputs, np.float64), (4, 8, 4)) for one in networks])
+        always = (logits.argmax(-1) == np.asarray(batch.targets)[None]).all(0).mean()
+        assert told[domain]["interval"] <= told[domain]["affine"] <= told[domain]["joint"] <= always
+        shares.append((told[domain]["affine"], told[domain]["joint"], always))
+    affine, joint, always = np.mean(shares, axis=0)
+    assert affine + 0.1 < joint
+    assert joint > 0.5 * always
+    assert toys.boxed("weight_boxes").boxed.layer is None  # weights that do not depend on each other
 
 
 def test_what_all_boxes_have_in_common():

@@ -21,7 +21,7 @@ STEPS, BETA, GAMMA = 4, 0.3, 0.5
 SCHEDULE = optax.linear_schedule(0.05, 0.01, 50)
 OPTIONS = hyperinterval.Options(
     steps=8, beta=0.0, kappa=0.5, ramp=0.5, schedule="smooth", average="once", point="centre", sample=None,
-    lookahead=False, project=True, spread=0.0, cap=1.0, ease=1.0, fresh=True,
+    lookahead=False, project=True, spread=0.0, cap=1.0, ease=1.0, fresh=True, select=0, aside=0.1,
 )  # fmt: skip
 
 
@@ -295,6 +295,9 @@ def test_a_task_begins_where_the_task_before_is():
             assert new[LEDGER]["current"] == 1
         again = hyperinterval.started(made, params, jnp.int32(0), jnp.array(True))
         np.testing.assert_array_equal(again["generator"]["embedding"]["centre"], old)
+        back = hyperinterval.started(made, states[2].params, jnp.int32(0), jnp.array(True))  # from the second task
+        want = states[2].params["generator"]["embedding"]["centre"]
+        np.testing.assert_array_equal(back["generator"]["embedding"]["centre"], want)
         if universal:  # its first box is that of the task before, inside the ledger
             ledger = states[1].params[LEDGER]
             begun = hyperinterval.started(made, params, jnp.int32(1), jnp.array(True))
@@ -314,3 +317,14 @@ def test_wide_boxes_earn_up_to_a_cap():
     box = Interval(jnp.array([0.0, 0.0, -1.0]), jnp.array([0.2, 1.0, 9.0]))
     want = np.mean(np.log(np.array([0.1, 0.5, 2.0]) + 1e-6))
     np.testing.assert_allclose(hyperinterval.width(box, 2.0), want, rtol=1e-6)
+
+
+def test_what_wide_boxes_earn_changes_from_task_to_task():
+    """By `ease` with every task that is over; the box is that of the ledger."""
+    run, (_, states) = Run(True, spread=2.0, ease=0.5, cap=0.3), learned(True)
+    for k in range(toys.T):
+        told = run.step(at(states[k], STEPS), toys.classes(3, task=k), jax.random.key(0))[1]
+        ledger = {**states[k].params[LEDGER], "current": jnp.float32(k)}
+        box = boxes.box(run.made, {**states[k].params, LEDGER: ledger}, jnp.int32(k))
+        radius = np.minimum((np.asarray(box.upper) - np.asarray(box.lower)) / 2, 0.3)
+        np.testing.assert_allclose(told["spread"], -2.0 * 0.5**k * np.mean(np.log(radius + 1e-6)), rtol=1e-4)

@@ -211,7 +211,8 @@ def test_files_that_are_no_images_or_lie_are_refused(tmp_path, archive):
         ("Git LFS pointer", pointer),
         ("holds a, b; say which", npz("names.npz", a=x, b=y)),
         ("Python objects, which are not loaded", npz("objects.npz", x=x, y=np.array([{}] * 6))),
-        ("6 images and labels of shape", npz("short.npz", x=x, y=y[:5])),
+        ("6 images, but 5 labels; give the labels of these images", npz("short.npz", x=x, y=y[:5])),
+        (r"6 images, but labels of shape \(6, 2\); give", npz("wide.npz", x=x, y=np.stack([y, y], 1))),
         ("labels of float64", npz("floats.npz", x=x, y=y.astype(float))),
         ("labels of int64; expected whole numbers from 0", npz("negative.npz", x=x, y=y.astype(int) - 1)),
         ("images of float32 from 0 to 255", npz("large.npz", x=np.float32([[0, 255]] * 6), y=y)),
@@ -273,6 +274,10 @@ def test_options_that_do_not_fit_are_refused(tmp_path, archive):
     np.savez(flat, x=np.zeros((6, 4), np.uint8) + np.arange(6, dtype=np.uint8)[:, None], y=np.arange(6))
     for words, options in (
         ("images need one of them", {}),
+        ("path='': is empty; give a file", {"path": ""}),
+        ("dataset='': is empty", {"dataset": ""}),
+        ("held_out_path='': is empty", {"path": archive, "held_out_path": ""}),
+        (r"held_out_path='.*none': no such file", {"path": archive, "held_out_path": str(tmp_path / "none")}),
         ("images need one of them", {"path": archive, "dataset": "mnist"}),
         ("split='train': of a dataset, but path is given", {"path": archive, "split": "train"}),
         ("held_out_path='x': of files, but dataset is given", {"dataset": "mnist", "held_out_path": "x"}),

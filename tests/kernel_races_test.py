@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from boxes_kernels_test import affine64, problem, row_sums64
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from vocabulary_kernels_test import close, cross_entropy64, draw, mixture64, operands
 
 from jaxcl.kernels.attention import tpu as attention
+from jaxcl.kernels.boxes import tpu as boxes
 from jaxcl.kernels.vocabulary import tpu as vocabulary
 
 TILES = vocabulary.Tiles(16, 256)  # three of tokens, the second for both cores; two of columns
@@ -79,6 +81,29 @@ def test_attention_has_no_race(races):
     raced, out = races(both_passes, q, k, v, segments)
     assert not raced
     assert all(np.isfinite(x).all() for x in out)  # memory that was never written is NaN
+
+
+def boxes_and_generators(weight, bias, centre, radius, d_centre, d_radius):
+    options = {"rows": 128, "interpret": CORES}
+    forward = boxes.affine(weight, bias, centre, radius, **options), boxes.row_sums(weight, centre, **options)
+    back = boxes.affine_backward(weight, centre, radius, d_centre, d_radius, **options)
+    more = boxes.row_sums_backward(weight, centre, d_centre[0], **options)
+    numbers = jnp.array([0.1, 0.9, 0.99, 1e-3, 0.1, 0.01])
+    kept, cut = weight[:256], slice(256)  # what is overwritten has whole tiles here
+    moments = jnp.zeros_like(kept), jnp.zeros_like(kept)
+    moved = boxes.update(kept, *moments, centre, radius, d_centre[:, cut], d_radius[:, cut], numbers, **options)
+    return *forward, back, more, moved
+
+
+def test_boxes_have_no_race(races):
+    """Three tiles of rows, the last of them not full; gradients of boxes are sums over tiles."""
+    arguments, cotangents = problem(3, 300, 21)
+    raced, out = races(boxes_and_generators, *arguments, *cotangents)
+    assert not raced
+    want, pulled = affine64(*arguments, *cotangents)
+    sums, back = row_sums64(arguments[0], arguments[2], cotangents[0][0])
+    close([*out[0], out[1], *out[2], *out[3]], [*want, sums, *pulled, *back], 1e-5)
+    assert all(np.isfinite(x).all() for x in out[4])
 
 
 def add(x, out):

@@ -218,6 +218,12 @@ def test_progress_shows_the_share_of_the_peak_where_it_is_known():
     assert "MFU" not in show.line()
 
 
+def test_progress_counts_rows_of_tables():
+    show = progress.Progress(10, unit="rows", console=Console(file=io.StringIO()))
+    show.write(train(1, time={"tokens_per_s": 12345.0}))
+    assert "12.3k rows/s" in show.line()
+
+
 def test_live_progress_shows_bar_losses_and_time_left():
     text = shown(terminal=True)
     for part in ("100 %", "step 10 of 10", "domain", "-0.500", "not finite", "tokens/s", "left"):

@@ -15,6 +15,9 @@ import jax
 from jaxcl.report import certificates, run
 from jaxcl.seeds import interval
 
+# Of each task: promised, and left of it now; what boxes and networks of the generator certified then, and now.
+CERTIFIED = ("promised", "now", "interval", "affine", "joint", "interval_now", "affine_now", "joint_now")
+
 
 def read(folder: Path) -> dict:
     """Returns boundary -> accuracies of all tasks and the figures of the certificates of those that are over."""
@@ -27,7 +30,8 @@ def read(folder: Path) -> dict:
         accuracy = [float(told.accuracy[domain][at]) for domain in told.own]
         past = {k: record for k, record in told.certificates.items() if k <= boundary}
         block = certificates.compared(told.tasks, told.own, past) if past else None
-        found[str(boundary)] = {"accuracy": accuracy, "certificates": block}
+        shown = boundary < 5 or boundary == len(told.own) - 1  # of thirty tasks it would be a megabyte
+        found[str(boundary)] = {"accuracy": accuracy, "certificates": block if shown else None}
     seconds = sorted(told.speed["step_s"].tolist()) if "step_s" in told.speed else [math.nan]
     return {"boundaries": found, "median_step_s": seconds[len(seconds) // 2]}
 
@@ -39,6 +43,23 @@ def arms(folder: Path) -> dict[str, dict[str, dict]]:
         label, _, seed = path.name.rpartition("-seed")
         found.setdefault(label, {})[seed] = read(path)
     return found
+
+
+def summary(boundaries: dict[str, dict]) -> dict[str, float | None]:
+    """Returns means over the tasks of a whole run: accuracies, what was lost and promised, and without being told."""
+    last = boundaries[str(max(map(int, boundaries)))]
+    course = [[boundaries[str(b)]["accuracy"][k] for b in range(k, len(boundaries))] for k in range(len(boundaries))]
+    earlier = course[:-1] or course
+    found = {
+        "learned": sum(one[0] for one in course) / len(course),
+        "final": sum(one[-1] for one in course) / len(course),
+        "transfer": sum(one[-1] - one[0] for one in earlier) / len(earlier),
+        "forgetting": sum(max(one) - one[-1] for one in earlier) / len(earlier),
+    }
+    block = last["certificates"] or {"tasks": [], "promised": None, "guessed": None}
+    now = [one["now"] for one in block["tasks"]]
+    left = sum(now) / len(now) if now and None not in now else None
+    return found | {"promised": block["promised"], "now": left, "guessed": block["guessed"]}
 
 
 def text(values: list[float]) -> str:
@@ -64,7 +85,7 @@ def table(runs: dict[str, dict[str, dict]], boundary: str) -> None:
         cells = [text(mean), ", ".join(each)]
         if all(blocks):
             tasks = [[block["tasks"][k] for block in blocks] for k in range(over)]
-            for key in ("promised", "now", "interval", "affine"):
+            for key in CERTIFIED:
                 cells.append(", ".join(text([one[key] for one in task]) for task in tasks))
             cells.append(", ".join(f"{one['affine_radius'] / one['radius']:.2f}" for one in blocks[0]["tasks"]))
             cells.append(text([block["guessed"] for block in blocks]))
@@ -82,8 +103,13 @@ def main() -> None:
         last = max((b for arm in runs.values() for one in arm.values() for b in one["boundaries"]), key=int)
         for boundary in dict.fromkeys(("2" if int(last) > 2 else last, last)):
             print(f"\n{name}, after task {int(boundary) + 1}")
-            print("| | mean | accuracy | promised | certified now | intervals | affine | radius | guessed | kept |")
+            print(f"| | mean | accuracy | {' | '.join(CERTIFIED)} | radius | guessed | kept |")
             table(runs, boundary)
+        print("| | learned | final | backward transfer | forgetting | promised | now | guessed |")
+        for label, seeds in runs.items():
+            every = [summary(one["boundaries"]) for one in seeds.values() if last in one["boundaries"]]
+            if every:
+                print(f"| {label} | {' | '.join(text([one[key] for one in every]) for key in every[0])} |")
     if options.out:
         about = {"python": platform.python_version(), "jax": jax.__version__, "machine": platform.machine()}
         about["command"] = "python -m jaxcl.main --config=configs/hyperinterval_compare.py:PART --workdir=runs/PART"

@@ -14,7 +14,9 @@ from absl import flags
 from jaxcl import main, sweep
 from jaxcl.schema import UserError
 
-PARTS = flags.DEFINE_list("parts", ["task", "universal", "published", "long"], "Comparisons to make.")
+PARTS = flags.DEFINE_list(
+    "parts", ["task", "universal", "published", "long", "three", "select"], "Comparisons to make."
+)
 MNIST = flags.DEFINE_string("mnist", None, "Folder with the four files of MNIST.")
 CONFIG = Path(__file__).parents[2] / "configs" / "hyperinterval_compare.py"
 

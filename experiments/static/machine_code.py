@@ -24,9 +24,13 @@ from jaxcl.aot import topology
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1", "h200": "h200:1"}
 WIDTHS = (64, 128, 256)
 TOKENS, WIDTH, VOCAB = 2048, 2048, 32768  # of the vocabulary kernels
+LAYER, TASKS, SYMBOLS = (65_600, 100), 6, 124  # of the boxes: N and K, T, S
 # Tensor-core instructions of Hopper; all but the first are those of older chips, at half its speed or less.
 PRODUCTS = ("HGMMA", "HMMA", "IMMA", "DMMA", "BMMA", "QMMA")
 ATOMICS = ("RED", "REDG", "ATOM", "ATOMG", "ATOMS", "UBLKRED", "UTMAREDG")
+
+
+BOXES = ("affine", "affine_backward", "row_sums", "row_sums_backward", "update")
 
 
 class Program(NamedTuple):
@@ -82,6 +86,24 @@ def vocabulary() -> tuple[Callable[..., Any], Any]:
     return run, (*matrices, of(jnp.int32, TOKENS), of(single), of(single, TOKENS), of(single, TOKENS))
 
 
+def boxes() -> tuple[Callable[..., Any], Any]:
+    """Boxes and generators through the last layer of a hypernetwork, both passes, and its step of Adam, in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxcl.kernels.boxes import tpu
+
+    def run(weight, bias, centre, radius, generators, d_centre, d_radius, numbers):
+        out = [tpu.affine(weight, bias, centre, radius), tpu.row_sums(weight, generators)]
+        out += [tpu.affine_backward(weight, centre, radius, d_centre, d_radius)]
+        out += [tpu.row_sums_backward(weight, generators, d_centre[0])]
+        return out, tpu.update(weight, weight, weight, centre, radius, d_centre, d_radius, numbers)
+
+    rows, width = LAYER
+    sizes = LAYER, (rows,), (TASKS, width), (TASKS, width), (SYMBOLS, width), (TASKS, rows), (TASKS, rows), (6,)
+    return run, tuple(jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes)
+
+
 def _programs() -> dict[str, Program]:
     """TPU dumps name the kernels, GPU dumps do not: there every kernel is a program."""
     out, passes = {}, ("forward", "d_queries", "d_keys")
@@ -93,6 +115,7 @@ def _programs() -> dict[str, Program]:
         for width in WIDTHS:
             make = functools.partial(attention, chip, width, passes)
             out[f"attention {chip} {width}"] = Program(chip, passes, make)
+        out[f"boxes {chip}"] = Program(chip, BOXES, boxes)
         out[f"vocabulary {chip}"] = Program(chip, ("cross_entropy", "d_hidden", "d_head", "mixture"), vocabulary)
     return out
 

@@ -3,6 +3,8 @@ r"""Certificates of boxes of weights: what every network of a box gets right, an
     certified  share of held-out rows on which the least logit of the target, over the whole box, is above the greatest
                of any other class: every network in the box gets them right
     promised   the same of the box in the ledger, which the deployed network cannot leave
+    joint      the same of the networks that the generator makes, which do not fill their box: affine forms go on
+               through the target network. The ledger keeps boxes, so that this is no promise
 
 Bounds are rounded outward (`jaxcl.models.interval`), so that they hold in exact arithmetic; the deployed network itself
 is computed in float32, and differs only on rows whose margin is within its rounding error.
@@ -22,12 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl import grad
 from jaxcl.models import boxed as boxes
 from jaxcl.models.boxed import LEDGER, Boxed
 from jaxcl.models.interval import Interval
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Params
 
+ROWS = 32  # at a time through affine forms, which take K numbers for each activation
 Rows = Mapping[str, Sequence[Batch]]  # domain -> batches [B, ...] with the number of their task
 
 
@@ -42,18 +46,23 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
     Returns:
       A function that gives, for each domain: `task`; `over`, whether it has been learned; `deployed`, the accuracy of
       the deployed network; `promised`, the certified accuracy of its box in the ledger, None without one; `interval`
-      and `affine`, those of its present box by interval arithmetic and by affine forms, before any clipping; `radius`
-      and `affine_radius`, mean radii of these; `kept_radius`, that in the ledger; `clipped`, the share of the weights
-      of the point network that the ledger moves; and, of task networks, `guessed` and `guessed_interval`: the share
-      of rows of which task and class are right if the task is that of the least (interval) entropy.
+      and `affine`, those of its present box by interval arithmetic and by affine forms, before any clipping; `joint`,
+      what all networks get right that the generator makes of the present embedding, None of a generator whose weights
+      do not depend on each other and before the task is over; `radius`
+      and `affine_radius`, mean radii of the boxes; `kept_radius`, that in the ledger; `clipped`, the share of the
+      weights of the point network that the ledger moves; and, of task networks, `guessed` and `guessed_interval`: the
+      share of rows of which task and class are right if the task is that of the least (interval) entropy.
     """
+    find = jax.jit(functools.partial(_boxes, made))
     count = jax.jit(functools.partial(_counts, made))
     shape = jax.jit(functools.partial(_shape, made))
     guess = jax.jit(functools.partial(_guesses, made))
+    whole = jax.jit(lambda params, batch: boxes.zonotope(made, params, batch.task[0]))
+    together = jax.jit(functools.partial(_together, made))
     task_of = {domain: int(fetch(batches[0].task)[0]) for domain, batches in rows.items()}
 
-    def total(function: Callable[[Params, Batch], jax.Array], params: Params, batches: Sequence[Batch]) -> list[float]:
-        values = fetch([function(params, batch) for batch in batches])
+    def total(function: Callable[..., jax.Array], batches: Sequence[Batch], *arguments: Any) -> list[float]:
+        values = fetch([function(*arguments, batch) for batch in batches])
         return np.asarray(values, np.float64).sum(axis=0).tolist()
 
     def run(params: Params) -> dict[str, Any]:
@@ -61,15 +70,19 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
         over = fetch(params[LEDGER]["done"]) > 0
         for domain, batches in rows.items():
             task = task_of[domain]
-            deployed, promised, wide, tight, weight = total(count, params, batches)
-            sizes = {name: float(value) for name, value in fetch(shape(params, batches[0])).items()}
+            made_boxes = find(params, batches[0])
+            deployed, promised, wide, tight, weight = total(count, batches, params, made_boxes)
+            sizes = {name: float(value) for name, value in fetch(shape(params, made_boxes, batches[0])).items()}
             kept = math.isfinite(sizes["kept_radius"])
             one: dict[str, Any] = {"task": task, "over": bool(over[task]), "deployed": deployed / weight}
             one["promised"] = promised / weight if over[task] and kept else None
-            one |= {"interval": wide / weight, "affine": tight / weight}
+            one |= {"interval": wide / weight, "affine": tight / weight, "joint": None}
+            if made.layer and over[task]:
+                (sure,) = total(together, batches, params, made_boxes[2], whole(params, batches[0]))
+                one["joint"] = sure / weight
             one |= sizes | ({} if kept else {"kept_radius": None})
             if not made.universal and over.sum() > 1:
-                plain, interval, weight = total(guess, params, batches)
+                plain, interval, weight = total(guess, batches, params)
                 one |= {"guessed": plain / weight, "guessed_interval": interval / weight}
             found[domain] = one
         return {"certificate": found}
@@ -120,21 +133,38 @@ def _raw(made: Boxed, params: Params, task: jax.Array) -> tuple[Interval, Interv
     return Interval(centre[0] - radius[0], centre[0] + radius[0]), Interval(middle - near, middle + near)
 
 
-def _counts(made: Boxed, params: Params, batch: Batch) -> jax.Array:
-    """Returns numbers of rows, float32 [5]: deployed right, promised, certified by both arithmetics; weight."""
-    task, weights = batch.task[0], batch.weights
-    right = made.model.apply(params, batch).logits.argmax(-1) == batch.targets
-    found = [
-        boxes.certain(boxes.logits(made, params, box, batch, outward=True), batch)
-        for box in (_ledger(made, params, task), *_raw(made, params, task))
-    ]
-    return jnp.stack([*(jnp.sum(weights * one) for one in (right, *found)), jnp.sum(weights)])
-
-
-def _shape(made: Boxed, params: Params, batch: Batch) -> dict[str, jax.Array]:
-    """Returns the sizes of the boxes of the task of a batch."""
+def _boxes(made: Boxed, params: Params, batch: Batch) -> tuple[Interval, Interval, Interval]:
+    """Returns the boxes of the task of a batch: of the ledger, by interval arithmetic, by affine forms; [N] each."""
     task = batch.task[0]
-    wide, tight = _raw(made, params, task)
+    return _ledger(made, params, task), *_raw(made, params, task)
+
+
+def _counts(made: Boxed, params: Params, found: Sequence[Interval], batch: Batch) -> jax.Array:
+    """Returns numbers of rows, float32 [5]: deployed right, promised, certified by both arithmetics; weight."""
+    weights = batch.weights
+    right = made.model.apply(params, batch).logits.argmax(-1) == batch.targets
+    sure = [boxes.certain(boxes.logits(made, params, box, batch, outward=True), batch) for box in found]
+    return jnp.stack([*(jnp.sum(weights * one) for one in (right, *sure)), jnp.sum(weights)])
+
+
+def _together(made: Boxed, params: Params, tight: Interval, found: boxes.Zonotope, batch: Batch) -> jax.Array:
+    """Returns the number of rows, float32 [1], that the box or affine forms certify, some rows at a time."""
+    task, size = batch.task[0], len(batch.weights)
+    pieces = size // max(n for n in range(1, min(size, ROWS) + 1) if size % n == 0)
+
+    def one(rows: Batch) -> jax.Array:
+        sure = boxes.together(made, params, task, found, rows)
+        box = boxes.certain(boxes.logits(made, params, tight, rows, outward=True), rows)
+        return jnp.sum(rows.weights * (sure | box))[None]
+
+    return jnp.sum(jax.lax.map(one, grad.split(batch, pieces)), axis=0)
+
+
+def _shape(
+    made: Boxed, params: Params, found: tuple[Interval, Interval, Interval], batch: Batch
+) -> dict[str, jax.Array]:
+    """Returns the sizes of the boxes of the task of a batch."""
+    (_, wide, tight), task = found, batch.task[0]
     where, raw = boxes.limits(made, params, task), boxes.shown(made, params, task)
     point, _ = made.boxes(params["generator"], raw[None], jnp.zeros(1))
     return {

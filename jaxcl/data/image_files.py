@@ -180,7 +180,8 @@ def _checked(path: str, pixels: np.ndarray, labels: np.ndarray) -> Images:
         raise UserError(f"{path}: images of shape {pixels.shape}; expected [N, H, W], [N, H, W, C] or [N, D]")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != pixels.shape[:1]:
-        raise UserError(f"{path}: {len(pixels):,} images and labels of shape {labels.shape}; expected one for each")
+        found = f"{len(labels):,} labels" if labels.ndim == 1 else f"labels of shape {labels.shape}"
+        raise UserError(f"{path}: {len(pixels):,} images, but {found}; give the labels of these images, one for each")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
         raise UserError(f"{path}: labels of {labels.dtype}; expected whole numbers from 0 on")
     if pixels.dtype != np.uint8:

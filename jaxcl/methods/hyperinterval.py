@@ -19,13 +19,15 @@ Deviations. R is averaged over tasks once; `average="twice"` divides it by their
 does. gamma_i rises along a half cosine to gamma at `ramp` of the task and kappa_i falls with it;
 `schedule="published"` is a ramp to I / 2 with a jump of kappa to its end. Moments start anew with every task
 (`fresh`), as published. `spread` rewards wide boxes, which leave room for later tasks. `point="middle"` trains the
-middle of the box, which is no output of the hypernetwork. With `lookahead` R is that of the parameters after the step
+middle of the box, which is no output of the hypernetwork. `select` chooses the generator of a task by the certified
+accuracy of rows held back. With `lookahead` R is that of the parameters after the step
 that the loss of the task alone would take (von Oswald et al., 1906.00695, eq. 2). `sample` earlier tasks enter R in
 each step.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -34,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcl import grad, tree
+from jaxcl import grad, selection, tree
 from jaxcl.compose import Setting
 from jaxcl.models import boxed as boxes
 from jaxcl.models.boxed import LEDGER, Boxed
@@ -44,6 +46,7 @@ from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Memory, Method, Metrics, Output, Params, TrainState
 
 STEPS = 1000  # of a task whose length is not known
+ROWS = 256  # that `select` looks at
 TINY = 1e-6  # added to radii before the logarithm
 
 
@@ -64,6 +67,8 @@ class Options(NamedTuple):
     cap: float
     ease: float
     fresh: bool
+    select: int
+    aside: float
 
 
 def make(
@@ -83,6 +88,8 @@ def make(
     cap: float = 1.0,
     ease: float = 1.0,
     fresh: bool = True,
+    select: int = 0,
+    aside: float = 0.1,
 ) -> Method:
     """Returns the complete method.
 
@@ -103,12 +110,16 @@ def make(
       cap: radius above which `spread` rewards nothing: weights that count for nothing could grow for ever.
       ease: factor on `spread` from one task to the next.
       fresh: whether the optimiser starts anew with every task; its learning rate goes on.
+      select: steps from one look at the certified accuracy of rows held back to the next, at full gamma alone; a task
+        ends with the generator that did best. 0 = with the last one, and no row is held back.
+      aside: share of the rows of a task that `select` holds back.
 
     Raises:
       UserError: an option out of range, or a model without boxes.
     """
     length = steps_of(setting, steps, "hyperinterval")
     rest = (beta, kappa, ramp, schedule, average, point, sample, lookahead, project, spread, cap, ease, fresh)
+    rest = (*rest, select, aside)
     options = Options(length, *rest)
     return _method(setting, _checked(setting, options), options)
 
@@ -121,12 +132,17 @@ def _method(setting: Setting, made: Boxed, options: Options) -> Method:
         memory: dict[str, Any] = {"age": jnp.zeros((), jnp.int32)}
         if options.beta:
             memory["targets"] = {part: jnp.zeros((made.tasks, made.size)) for part in ("centre", "radius")}
+        if options.select:
+            memory["selection"] = selection.start(setting.example, trained, ROWS)
         return TrainState(jnp.zeros((), jnp.int32), params, setting.tx.init(trained), memory)
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         task, age = batch.task[0], state.memory["age"]
         params = started(made, state.params, task, age == 0)
         gamma, share = rates(options, age)
+        memory = {**state.memory, "age": age + 1}
+        if options.select:
+            kept, batch = selection.parted(memory["selection"], batch, options.aside, named(key, "aside"))
         losses = _losses(setting, made, options, params, state.memory, gamma, share, task, key)
         if options.lookahead and options.beta:
             values, grads = _ahead(setting, losses, params["generator"], state.opt_state, batch)
@@ -139,13 +155,19 @@ def _method(setting: Setting, made: Boxed, options: Options) -> Method:
         # Behind a barrier, or XLA stores the squares of the gradient, which the second moment needs as well.
         norm = tree.norm(jax.lax.optimization_barrier(grads))
         metrics |= {"grad_norm": norm, "weight": values["task"][1], "scale": gamma, "kappa": share}
-        memory = {**state.memory, "age": age + 1}
+        if options.select:
+            due = (gamma >= 1) & ((age + 1) % options.select == 0)
+            score = functools.partial(_certified, made, params, task)
+            memory["selection"] = selection.looked(kept, moved, due, score)
         return TrainState(state.step + 1, {**params, "generator": moved}, opt_state, memory), metrics
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         task, params = batch.task[0, 0], state.params
-        params = boxes.close(made, params, task) if options.project else boxes.over(params, task)
         memory = {**state.memory, "age": jnp.zeros((), jnp.int32)}
+        if options.select:
+            best, memory["selection"] = selection.chosen(memory["selection"], params["generator"])
+            params = {**params, "generator": best}
+        params = boxes.close(made, params, task) if options.project else boxes.over(params, task)
         if options.beta:
             every = jnp.arange(made.tasks)
             centre, radius = made.boxes(params["generator"], every, jnp.ones(made.tasks))
@@ -262,6 +284,14 @@ def _losses(
     return losses
 
 
+def _certified(made: Boxed, params: Params, task: jax.Array, generator: Params, rows: Batch) -> jax.Array:
+    """Returns the certified share of rows with the box that would be promised now, float32 []."""
+    params = {**params, "generator": generator}
+    found = boxes.box(made, params, task, tight=True)
+    sure = boxes.certain(boxes.logits(made, params, found, rows), rows)
+    return grad.mean(jnp.sum(rows.weights * sure), jnp.sum(rows.weights))
+
+
 def _worst(made: Boxed, params: Params, found: Interval, output: Output, rows: Batch, gamma: jax.Array) -> jax.Array:
     """Returns the worst logits of a box; those of the point network itself where the box is that point."""
     return jnp.where(gamma == 0, output.logits, boxes.worst(boxes.logits(made, params, found, rows), rows))
@@ -322,6 +352,10 @@ def _checked(setting: Setting, options: Options) -> Boxed:
     for name in ("kappa", "ramp"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"{where}{name}={getattr(options, name)}: must lie in [0, 1]; it is a share")
+    if options.select < 0 or (options.select and not 0 < options.aside < 1):
+        raise UserError(
+            f"{where}select={options.select}, aside={options.aside}: must not be negative, and a share between 0 and 1"
+        )
     if options.sample is not None and options.sample < 1:
         raise UserError(f"{where}sample={options.sample}: must be at least 1; None takes all earlier tasks")
     return made

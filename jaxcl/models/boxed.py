@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl import frozen
-from jaxcl.models.interval import Interval, bounds
+from jaxcl.kernels import boxes as products
+from jaxcl.models.interval import Form, Interval, affine_bounds, bounds
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Output, Params
 
@@ -35,6 +36,25 @@ LEDGER = "ledger"
 
 # (generator, tasks int32 [S], scales float32 [S]) -> centres and radii, float32 [S, N] each; at scale 0 the radius is 0
 Boxes = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Layer(NamedTuple):
+    """The last layer of a generator, and what enters it for one task: weights of the target = weight h + bias."""
+
+    weight: jax.Array  # [N, K]
+    bias: jax.Array  # [N]
+    centre: jax.Array  # [K], of h
+    generators: jax.Array  # [S, K]: h = centre + sum_s eps_s generators_s, |eps_s| <= 1
+
+
+class Zonotope(NamedTuple):
+    """All networks of a task at once, centre + weight d, whose weights share the symbols of d."""
+
+    generators: jax.Array  # [S, K]
+    centre: jax.Array  # [N]
+    reach: jax.Array  # [N], sum_s |weight generators_s|
+    mass: jax.Array  # [N], |weight| sum_s |generators_s|
+    ends: Interval  # [N], a box that holds them
 
 
 class Boxed(NamedTuple):
@@ -49,7 +69,8 @@ class Boxed(NamedTuple):
     tight: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]  # of one task: the tightest known, [N] each
     begin: Callable[[Params, jax.Array, jax.Array], Params]  # (generator, task, task before): before its first step
     keep: Callable[[Params, Params, jax.Array], Params]  # (generator, that before a step, task): the others' own parts
-    network: Callable[[Params, jax.Array], Params]  # (params, weights [N]) -> parameters of the target
+    network: Callable[[Params, jax.Array], Params]  # (params, weights [N, ...]) -> parameters of the target
+    layer: Callable[[Params, jax.Array], Layer] | None = None  # (generator, task), where weights depend on each other
 
 
 def make(
@@ -70,7 +91,7 @@ def make(
       tasks: T.
       universal: whether one network serves all tasks.
       fixed: patterns of the target's parameters that have no boxes.
-      **functions: `boxes`, `tight`, `begin` and `keep` of `Boxed`.
+      **functions: `boxes`, `tight`, `begin`, `keep` and perhaps `layer` of `Boxed`.
 
     Raises:
       UserError: T below 1, or parameters of the target that are not float32.
@@ -123,14 +144,14 @@ def _parted(tree: Any, fixed: Sequence[str]) -> tuple[Any, Any]:
 
 
 def raveling(shapes: Any) -> tuple[int, Callable[[jax.Array], Params]]:
-    """Returns N, and the function from a vector [N] to a tree of these shapes, in flattening order."""
+    """Returns N, and the function from [N, ...] to a tree of these shapes, in flattening order."""
     leaves, structure = jax.tree.flatten(shapes)
     sizes = [math.prod(leaf.shape) for leaf in leaves]
 
     def unravel(vector: jax.Array) -> Params:
         parts, begin = [], 0
         for leaf, count in zip(leaves, sizes, strict=True):
-            parts.append(jax.lax.slice_in_dim(vector, begin, begin + count).reshape(leaf.shape))
+            parts.append(jax.lax.slice_in_dim(vector, begin, begin + count).reshape(leaf.shape + vector.shape[1:]))
             begin += count
         return jax.tree.unflatten(structure, parts)
 
@@ -222,6 +243,50 @@ def certain(logits: Interval, batch: Batch) -> jax.Array:
     own = batch.targets[:, None] == jnp.arange(logits.lower.shape[-1])[None]
     others = jnp.max(jnp.where(own, -jnp.inf, logits.upper), axis=-1)
     return jnp.sum(jnp.where(own, logits.lower, 0), axis=-1) > others
+
+
+def zonotope(boxed: Boxed, params: Params, task: jax.Array) -> Zonotope:
+    """Returns all networks that the generator makes of the embedding of a task, without the ledger.
+
+    Where `Boxed.layer` is. The layers before the last are computed to nearest.
+    """
+    own, generator = shown(boxed, params, task), params["generator"]
+    assert boxed.layer
+    weight, bias, centre, generators = boxed.layer(generator, own)
+    middle, mass = products.affine(weight, bias, centre[None], jnp.sum(jnp.abs(generators), axis=0)[None])
+    near, far = boxed.tight(generator, own)
+    ends = Interval(near - far, near + far)
+    return Zonotope(generators, middle[0], products.row_sums(weight, generators), mass[0], ends)
+
+
+def together(boxed: Boxed, params: Params, task: jax.Array, found: Zonotope, batch: Batch) -> jax.Array:
+    """Returns the rows that all networks of a zonotope get right, bool [B], by affine forms through the target.
+
+    Bounded is the difference of two logits, in which what they share cancels. Rounded outward. Memory: K numbers for
+    every activation of the batch; compute: about 2 K forward passes.
+
+    Args:
+      boxed: the model.
+      params: of it.
+      task: int32 [].
+      found: `zonotope` of these.
+      batch: rows of the task.
+    """
+    assert boxed.layer
+    slope = boxed.layer(params["generator"], shown(boxed, params, task)).weight
+    bare = {**params, "fixed": {}}
+    parts = (found.centre, slope, found.reach, found.mass, *found.ends)
+    trees = [boxed.network(bare, part) for part in parts]
+    symbols = len(found.generators)
+    forms = jax.tree.map(lambda *x: Form.of(*x[:4], Interval(*x[4:]), symbols), *trees)
+
+    def margins(params: Params, rows: Batch) -> jax.Array:
+        logits = boxed.target.apply(params, rows).logits
+        return jnp.take_along_axis(logits, rows.targets[:, None], axis=-1) - logits  # [B, V]
+
+    joined = frozen.join(forms, params.get("fixed", {}))
+    least = affine_bounds(margins, found.generators)(joined, batch).lower
+    return jnp.all((least > 0) | (batch.targets[:, None] == jnp.arange(least.shape[-1])[None]), axis=-1)
 
 
 @jax.custom_vjp

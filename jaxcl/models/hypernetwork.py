@@ -13,7 +13,9 @@ at 0 this is the hypernetwork of points, bit for bit.
 `tight` are affine forms (zonotopes; Singh et al. 2018, DeepZ, section 4): every coordinate of the embedding keeps its
 own noise symbol through all layers, a ReLU that may be on or off adds one, and the radius of weight n is
 sum_s |V_n g_s|. Where few ReLUs are undecided they are far inside the boxes of interval arithmetic; where many are,
-neither holds the other, and what is used is the intersection, in every layer and at the end.
+neither holds the other, and what is used is the intersection, in every layer and at the end. `layer` is what a
+certificate of all networks together goes on from (`boxed.together`): V itself holds the slopes of the weights, so that
+no number of weights x symbols is stored.
 
 Choices. `start="fan"` draws the bias of the last layer as the target network draws its weights and gives V rows that
 move a weight by `reach` of its own scale, so that all target layers start well; "published" draws V and both biases
@@ -32,7 +34,7 @@ import jax.numpy as jnp
 
 from jaxcl.kernels import boxes as products
 from jaxcl.models import boxed
-from jaxcl.models.boxed import Boxed
+from jaxcl.models.boxed import Boxed, Layer
 from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Key, Model, Params
@@ -91,7 +93,7 @@ def make(
 
 
 def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dict[str, Callable[..., Any]]:
-    """Returns `boxes`, `tight`, `begin` and `keep` of `jaxcl.models.boxed.Boxed`."""
+    """Returns `boxes`, `tight`, `begin`, `keep` and `layer` of `jaxcl.models.boxed.Boxed`."""
 
     def embed(generator: Params, which: jax.Array) -> tuple[jax.Array, jax.Array]:
         free, spread = (generator["embedding"][part][which] for part in ("centre", "radius"))  # [S, M]
@@ -103,6 +105,12 @@ def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dic
         centre, radius = embed(generator, which)
         centre, radius = _through(generator["hidden"], centre, radius * scales[:, None])
         return products.affine(generator["head"]["weight"], generator["head"]["bias"], centre, radius)
+
+    def layer(generator: Params, task: jax.Array) -> Layer:
+        centre, radius = embed(generator, task[None])
+        centre, noise, fresh = _affine_forms(generator["hidden"], centre[0], radius[0])
+        generators = jnp.concatenate([noise, jnp.diag(fresh)])
+        return Layer(generator["head"]["weight"], generator["head"]["bias"], centre, generators)
 
     def tight(generator: Params, task: jax.Array) -> tuple[jax.Array, jax.Array]:
         centre, radius = embed(generator, task[None])
@@ -125,7 +133,7 @@ def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dic
         new, kept = generator["embedding"], old["embedding"]
         return _with(generator, **{part: jnp.where(own, new[part], kept[part]) for part in new})
 
-    return {"boxes": wide, "tight": tight, "begin": begin, "keep": keep}
+    return {"boxes": wide, "tight": tight, "begin": begin, "keep": keep, "layer": layer}
 
 
 def intersection(centre: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:

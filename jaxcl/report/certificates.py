@@ -38,7 +38,9 @@ def compared(tasks: Sequence[str], own: Sequence[str], records: Mapping[int, Map
         told = {"task": name, "domain": domain, "promised": first["promised"], "just_after": first["deployed"]}
         told |= {"deployed": entry["deployed"], "now": entry["promised"]}
         told["kept"] = None if told["promised"] is None else told["deployed"] >= told["promised"]
-        told |= {key: first[key] for key in ("interval", "affine", "radius", "affine_radius", "kept_radius")}
+        told |= {key: first.get(key) for key in ("interval", "affine", "joint")}
+        told |= {f"{key}_now": entry.get(key) for key in ("interval", "affine", "joint")}
+        told |= {key: first[key] for key in ("radius", "affine_radius", "kept_radius")}
         told |= {key: entry.get(key) for key in ("clipped", "guessed", "guessed_interval")}
         found.append(told)
     whole = bool(found) and all(one["promised"] is not None for one in found)
@@ -64,17 +66,18 @@ def section(figures: Mapping[str, Any]) -> str:
     rows = []
     for one in block["tasks"]:
         kept = "–" if one["kept"] is None else mark(one["kept"])
-        shares = (one["promised"], one["deployed"], one["now"], one["interval"], one["affine"])
+        shares = (one["promised"], one["deployed"], one["now"], one["interval"], one["affine"], one["joint"])
         ratio = one["affine_radius"] / one["radius"] if one["radius"] else float("nan")
         rows.append([escape(one["task"]), *(_share(x) for x in shares[:3]), kept, *(_share(x) for x in shares[3:])])
         rows[-1] += [f"{one['affine_radius']:.3g}", f"{ratio:.2f}", _share(one["clipped"])]
-    heads = ["task", "promised", "accuracy now", "certified now", "kept", "by intervals", "by affine forms"]
+    heads = ["task", "promised", "accuracy now", "certified now", "kept", "by intervals", "by affine forms", "jointly"]
     heads += ["radius", "of that by intervals", "clipped"]
     hint = (
         "Promised: share of held-out rows that every network in the box of the task gets right, when the task was "
         "learned; the deployed network never leaves that box. Certified now: of what the ledger has left of it. By "
         "intervals, by affine forms, radius (of a weight, mean): of the box that the generator made at that time, "
-        "before the ledger cut it. Clipped: weights that the ledger keeps from moving now."
+        "before the ledger cut it. Jointly: of its networks, whose weights depend on each other. Clipped: weights that "
+        "the ledger keeps from moving now."
     )
     return f"<h2>What was promised, and kept</h2>{verdict(block)}" + page.table("Certificates", heads, rows, hint=hint)
 

@@ -223,6 +223,7 @@ def machinery(run: Run) -> str:
     objective = "objective" if rolled or paired else "nats per token"
     meant = "Where stages learn by rollouts: the objective, which is no likelihood and need not fall." if rolled else ""
     meant += " Where they learn from pairs: 0.69 before anything is preferred." if paired else ""
+    unit = run.about.get("facts", {}).get("unit", "tokens")
     return "<h2>How the training went</h2>" + page.pairs(
         [
             one(train, "loss", "Training loss", objective, 0, caption=meant.strip()),
@@ -232,10 +233,10 @@ def machinery(run: Run) -> str:
                 run.speed,
                 "tokens_per_s",
                 "Throughput",
-                "tokens per second",
+                f"{unit} per second",
                 5,
                 zero=True,
-                caption=words.speed(speed(run)),
+                caption=words.speed(speed(run), unit),
             ),
         ]
     )

@@ -48,12 +48,12 @@ def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
     return f"{value:,.0f}"
 
 
-def speed(figures: dict[str, float]) -> str:
-    """Returns the speed of a typical step: tokens, model arithmetic and its share of the peak, as far as known."""
+def speed(figures: dict[str, float], unit: str = "tokens") -> str:
+    """Returns the speed of a typical step: tokens or rows, model arithmetic and its share of the peak, if known."""
     tokens, arithmetic, share = (figures[name] for name in ("tokens_per_s", "model_flops_per_s", "mfu"))
     if math.isnan(tokens):
         return ""
-    text = f"Median {count(tokens)} tokens per second, counting targets trained on, replayed ones too."
+    text = f"Median {count(tokens)} {unit} per second, counting targets trained on, replayed ones too."
     if math.isnan(arithmetic):
         return text
     text += f" That is {measure(arithmetic, 'FLOP/s')} of model arithmetic"

@@ -71,6 +71,9 @@ def make(
     Raises:
       UserError: files or a dataset that cannot be read, or options that do not fit them.
     """
+    for key, value in (("path", path), ("held_out_path", held_out_path), ("dataset", dataset)):
+        if value == "":
+            raise UserError(f"config.sources: {key}='': is empty; give a file, a folder or a name, or leave it out")
     view = pixels.View(classes, relabel, pad, rotation, permutation, standardise)
     pixels.check(view, limit)
     if (path is None) == (dataset is None):
@@ -113,7 +116,10 @@ def _of_files(
     if held_out_path is not None:
         if os.path.realpath(os.path.expanduser(held_out_path)) == os.path.realpath(os.path.expanduser(path)):
             raise UserError(f"config.sources: held_out_path={held_out_path!r}: is path as well; give held_out=0.1")
-        return train, image_files.read(held_out_path, image, label)[0]
+        try:
+            return train, image_files.read(held_out_path, image, label)[0]
+        except UserError as error:
+            raise UserError(str(error).replace("config.sources: path=", "config.sources: held_out_path=")) from error
     if held_out is None and beside is not None:
         return train, beside
     return pixels.divided(train, _SHARE if held_out is None else held_out, seed)

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcl.models.interval.affine import Form, affine_bounds
 from jaxcl.models.interval.known import standardised
 from jaxcl.models.interval.normalise import standardise
 from jaxcl.models.interval.products import multiply
@@ -35,7 +36,7 @@ from jaxcl.models.interval.trace import evaluate
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output, Params
 
-__all__ = ["Interval", "bounds", "check_rows", "interval", "layer_norm_bounds", "standardise"]
+__all__ = ["Form", "Interval", "affine_bounds", "bounds", "check_rows", "interval", "layer_norm_bounds", "standardise"]
 
 
 def bounds(function: Callable[..., Any], *, outward: bool = False) -> Callable[..., Any]:

@@ -16,17 +16,14 @@ Product = Callable[[Any, Any], Any]
 
 def dot_general(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Bounds a matrix product."""
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
     a, b = operands
-    return [bilinear(_product(eqn), a, b, math.prod(shape[i] for i in contracted), outward)]
+    return [bilinear(product(eqn), a, b, count(eqn), outward)]
 
 
 def convolution(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Bounds a convolution; every layout, dilation and number of groups, because it is linear in both operands."""
-    kernel, features = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
     a, b = operands
-    return [bilinear(_product(eqn), a, b, math.prod(kernel) // max(kernel[features], 1), outward)]
+    return [bilinear(product(eqn), a, b, count(eqn), outward)]
 
 
 def bilinear(product: Product, a: Span, b: Span, terms: int, outward: bool) -> Span:
@@ -78,7 +75,16 @@ def _pairs(a: Span, b: Span, *, upper: bool) -> list[tuple[Any, Any]]:
     ]
 
 
-def _product(eqn: Any) -> Product:
+def count(eqn: Any) -> int:
+    """Returns how many products are summed in an element of a matrix product or a convolution."""
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    kernel, features = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
+    return math.prod(kernel) // max(kernel[features], 1)
+
+
+def product(eqn: Any) -> Product:
     """Returns the primitive of `eqn` as a function of both operands, at full precision."""
     params = eqn.params | {"precision": (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)}
     if eqn.primitive.name == "dot_general" and params["preferred_element_type"] is None:
@@ -92,13 +98,13 @@ def total(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     lower, upper = (eqn.primitive.bind(end, **eqn.params) for end in x.ends)
     slack: Any = 0.0
     if outward:
-        terms = _terms(eqn)
-        slack = eqn.primitive.bind(x.magnitude, **eqn.params) * dot_error(terms, lower.dtype)
-        slack = slack + 8.0 * terms * float(finfo(lower.dtype).tiny)
+        counted = terms(eqn)
+        slack = eqn.primitive.bind(x.magnitude, **eqn.params) * dot_error(counted, lower.dtype)
+        slack = slack + 8.0 * counted * float(finfo(lower.dtype).tiny)
     return [span(lower, upper, outward, slack=slack, sign=x.nonnegative)]
 
 
-def _terms(eqn: Any) -> int:
+def terms(eqn: Any) -> int:
     """Returns how many elements are summed."""
     shape, params = eqn.invars[0].aval.shape, eqn.params
     if "window_dimensions" in params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,20 +33,21 @@ def evaluate(jaxpr: Any, consts: Any, inputs: list[Span], outward: bool) -> list
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     values |= {var: Span(const) for var, const in zip(jaxpr.constvars, consts, strict=True)}
 
-    def read(atom: Any) -> Span:
-        if isinstance(atom, Literal):
-            aval: Any = atom.aval
-            value = jnp.asarray(atom.val, aval.dtype)
-            return Span(value, nonnegative=primitives.known_nonnegative(atom.val))
-        return values[atom]
-
-    for eqn in _needed(jaxpr):
-        results = _step(eqn, [read(atom) for atom in eqn.invars], outward)
+    for eqn in needed(jaxpr):
+        results = equation(eqn, [read(atom, values) for atom in eqn.invars], outward)
         values |= zip(eqn.outvars, results, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom, values) for atom in jaxpr.outvars]
 
 
-def _needed(jaxpr: Any) -> list[Any]:
+def read(atom: Any, values: Mapping[Any, Any]) -> Any:
+    """Returns the value of an operand, a span if it is a literal."""
+    if not isinstance(atom, Literal):
+        return values[atom]
+    aval: Any = atom.aval
+    return Span(jnp.asarray(atom.val, aval.dtype), nonnegative=primitives.known_nonnegative(atom.val))
+
+
+def needed(jaxpr: Any) -> list[Any]:
     """Returns the equations that the results depend on: what nothing depends on need not have a rule."""
     wanted = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     kept = []
@@ -56,7 +58,7 @@ def _needed(jaxpr: Any) -> list[Any]:
     return kept[::-1]
 
 
-def _step(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
+def equation(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     """Evaluates one equation."""
     if all(operand.plain for operand in operands) and (not outward or _exact(eqn)):
         signs = _signs(eqn, [operand.nonnegative for operand in operands])
@@ -85,7 +87,7 @@ def _bounded(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     name = eqn.primitive.name
     if name in CALLS:
         whole = known.bounded(eqn, operands, outward)
-        return whole if whole is not None else evaluate(*_inner(eqn), operands, outward)
+        return whole if whole is not None else evaluate(*called(eqn), operands, outward)
     if name in REMAT:
         jaxpr = eqn.params["jaxpr"]
         options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
@@ -100,7 +102,7 @@ def _bounded(eqn: Any, operands: list[Span], outward: bool) -> list[Span]:
     return rule(eqn, operands, outward)
 
 
-def _inner(eqn: Any) -> tuple[Any, Any]:
+def called(eqn: Any) -> tuple[Any, Any]:
     """Returns the jaxpr of a call and its constants."""
     closed = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
     return (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
@@ -110,7 +112,7 @@ def _signs(eqn: Any, flags: list[bool]) -> list[bool]:
     """Returns which results of `eqn` cannot be negative, from which operands cannot."""
     if eqn.primitive.name not in CALLS:
         return [primitives.nonnegative(eqn, flags)] * len(eqn.outvars)
-    jaxpr, _ = _inner(eqn)
+    jaxpr, _ = called(eqn)
     known_signs = dict(zip(jaxpr.invars, flags, strict=True))
 
     def read(atom: Any) -> bool:
