@@ -83,7 +83,7 @@ def override(config: dict[str, Any], arg: str) -> None:
     section = key.split(".")[0]
     if section in SECTIONS and section != key and config.get(section) is None:
         config[section] = {}
-    schema.assign(config, key, value, text)
+    schema.assign(config, key, plain(value), text)
 
 
 def main(argv: list[str]) -> int:

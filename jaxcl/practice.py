@@ -25,6 +25,7 @@ from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output
 
 WORKED = ("soft", "support", "shares", "goal", "goal_shares")  # columns of csft alone
+EXAMPLES = {"objective": "'rloo' or 'grpo(kl=0.01)', or two, as in 'rloo + dpo(beta=5.0)'"}
 
 
 class Options(NamedTuple):
@@ -172,7 +173,8 @@ def one_of(given: Any, field: str) -> dict[str, Any]:
     except UserError:
         parts = []
     if len(parts) != 1:
-        raise UserError(f"config.{field}={given!r}: write one name, as in 'soft' or 'soft(temperature=1.0)'")
+        example = EXAMPLES.get(field, "'soft' or 'soft(temperature=1.0)'")
+        raise UserError(f"config.{field}={given!r}: write one name, as in {example}")
     return parts[0]
 
 
@@ -202,9 +204,10 @@ def objectives_of(given: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | N
     """
     if not given:
         return None, None
-    entries = [one_of(given, "objective")] if isinstance(given, Mapping) else []
-    if isinstance(given, str) and "+" in given:
-        entries = schema.parse(given, field="objective")
+    try:
+        entries = schema.parse(given, field="objective") if isinstance(given, str) else []
+    except UserError:
+        entries = []
     entries = entries or [one_of(given, "objective")]
     pairs = [entry for entry in entries if entry.get("name") == "dpo"]
     rolled = [entry for entry in entries if entry.get("name") != "dpo"]

@@ -157,7 +157,7 @@ def assign(config: dict[str, Any], key: str, value: Any, text: str | None = None
       config: changed in place.
       key: dotted, with indices in brackets.
       value: the new value.
-      text: how it was written, which is what is stored where a text stood before.
+      text: how it was written, which is what is stored where a text stood before, unless the value is None.
 
     Raises:
       UserError: no such section.
@@ -169,8 +169,9 @@ def assign(config: dict[str, Any], key: str, value: Any, text: str | None = None
         last = i + 1 == len(parts)
         if part not in known and not (last and isinstance(here, dict)):
             place = ".".join(str(p) for p in parts[: i + 1])
-            raise UserError(f"config.{place}: no such section{nearest(str(part), [str(k) for k in known])}")
+            remedy = nearest(str(part), [str(k) for k in known]) if known else f"; before it stands {here!r}"
+            raise UserError(f"config.{place}: no such section{remedy}")
         if not last:
             here = here[part]
     old = here[parts[-1]] if isinstance(here, list) or parts[-1] in here else None
-    here[parts[-1]] = text if isinstance(old, str) and text is not None else value
+    here[parts[-1]] = value if text is None or value is None or not isinstance(old, str) else text

@@ -1,5 +1,6 @@
 """HRPO: a model with a gate beside its equations, its rollouts beside a forward pass, and a run that moves the gate."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ import rl_small
 from jaxcl import network, program, saved, train, weights
 from jaxcl.hf.__main__ import export
 from jaxcl.models import transformer
-from jaxcl.rl import gate, teaching, thoughts
+from jaxcl.rl import gate, inference, teaching, thoughts
 from jaxcl.rl import sample as samples
 from jaxcl.rl.sample import ANSWER, THOUGHT, Limits
 from jaxcl.schema import UserError
@@ -195,7 +196,8 @@ def test_a_forward_pass_gives_the_log_probabilities_of_the_sampler():
     (model, params), (policy, found) = made(), drawn()
     batch = teaching.batch(policy, found, PROMPT, SEGMENTS)
     assert not {"thought", "record_thought", "shares"} & set(batch.extra)
-    score = jax.jit(lambda params: teaching.log_probs(policy, limits=LIMITS)(model.apply(params, batch), batch))
+    shown = inference._inputs(batch)
+    score = jax.jit(lambda params: teaching.log_probs(policy, limits=LIMITS)(model.apply(params, shown), batch))
     behaviour = np.asarray(batch.extra["behaviour"])
     np.testing.assert_allclose(score(params), behaviour, atol=1e-5)
     kind = np.asarray(batch.extra["kind"])
@@ -271,6 +273,36 @@ def test_a_run_moves_the_gate(place):
     last = rl_small.records(place, "eval")[-1]
     assert set(last["inference"]["three"]) == {"hrpo", "hard", "soft"}
     assert np.isfinite(list(last["drift"]["three"].values())).all()
+
+
+def test_meshes_agree_with_a_gate_that_is_cut():
+    """Rollouts, losses and gradients of two steps on 1 device and on 2 x 2, with a gate that has its say."""
+    given = settings(guard=None, optim={"name": "sgd", "clip": None, "momentum": 0.0}, rollout__modes=[])
+    found = []
+    for mesh in ({}, {"devices": 4, "fsdp": 2, "tensor": 2}):
+        program_ = rl_small.build(given, **mesh)
+        state = program_.create()
+        params = opened(jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, jax.device_get(state.params)))
+        state = dataclasses.replace(
+            state, params=jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), params, state.params)
+        )
+        kernel, bias = (state.params["gate"]["input"][name] for name in ("kernel", "bias"))
+        cut = 2 if mesh else 1
+        assert [x.addressable_shards[0].data.shape for x in (kernel, bias)] == [(D // cut, D), (D // cut,)]
+        told = []
+        for step in (0, 1):
+            prompts, _ = program_.rollouts.prompts(step, {})
+            rows, values = program_.rollouts.now(state, prompts, step, {})
+            state, metrics = program_.step(state, rows)
+            told.append([values["reward"], float(metrics["loss"]), float(metrics["grad_norm"])])
+        moved = jax.tree.map(lambda a, b: (a - np.asarray(b)) / 1e-4, params, jax.device_get(state.params))
+        found.append((np.asarray(rows.targets), told, moved))
+    (tokens, told, moved), (others, again, same) = found
+    np.testing.assert_array_equal(others, tokens)
+    np.testing.assert_allclose(again, told, rtol=1e-4, atol=1e-5)
+    for (name, a), (_, b) in zip(named_leaves(same), named_leaves(moved), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * np.max(np.abs(b)), err_msg=name)
+    assert all(np.max(np.abs(x)) > 0 for x in jax.tree.leaves(moved["gate"]))
 
 
 def test_a_run_starts_from_another_with_its_gate_or_with_a_new_one(place, monkeypatch):

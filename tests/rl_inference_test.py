@@ -11,7 +11,7 @@ import pytest
 from jaxcl import mesh as meshes
 from jaxcl import practice
 from jaxcl.models import transformer
-from jaxcl.rl import inference, tasks
+from jaxcl.rl import gate, inference, tasks
 from jaxcl.rl.sample import ANSWER, FORCED, NOTHING, THOUGHT, Rollouts
 from jaxcl.types import Batch
 
@@ -22,18 +22,21 @@ TEMPERATURE = 0.8  # of the soft thoughts
 
 
 @functools.cache
-def parts(**rollout):
+def parts(policy=f"soft(temperature={TEMPERATURE}, gamma=0.0)", devices=1, **rollout):
     problems = {
         "three": tasks.make({"name": "modular", "count": 2, "modulus": 3, "held_out": 0.4}),
         "four": tasks.make({"name": "modular", "count": 2, "modulus": 4, "held_out": 0.4}),
     }
     options = {"group": 2, "samples": SAMPLES, "modes": ["hard"], **rollout}
-    policy = f"soft(temperature={TEMPERATURE}, gamma=0.0)" if not rollout else "hard"
     own = practice.make(problems, None, [{}], practice.Options(policy, "rloo", options))
     shape = {"layers": 1, "embed": 16, "heads": 2, "kv_heads": 1, "mlp": 32, "max_length": 16}
     model = transformer.make(preset="tiny", vocab=own.words.vocab, **shape)
     params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, model.init(jax.random.key(4)))
-    mesh = meshes.make(devices=jax.devices()[:1])
+    if own.policy.gated:
+        model = gate.gated(model)
+        fresh = model.init(jax.random.key(4))["gate"]
+        params["gate"] = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+    mesh = meshes.make(devices=jax.devices()[:devices])
     held = {name: one.held_out for name, one in own.problems.items()}
     bench = inference.make(mesh, model, own.explorer(mesh, model, 0), own.policies, held, own.words, rows=ROWS)
     return own, model, params, held, bench
@@ -49,7 +52,7 @@ def after(model, params, prompts, fed=None):
     if fed is not None:
         inputs = inputs.at[:, length].set(fed)
     batch = Batch(inputs, tokens, ones.astype("f"), ones, places, np.zeros(n, np.int32))
-    return np.asarray(jax.nn.log_softmax(model.apply(params, batch).logits[:, -1]), np.float64)
+    return np.asarray(jax.nn.log_softmax(jax.jit(model.apply)(params, batch).logits[:, -1]), np.float64)
 
 
 def test_figures_are_those_of_forward_passes(monkeypatch):
@@ -89,15 +92,40 @@ def test_figures_are_those_of_forward_passes(monkeypatch):
         assert quick["accuracy"][domain] == found["inference"][domain]["soft"]["greedy"]
         assert quick["inference"][domain] == {"soft": found["inference"][domain]["soft"]}
     assert differ
+    chunk = bench.chunks["three"][0]  # of one chunk and another the draws are others
+    some = [bench.modes["hard"].sample(params, chunk.prompts, chunk.segments, bench.whole(np.int32(k))) for k in (0, 1)]
+    assert not np.array_equal(some[0][1], some[1][1])
+
+
+def test_entropy_is_that_after_what_was_fed_and_of_thoughts_alone(monkeypatch):
+    """Of second thoughts, which a stop phrase leaves out in some rows: an answer stands in their place there."""
+    _, model, params, _, bench = parts("hrpo", modes=(), samples=8, thoughts=2, stop=("0", "1"))
+    draw, fed = inference.samples.sample, []
+
+    def sample(*rest, **options):
+        found = draw(*rest, **options)
+        jax.debug.callback(lambda *x: fed.extend(map(np.asarray, x)), found.record["thought"][:, 0], found.token[:, 0])
+        return found
+
+    monkeypatch.setattr(inference.samples, "sample", sample)
+    chunk = bench.chunks["three"][0]
+    found = bench.modes[bench.own].sample(params, chunk.prompts, chunk.segments, bench.whole(np.int32(3)))
+    kind, _, profile, inside = map(np.asarray, found)
+    assert np.array_equal(inside > 0, kind[:, :2] == THOUGHT)
+    second = inside[:, 1] > 0
+    assert 0 < second.sum() < len(second)
+    thought = gate.gate(params["gate"], params["embedding"][fed[1]], fed[0])
+    log_p = after(model, params, np.repeat(np.asarray(chunk.prompts), 8, 0), thought)
+    np.testing.assert_allclose(profile[second, 1], -(np.exp(log_p) * log_p).sum(1)[second], rtol=1e-4)
 
 
 class Called(Exception):
     pass
 
 
-@pytest.mark.parametrize("thoughts", [0, 1])
-def test_answers_are_greedy_unless_nothing_else_is_drawn(thoughts, monkeypatch):
-    _, _, params, _, bench = parts(thoughts=thoughts, temperature=0.5, slots=3)
+@pytest.mark.parametrize(("name", "thoughts"), [("hard", 0), ("hard", 1), ("none", 1)])
+def test_answers_are_greedy_unless_nothing_else_is_drawn(name, thoughts, monkeypatch):
+    _, _, params, _, bench = parts(name, thoughts=thoughts, temperature=0.5, slots=3)
     chunk, asked = bench.chunks["three"][0], []
 
     def spy(model, params, prompts, segments, key, **options):
@@ -105,17 +133,40 @@ def test_answers_are_greedy_unless_nothing_else_is_drawn(thoughts, monkeypatch):
         raise Called
 
     monkeypatch.setattr(inference.samples, "sample", spy)
-    for draw, rest in ((bench.modes["hard"].greedy, (chunk.gold, chunk.used)), (bench.modes["hard"].sample, ())):
+    for draw, rest in ((bench.modes[name].greedy, (chunk.gold, chunk.used)), (bench.modes[name].sample, ())):
         with pytest.raises(Called):
             draw(params, chunk.prompts, chunk.segments, *rest, jnp.int32(0))
     assert [one["greedy"] for one in asked] == [True, False]
-    assert [one["greedy_answer"] for one in asked] == [True, bool(thoughts)]
+    assert [one["greedy_answer"] for one in asked] == [True, thoughts > 0 and name == "hard"]
     assert [one["group"] for one in asked] == [1, SAMPLES]
     for one in asked:
         assert one["temperature"] == 0.5
         assert one["slots"] == 3
         assert one["limits"].thoughts == thoughts
-        assert one["policy"].name == "hard"
+        assert one["policy"].name == name
+
+
+def test_rows_are_filled_up_to_what_a_mesh_divides():
+    *_, held, bench = parts(devices=4)
+    for name, chunks in bench.chunks.items():
+        (chunk,) = chunks
+        count = min(ROWS, len(held[name].prompts))
+        assert np.sum(chunk.numbers >= 0) == count
+        assert len(chunk.numbers) == 8
+        assert {piece.data.shape[0] for piece in chunk.prompts.addressable_shards} == {2}
+
+
+@pytest.mark.parametrize("long", ["three", "four"])
+def test_longer_answers_of_one_domain_make_room_in_all(long, monkeypatch):
+    own, model, _, held, _ = parts()
+    mesh = meshes.make(devices=jax.devices()[:1])
+    monkeypatch.setattr(
+        inference, "_golds", lambda problems, count, words: [[1, 2] if problems is held[long] else [1]] * count
+    )
+    made = inference.make(mesh, model, own.explorer(mesh, model, 0), own.policies, held, own.words, rows=ROWS)
+    for name, chunks in made.chunks.items():
+        for chunk in chunks:
+            assert np.array_equal(chunk.used, np.tile([True, name == long], (len(chunk.used), 1)))
 
 
 def test_right_answers_take_the_place_of_those_drawn():

@@ -10,8 +10,8 @@ import pytest
 import toys
 
 from jaxcl.models import transformer
+from jaxcl.rl import inference, teaching, thoughts
 from jaxcl.rl import sample as samples
-from jaxcl.rl import teaching, thoughts
 from jaxcl.rl.sample import ANSWER, FORCED, NOTHING, THOUGHT, Limits
 
 QUICK = True  # compiling is most of the time
@@ -68,7 +68,8 @@ def test_a_forward_pass_over_what_was_fed_gives_the_log_probabilities_of_the_sam
     found = run(name)
     rows = teaching.batch(thoughts.make(name), found, PROMPTS, SEGMENTS)
     score = teaching.log_probs(thoughts.make(name))
-    log_prob = jax.jit(lambda params: score(model.apply(params, rows), rows))(params)
+    shown = inference._inputs(rows)  # all columns that a model reads
+    log_prob = jax.jit(lambda params: score(model.apply(params, shown), rows))(params)
     scale = np.maximum(1, np.abs(rows.extra["behaviour"]))
     assert float(np.max(np.abs(log_prob - rows.extra["behaviour"]) / scale)) < 1e-5
     assert np.any(found.kind == THOUGHT)
