@@ -287,8 +287,8 @@ def equations(jaxpr, times=1):
     for eqn in jaxpr.eqns:
         yield eqn, times
         leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
-        if eqn.primitive.name == "cond":  # one branch for TPUs, one for the rest
-            leaves = [x for x in leaves if not (is_jaxpr(x) and "pallas_call" in str(x))]
+        if eqn.primitive.name == "cond":  # a branch for TPUs, one for GPUs, and last the one for all others
+            leaves = leaves[-1:]
         for inner in leaves:
             if is_jaxpr(inner):
                 yield from equations(getattr(inner, "jaxpr", inner), times * eqn.params.get("length", 1))

@@ -7,7 +7,8 @@ error of about 2^-38, so that the order of 10^4 batches does not show in float32
 monoid: `empty`, `add`, `merge`. `remove` is exact unlearning. Classes are preallocated (a head of C columns); a class
 without rows has a column of zeros, and so have its weights.
 
-Memory: 8 d (d + C) bytes. Cost of b rows: 6 d^2 b float32 operations, half of four whole products.
+Memory: 8 d (d + C) bytes. Cost of b rows: 6 d^2 b float32 operations, half of four whole products. On a mesh A and B
+are cut by rows over the batch axes and the rows of a batch are copied to all devices: nothing of the size of A travels.
 Source: RanPAC (McDonnell et al. 2023) keeps A and B; ACIL (Zhuang et al. 2022) keeps (A + gamma I)^-1 instead.
 """
 
@@ -15,14 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import schema
-from jaxcl.kernels import ridge
+from jaxcl.kernels import ridge, sharded
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 
@@ -39,6 +42,9 @@ class Moments:
       features: uint32 [], which map made the features; see `fingerprint`.
     """
 
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
+        {"gram": ("features", None), "cross": ("features", None)}  # see `jaxcl.mesh.state_shardings`
+    )
     gram: Pair
     cross: Pair
     counts: Pair
@@ -102,6 +108,7 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
+    x, labels, weights = (sharded.whole(part) for part in (x, labels, weights))  # on a mesh, so that A stays in place
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
     whole, last = divmod(x.shape[0], pair.ROWS)
 
