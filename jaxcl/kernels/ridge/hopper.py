@@ -50,8 +50,14 @@ def thirds(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return parts[0], parts[1], parts[2]
 
 
-def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0) -> jax.Array:
+def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0, *, interpret: Any = None) -> jax.Array:
     """Returns r + sign * v^T v; see `jaxcl.kernels.ridge.downdate`.
+
+    Args:
+      r: float32 [d, d].
+      v: float32 [b, d].
+      sign: -1 or 1.
+      interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU (JAX 0.11 and later).
 
     Raises:
       ValueError: d is not a multiple of 128.
@@ -60,11 +66,11 @@ def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0) -> jax.Array:
     def add(old: Sequence[Any], found: Any) -> list[Any]:
         return [old[0] + sign * found]
 
-    return _launch("ridge_downdate", [r], thirds(v), _UPDATE, add, tile=128)[0]
+    return _launch("ridge_downdate", [r], thirds(v), _UPDATE, add, tile=128, interpret=interpret)[0]
 
 
-def gram_update(a: pair.Pair, x: pair.Pair, sign: float = 1.0) -> pair.Pair:
-    """Returns a + sign * x^T x in pairs; see `jaxcl.kernels.ridge.gram_update`.
+def gram_update(a: pair.Pair, x: pair.Pair, sign: float = 1.0, *, interpret: Any = None) -> pair.Pair:
+    """Returns a + sign * x^T x in pairs; see `jaxcl.kernels.ridge.gram_update`, and `downdate`.
 
     Raises:
       ValueError: d is not a multiple of 128.
@@ -76,7 +82,7 @@ def gram_update(a: pair.Pair, x: pair.Pair, sign: float = 1.0) -> pair.Pair:
     def add(old: Sequence[Any], found: Any) -> list[Any]:
         return list(pair.plus(pair.Pair(*old), sign * found))
 
-    return pair.Pair(*_launch("ridge_gram_update", list(a), pieces, _GRAM, add, tile=64))
+    return pair.Pair(*_launch("ridge_gram_update", list(a), pieces, _GRAM, add, tile=64, interpret=interpret))
 
 
 def stream(r: jax.Array, v: jax.Array, x: jax.Array, sign: float = -1.0) -> tuple[jax.Array, jax.Array]:
@@ -93,6 +99,7 @@ def _launch(
     add: Callable[[Sequence[Any], Any], list[Any]],
     *,
     tile: int,
+    interpret: Any,
 ) -> list[jax.Array]:
     """Returns `matrices` [d, d] after add(old block, sum of a group's products) for one group after the other.
 
@@ -103,6 +110,7 @@ def _launch(
       groups: which products of pieces are summed.
       add: new blocks from old ones.
       tile: side of a block.
+      interpret: see `downdate`.
     """
     size = matrices[0].shape[0]
     if size % MULTIPLE:
@@ -129,6 +137,7 @@ def _launch(
         # As for attention: Lane on both JAX lines.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name=name,
+        **({} if interpret is None else {"interpret": interpret}),
     )(jnp.asarray(plan), *pieces, *refs)
     return [jax.freeze(ref) for ref in refs]
 
@@ -169,7 +178,7 @@ def _block(
 
         @pl.when(i != j)
         def _(tile: Any = tile, new: Any = new, matrix: Any = matrix) -> None:
-            tile.transpose((1, 0))[...] = plgpu.layout_cast(new, _TRANSPOSED)
+            _transpose(tile, new)
             _store(tile, matrix.at[upper])
 
 
@@ -197,6 +206,11 @@ def _sum(pieces: Sequence[Any], group: Sequence[tuple[int, int]], place: tuple[j
         return acc[...]
 
     return pl.run_scoped(run, ACC((side, side), jnp.float32))
+
+
+def _transpose(tile: Any, new: Any) -> None:
+    """Writes the transpose of a block in registers to shared memory."""
+    tile.transpose((1, 0))[...] = plgpu.layout_cast(new, _TRANSPOSED)
 
 
 def _mirror(tile: Any) -> None:
