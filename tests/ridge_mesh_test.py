@@ -138,7 +138,7 @@ def test_batches_of_several_devices_merge_into_those_of_one():
     assert off(wide(found.gram), gram) < 1e-12
     assert off(wide(found.cross), cross) < 1e-12
     with pytest.raises(ValueError, match=r"gram_update inside jax.shard_map over data: give it check_vma=False"):
-        jax.shard_map(own, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(empty, *batch)
+        jax.jit(jax.shard_map(own, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(empty, *batch)
 
 
 def test_every_update_is_cut_alike():
