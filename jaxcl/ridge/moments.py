@@ -102,13 +102,16 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (x, weights) with padding, and rows of no class, all zero."""
+    """Returns (x, weights) with padding, and rows of no class, all zero.
+
+    On a mesh they are copied to all devices: a few rows travel, so that A does not.
+    """
+    x, labels, weights = sharded.whole(x), sharded.whole(labels), sharded.whole(weights)
     weights = jnp.where((labels >= 0) & (labels < classes) & (weights > 0), weights, 0.0).astype(jnp.float32)
     return jnp.where(weights[:, None] > 0, x, 0.0).astype(jnp.float32), weights
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
-    x, labels, weights = (sharded.whole(part) for part in (x, labels, weights))  # on a mesh, so that A stays in place
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
     whole, last = divmod(x.shape[0], pair.ROWS)
 

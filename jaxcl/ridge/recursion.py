@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from jaxcl.kernels import ridge, sharded
+from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import pair
 from jaxcl.ridge import solve
 from jaxcl.ridge.moments import Moments, prepare
@@ -105,8 +105,7 @@ def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, 
     classes, count = inverse.w.shape[1], x.shape[0]
     if not count:
         return inverse
-    # On a mesh a few rows travel, so that R does not.
-    x, weights = prepare(sharded.whole(x), sharded.whole(labels), sharded.whole(weights), classes)
+    x, weights = prepare(x, labels, weights, classes)
     root = jnp.sqrt(weights)[:, None]
     rows = root * x, root * jax.nn.one_hot(labels, classes)
 

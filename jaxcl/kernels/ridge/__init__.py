@@ -28,8 +28,8 @@ Form = Callable[..., Any]
 def gram_update(a: Pair, x: Pair, sign: float = 1.0, *, kernel: bool | None = None) -> Pair:
     """Returns a + sign * x^T x, symmetric to the last bit, with an error of about 2^-40 of the largest products.
 
-    Costs 6 d^2 b operations in float32 and writes in place where `a` is donated. On a mesh twice as many, shared by the
-    devices, and symmetric up to that error.
+    Costs d^2 b operations in float64, on TPUs 6 d^2 b in float32, and writes in place where `a` is donated. On a mesh
+    twice as many, shared by the devices, and symmetric up to that error.
 
     Args:
       a: float32 pair [d, d], symmetric.
@@ -43,10 +43,14 @@ def gram_update(a: Pair, x: Pair, sign: float = 1.0, *, kernel: bool | None = No
     _check(a.high, x, "gram_update")
     shared = None if kernel else sharded.strips(a.high.shape[0])
     if shared and shared.axes:
-        own = partial(cpu.strip, cpu.gram_products, partial(cpu.gram_sums, sign))
-        return Pair(*shared.run(own, a, pair.pieces(x, 0)))
-    forms = {"tpu": tpu.gram_update, "hopper": hopper.gram_update, "cuda": gpu.gram_update, "default": cpu.gram_update}
-    return _whole(forms, a.high.shape[0], sign, kernel, shared, a, x)
+        return Pair(*shared.run(partial(_gram_strip, sign), a, x))
+    forms = {
+        "tpu": tpu.gram_update,
+        "slow": cpu.gram_update_sliced,
+        "cuda": gpu.gram_update,
+        "default": cpu.gram_update,
+    }
+    return _whole(forms, refused(a.high.shape[0], x.high.shape[0], kernel=kernel), sign, kernel, shared, a, x)
 
 
 def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0, *, kernel: bool | None = None) -> jax.Array:
@@ -68,8 +72,9 @@ def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0, *, kernel: bool | N
     shared = None if kernel else sharded.strips(r.shape[0])
     if shared and shared.axes:
         return shared.run(partial(cpu.strip, cpu.products, partial(cpu.sums, sign)), [r], [v])[0]
-    forms = {"tpu": tpu.downdate, "hopper": hopper.downdate, "cuda": gpu.downdate, "default": cpu.downdate}
-    return _whole(forms, r.shape[0], sign, kernel, shared, r, v)
+    hopper_or_not = hopper.downdate if _refused_by_hopper(r.shape[0], 0, kernel) is None else gpu.downdate
+    forms = {"tpu": tpu.downdate, "slow": cpu.downdate, "cuda": hopper_or_not, "default": cpu.downdate}
+    return _whole(forms, refused(r.shape[0], v.shape[0], kernel=kernel), sign, kernel, shared, r, v)
 
 
 def stream(
@@ -94,8 +99,9 @@ def stream(
         new = downdate(r, v, sign, kernel=kernel)
         return new, pair.contract(sharded.whole(x), new, 1, 1)  # along rows: every device has its own columns of it
     fused = tpu.stream if tpu.fits(v.shape[0], r.shape[0], x.shape[0]) else _in_turn
-    forms = {"tpu": fused, "hopper": hopper.stream, "cuda": gpu.stream, "default": cpu.stream}
-    return _whole(forms, r.shape[0], sign, kernel, None, r, v, x)
+    hopper_or_not = hopper.stream if _refused_by_hopper(r.shape[0], 0, kernel) is None else gpu.stream
+    forms = {"tpu": fused, "slow": cpu.stream, "cuda": hopper_or_not, "default": cpu.stream}
+    return _whole(forms, refused(r.shape[0], v.shape[0], kernel=kernel), sign, kernel, None, r, v, x)
 
 
 def refused(size: int, rows: int, *, ahead: int = 0, platform: str = "tpu", kernel: bool | None = None) -> str | None:
@@ -155,21 +161,47 @@ def _in_turn(r: jax.Array, v: jax.Array, x: jax.Array, sign: float) -> tuple[jax
     return new, pair.contract(x, new, 1, 1)
 
 
+def _gram_strip(
+    sign: float, matrices: Sequence[jax.Array], left: Sequence[jax.Array], right: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
+    """Returns new rows of a pair of matrices; see `sharded.Strips.run`."""
+
+    def wide(a: Pair, left: Pair, right: Pair) -> list[jax.Array]:
+        return cpu.strip(cpu.wide_products, partial(cpu.wide_sums, sign), a, left, right)
+
+    def sliced(a: Pair, left: Pair, right: Pair) -> list[jax.Array]:
+        pieces = pair.pieces(left, 0), pair.pieces(right, 0)
+        return cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, *pieces)
+
+    return jax.lax.platform_dependent(Pair(*matrices), Pair(*left), Pair(*right), tpu=sliced, default=wide)
+
+
 def _whole(
-    forms: dict[str, Form], size: int, sign: float, kernel: bool | None, shared: sharded.Strips | None, *operands: Any
+    forms: dict[str, Form],
+    why_not: str | None,
+    sign: float,
+    kernel: bool | None,
+    shared: sharded.Strips | None,
+    *operands: Any,
 ) -> Any:
-    """Returns the update of a matrix [size, size] that is not cut, by the form of the platform."""
-    taken = {"default": forms["default"], "cuda": forms["cuda"]}
-    if kernel is not False:
-        taken["tpu"] = forms["tpu"]
-    if _refused_by_hopper(size, 0, kernel) is None:
-        taken["cuda"] = forms["hopper"]
+    """Returns the update of a matrix that is not cut, by the form of the platform.
+
+    Args:
+      forms: "tpu", and "slow" for a TPU if `why_not` says why; "cuda", and "default" for all others and for matrices
+        that may be cut by a mesh of another kind.
+      why_not: see `refused`.
+      sign, kernel: see `gram_update`.
+      shared: on a mesh of `jaxcl.mesh`, how.
+      *operands: matrix and rows.
+    """
+    apart = kernel is None and not shared and not _alone()
+    taken = {
+        "tpu": forms["tpu" if why_not is None else "slow"],
+        "cuda": forms["default" if apart else "cuda"],
+        "default": forms["default"],
+    }
 
     def run(*operands: Any) -> Any:
         return jax.lax.platform_dependent(*operands, **{n: partial(f, sign=sign) for n, f in taken.items()})
 
-    if shared:
-        return shared.alone(run, *operands)
-    if kernel is None and not _alone():
-        return forms["default"](*operands, sign=sign)
-    return run(*operands)
+    return shared.alone(run, *operands) if shared else run(*operands)

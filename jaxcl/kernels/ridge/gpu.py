@@ -1,9 +1,10 @@
 """Updates of symmetric matrices on GPUs in plain XLA, where one launch must do much: not measured on a GPU yet.
 
 `downdate` is cuBLAS's symmetric product (ssyrk, float32 without TF32), in place, and a copy of its lower triangle to
-the upper one. `gram_update` is the loop of `cpu` with blocks of 1024. `stream` is an update and then a product: at full
-float32 both are bound by operations from some 64 rows on, so that to read the matrix once instead of twice gains
-nothing. By rooflines of an H200 (d = 8192, b = 256): ssyrk 0.31 ms, the mirror 0.19 ms, the product 0.6 ms.
+the upper one. `gram_update` is the loop of `cpu` in float64 with blocks of 1024. `stream` is an update and then a
+product: at full float32 both are bound by operations from some 64 rows on, so that to read the matrix once instead of
+twice gains nothing. By rooflines of an H200 (d = 8192, b = 256): ssyrk 0.31 ms, the mirror 0.19 ms, the product 0.6 ms,
+the gram 0.3 ms on its float64 tensor cores; a GPU without those is slow at it.
 """
 
 from __future__ import annotations
