@@ -4,7 +4,8 @@ python -m experiments.static.gates [--only=TEXT] [--jobs=N] [--update]     (five
 
 Figures are kept in golden.json by compiler and kernel. One that is more than 5 % worse fails, as does a kernel that is
 lost, unknown, or does not compile (exit status 1). A compiler that is not installed, or has no figures yet, is SKIPPED
-and says so, and so is a kernel that has figures of other compilers only. --update records what was found; --only takes the programs whose name holds TEXT.
+and says so, and so is a kernel that has figures of other compilers only. --update records what was found; --only takes
+the programs whose name holds TEXT.
 """
 
 from __future__ import annotations

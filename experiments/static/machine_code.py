@@ -84,7 +84,7 @@ def vocabulary() -> tuple[Callable[..., Any], Any]:
 
 
 def ridge(wanted: tuple[str, ...], module: str) -> tuple[Callable[..., Any], Any]:
-    """Updates of symmetric matrices in float32 and in pairs of it, in place; of a platform's `module` those `wanted`."""
+    """Updates of symmetric matrices in float32 and in pairs of it; of a platform's `module` those `wanted`."""
     import jax
     import jax.numpy as jnp
 

@@ -167,7 +167,7 @@ def stream(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (r + sign * v^T v, x times that); see `jaxcl.kernels.ridge.stream`.
 
-    One after the other: for 100 rows and more the products take longer than to read the matrix once more.
+    One after the other: of 100 rows the products take some ten times as long as to read the matrix once more.
     """
     new = downdate(r, v, sign, side=side)
     return new, pair.contract(x, new, 1, 1)  # symmetric; along its rows, which a mesh may have cut
