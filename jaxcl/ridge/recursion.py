@@ -94,8 +94,8 @@ def stream(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array
       labels: int32 [k, b], as for `update`.
       weights: float32 [k, b], as for `update`.
     """
-    flat = (part.reshape(-1, *part.shape[2:]) for part in (x, labels, weights))
-    return _run(inverse, *flat, max(x.shape[1], 1), 1.0)
+    block = max(x.shape[1], 1)
+    return _run(inverse, x.reshape(-1, x.shape[2]), labels.reshape(-1), weights.reshape(-1), block, 1.0)
 
 
 def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, block: int, sign: float) -> Inverse:
@@ -119,8 +119,8 @@ def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, 
     carry = inverse.r, *_gain(seen, inverse.w, rows[0][:first], rows[1][:first], sign)
     whole, last = divmod(count - first, block)
     if whole:
-        cut = tuple(part[first : count - last].reshape(whole, block, -1) for part in rows)
-        carry, _ = jax.lax.scan(step, carry, cut)
+        features, targets = (part[first : count - last].reshape(whole, block, -1) for part in rows)
+        carry, _ = jax.lax.scan(step, carry, (features, targets))
     if last:
         carry, _ = step(carry, (rows[0][-last:], rows[1][-last:]))
     return Inverse(ridge.downdate(carry[0], carry[1], -sign), carry[2])

@@ -76,10 +76,10 @@ def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0, *, interpret: Any =
         i, j = plan[0, n], plan[1, n]
         # What the sum needs of shared memory is free again when the block takes its own.
         found = _sum(operands[:3], i, j)
-        run = functools.partial(_add, operands[3], sign * found, i, j)
-        pl.run_scoped(run, plgpu.SMEM((SIDE, SIDE), jnp.float32, transforms=float32s), plgpu.Barrier())
+        add = functools.partial(_add, operands[3], sign * found, i, j)
+        pl.run_scoped(add, plgpu.SMEM((SIDE, SIDE), jnp.float32, transforms=float32s), plgpu.Barrier())
 
-    pl.kernel(
+    run: Any = pl.kernel(
         body,
         out_type=(),
         mesh=plgpu.Mesh(grid=(plan.shape[1],), grid_names=("block",)),
@@ -87,7 +87,8 @@ def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0, *, interpret: Any =
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="ridge_downdate",
         **({} if interpret is None else {"interpret": interpret}),
-    )(jnp.asarray(plan), *pieces, ref)
+    )
+    run(jnp.asarray(plan), *pieces, ref)
     return jax.freeze(ref)
 
 
