@@ -144,7 +144,8 @@ def test_batches_of_several_devices_merge_into_those_of_one():
 def test_every_update_is_cut_alike():
     mesh = meshes.make(data=2, fsdp=4)
     rng = np.random.default_rng(0)
-    r, v, x = (jnp.asarray(rng.standard_normal((n, D)), jnp.float32) for n in (D, 9, 5))
+    size = 600  # two panels and some columns
+    r, v, x = (jnp.asarray(rng.standard_normal((n, size)), jnp.float32) for n in (size, 9, 5))
     r = r + r.T
     cut = NamedSharding(mesh, CUT)
     for function in (ridge.stream, ridge.downdate):
@@ -152,10 +153,10 @@ def test_every_update_is_cut_alike():
         want = jax.tree.leaves(toys.quick(function)(*operands))
         arrays = jax.device_put(r, cut), *operands[1:]
         compiled = jax.jit(meshes.on(mesh, function)).lower(*arrays).compile(compiler_options=toys.QUICK)
-        assert max(wires(compiled.as_text()), default=0) <= 9 * D
+        assert max(wires(compiled.as_text()), default=0) <= 9 * size
         for got, one in zip(jax.tree.leaves(compiled(*arrays)), want, strict=True):
             assert off(got, np.asarray(one, np.float64)) < 1e-6
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        assert ridge.refused(D, 9) == "rows are cut over data, fsdp: every device updates its own in plain XLA"
+        assert ridge.refused(size, 9) == "rows are cut over data, fsdp: every device updates its own in plain XLA"
         jaxpr = str(jax.make_jaxpr(functools.partial(ridge.gram_update, kernel=True))(pair.of(r), pair.of(v)))
         assert "shard_map" not in jaxpr

@@ -95,6 +95,15 @@ def test_on_a_gpu_the_library_updates_one_triangle():
         assert text.count("dot_general") == products
 
 
+def test_only_the_triangle_that_the_library_promises_counts(monkeypatch):
+    real = jax.lax.linalg.symmetric_product
+    monkeypatch.setattr(jax.lax.linalg, "symmetric_product", lambda *x, **y: jnp.tril(real(*x, **y), 0))
+    r, v = symmetric(30), draw(4, 30)
+    found = gpu.downdate(r, v)
+    assert apart(found, exact(r, v, v)[0]) < 1e-6
+    np.testing.assert_array_equal(found, found.T)
+
+
 @pytest.mark.parametrize("size", [8192, 16384])
 def test_what_does_not_fit_the_memory_of_a_tpu_is_taken_in_turn(size):
     assert ridge.refused(size, 128, ahead=128) is None

@@ -96,7 +96,7 @@ def _kernel(
             found = products([x[...] for x in left], [x[...] for x in right])
             for out, keep, x in zip(new, kept, sums([x[...] for x in old], found), strict=True):
                 tile = jnp.where(i == j, cpu.mirrored(x), x)
-                keep[...] = _inside(tile, i, j, ragged) if ragged and ahead else tile
+                keep[...] = _inside(tile, i, ragged) if ragged and ahead else tile
                 out[...] = keep[...]
             for rows, total, keep in zip(at_i, seen, kept, strict=False):
                 total[j] += pair.contract(rows[...], keep[...], 1, 0)
@@ -111,11 +111,10 @@ def _kernel(
     return kernel
 
 
-def _inside(tile: jax.Array, i: Any, j: Any, size: int) -> jax.Array:
-    """Returns a block without what lies beyond the matrix, which may be anything."""
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis) for axis in (0, 1))
-    side = tile.shape[0]
-    return jnp.where((row + i * side < size) & (column + j * side < size), tile, 0.0)
+def _inside(tile: jax.Array, i: Any, size: int) -> jax.Array:
+    """Returns a block without its rows beyond the matrix, which may be anything and would be summed over."""
+    row = jax.lax.broadcasted_iota(jnp.int32, tile.shape, 0)
+    return jnp.where(row + i * tile.shape[0] < size, tile, 0.0)
 
 
 def _launch(
