@@ -12,6 +12,7 @@ step is written for global arrays, `jax.jit` is told how its inputs are cut, and
 
 A model names the dimensions of its parameters ("embed", "mlp", ...); RULES gives a mesh axis to each name. State that
 belongs to a parameter (moments, Fisher information, anchors, teachers) is found by its path and is cut in the same way.
+State of another kind names its own dimensions (`AXES` of its class).
 
   m = make(fsdp=4, tensor=2)
   shardings = state_shardings(m, model.axes, jax.eval_shape(method.init, abstract_params))
@@ -31,7 +32,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcl.schema import UserError, nearest
-from jaxcl.tree import map_named, named_leaves
+from jaxcl.tree import map_named, named_leaves, path_name
 from jaxcl.types import PyTree
 
 AXES = ("replica", "data", "fsdp", "tensor", "context", "expert")
@@ -55,6 +56,7 @@ RULES: Rules = MappingProxyType(
         "layers": None,
         "rank": None,
         "tasks": None,
+        "features": BATCH,  # rows of a symmetric matrix, as jaxcl.kernels.sharded cuts them
     }
 )
 
@@ -165,12 +167,13 @@ def state_shardings(
     *,
     params: PyTree = None,
 ) -> PyTree:
-    """Returns a sharding for every leaf of a state, from three rules.
+    """Returns a sharding for every leaf of a state, from four rules.
 
     1. Below a path element `rows`, the first axis is cut over the batch axes if they divide it.
     2. A leaf whose path ends with the path of a parameter is cut like that parameter if it has its shape;
        [T, *shape], one copy for each task, is cut likewise behind its first axis.
-    3. Every other leaf is copied to all devices.
+    3. A leaf of an object whose class names logical axes by field (`AXES`, as of `jaxcl.ridge`) is cut by `rules`.
+    4. Every other leaf is copied to all devices.
 
     Args:
       mesh: of `make` or `abstract`.
@@ -183,6 +186,7 @@ def state_shardings(
     axes = dict(_named_axes(model_axes))
     for name, leaf in named_leaves(abstract_state.params if params is None else params):
         specs[name] = (tuple(leaf.shape), spec(mesh, axes.get(name), leaf.shape, rules))
+    own = dict(_own_axes(abstract_state))
 
     def leaf_spec(name: str, leaf: Any) -> NamedSharding:
         shape = tuple(leaf.shape)
@@ -191,6 +195,8 @@ def state_shardings(
             axes_used = [axis for axis in BATCH if mesh.shape[axis] > 1]
             rows = _divisors(mesh, axes_used, shape[0]) if shape else ()
             return NamedSharding(mesh, PartitionSpec(rows) if rows else PartitionSpec())
+        if name in own:
+            return NamedSharding(mesh, spec(mesh, own[name], shape, rules))
         for start in range(len(parts)):  # the longest tail first
             found = specs.get("/".join(parts[start:]))
             if found and found[0] == shape:
@@ -317,6 +323,15 @@ def _named_axes(model_axes: PyTree) -> Iterator[tuple[str, tuple[str | None, ...
     marked = jax.tree.map(_Axes, model_axes, is_leaf=lambda node: isinstance(node, tuple))
     for name, leaf in named_leaves(marked):
         yield name, leaf.names
+
+
+def _own_axes(state: PyTree) -> Iterator[tuple[str, tuple[str | None, ...]]]:
+    """Yields (path, logical axes) for every leaf whose object names them."""
+    named = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda node: hasattr(node, "AXES"))
+    for path, node in named:
+        for field, axes in getattr(node, "AXES", {}).items():
+            for below, _ in named_leaves(getattr(node, field)):
+                yield "/".join(part for part in (path_name(path), field, below) if part), axes
 
 
 class _Axes:

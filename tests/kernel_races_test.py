@@ -13,10 +13,13 @@ import toys
 from boxes_kernels_test import affine64, problem, row_sums64
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from ridge_kernels_test import symmetric
 from vocabulary_kernels_test import close, cross_entropy64, draw, mixture64, operands
 
 from jaxcl.kernels.attention import tpu as attention
 from jaxcl.kernels.boxes import tpu as boxes
+from jaxcl.kernels.ridge import pair
+from jaxcl.kernels.ridge import tpu as ridge
 from jaxcl.kernels.vocabulary import tpu as vocabulary
 
 TILES = vocabulary.Tiles(16, 256)  # three of tokens, the second for both cores; two of columns
@@ -106,6 +109,21 @@ def test_boxes_have_no_race(races):
     assert all(np.isfinite(x).all() for x in out[4])
 
 
+def every_update(r, v, x):
+    side = {"side": 128, "interpret": CORES}
+    return ridge.stream(r, v, x, **side), ridge.gram_update(pair.Pair(r, 0 * r), pair.Pair(v, 0 * v), **side).high
+
+
+def test_symmetric_updates_have_no_race(races):
+    """Blocks fit: the simulation of a ragged matrix that is updated in place is not lowered (JAX 0.10)."""
+    r, v, x = symmetric(256), draw(9, 256), draw(5, 256, seed=1)
+    raced, ((new, seen), gram) = races(every_update, r, v, x)
+    assert not raced
+    product = np.asarray(v, np.float64).T @ np.asarray(v, np.float64)
+    want = np.asarray(r, np.float64) - product
+    close((new, seen, gram), (want, x @ want, np.asarray(r, np.float64) + product), 1e-5)
+
+
 def add(x, out):
     out[...] += x[...]
 
@@ -136,5 +154,6 @@ def test_the_detector_finds_sums_that_are_shared_out(races, monkeypatch):
         return real(dimension_semantics=("parallel",) * len(dimension_semantics), **options)
 
     monkeypatch.setattr(pltpu, "CompilerParams", parallel)
+    assert races(every_update, symmetric(256), draw(9, 256), draw(5, 256, seed=1))[0]
     hidden, head, _, targets = operands(40)
     assert races(partial(vocabulary.cross_entropy, tiles=TILES, interpret=CORES), hidden, head, targets)[0]

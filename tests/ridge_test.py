@@ -287,8 +287,8 @@ def equations(jaxpr, times=1):
     for eqn in jaxpr.eqns:
         yield eqn, times
         leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
-        if eqn.primitive.name == "cond":  # one branch for TPUs, one for the rest
-            leaves = [x for x in leaves if not (is_jaxpr(x) and "pallas_call" in str(x))]
+        if eqn.primitive.name == "cond":  # a branch for TPUs, one for GPUs, and last the one for all others
+            leaves = list(filter(is_jaxpr, leaves))[-1:]
         for inner in leaves:
             if is_jaxpr(inner):
                 yield from equations(getattr(inner, "jaxpr", inner), times * eqn.params.get("length", 1))
@@ -327,7 +327,7 @@ def test_an_update_costs_what_it_says_and_no_second_matrix():
     compiled = traced.lower().compile()
     assert compiled.cost_analysis()["flops"] <= 1.1 * (4 * d * d * b + 3 * d * b * b + 4 * d * b * classes)
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes <= 0.5 * 4 * d * d
+    assert memory.temp_size_in_bytes <= 0.2 * 4 * d * d
     assert memory.alias_size_in_bytes >= 4 * d * (d + classes)
     m = jax.eval_shape(lambda: moments.empty(d, classes))
     compiled = jax.jit(moments.add, donate_argnums=0).lower(m, *batch).compile()

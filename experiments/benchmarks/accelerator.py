@@ -91,32 +91,37 @@ def measure(preset: str) -> dict:
     }
 
 
-def main(_: list[str]) -> None:
-    """Measures every preset, prints a line each and writes the raw results."""
-    logging.set_verbosity(logging.ERROR)  # JAX tells of every backend that is not there
+def save(name: str, command: str, results: list[dict], options: dict) -> None:
+    """Writes raw results with machine, versions, date and command to --output or results/NAME_DEVICE.json."""
     import jax
     import jaxlib
 
     device = jax.devices()[0]
+    kind = "".join(c if c.isalnum() else "_" for c in device.device_kind.lower())
+    target = pathlib.Path(OUTPUT.value or HERE / "results" / f"{name}_{kind}.json")
+    record = {
+        "command": " ".join([f"python -m experiments.benchmarks.{command}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"devices": f"{jax.device_count()} x {device.device_kind}", "platform": platform.platform()},
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "options": options,
+        "results": results,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"raw results: {target}")
+
+
+def main(_: list[str]) -> None:
+    """Measures every preset, prints a line each and writes the raw results."""
+    logging.set_verbosity(logging.ERROR)  # JAX tells of every backend that is not there
     found = []
     for preset in PRESETS.value:
         found.append(measure(preset))
         r = found[-1]
         share = "peak of this device not known" if r["mfu"] is None else f"{100 * r['mfu']:.1f} % MFU"
         print(f"{preset}: {r['tokens_per_s']:,.0f} tokens/s, {r['model_tflops_per_s_per_device']:.2f} TFLOP/s, {share}")
-    kind = "".join(c if c.isalnum() else "_" for c in device.device_kind.lower())
-    target = pathlib.Path(OUTPUT.value or HERE / "results" / f"accelerator_{kind}.json")
-    record = {
-        "command": " ".join(["python -m experiments.benchmarks.accelerator", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"devices": f"{jax.device_count()} x {device.device_kind}", "platform": platform.platform()},
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
-        "options": {f.name: f.value for f in (REMAT, METHOD, DTYPE)},
-        "results": found,
-    }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"raw results: {target}")
+    save("accelerator", "accelerator", found, {f.name: f.value for f in (REMAT, METHOD, DTYPE)})
 
 
 if __name__ == "__main__":

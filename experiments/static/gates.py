@@ -4,7 +4,8 @@ python -m experiments.static.gates [--only=TEXT] [--jobs=N] [--update]     (five
 
 Figures are kept in golden.json by compiler and kernel. One that is more than 5 % worse fails, as does a kernel that is
 lost, unknown, or does not compile (exit status 1). A compiler that is not installed, or has no figures yet, is SKIPPED
-and says so. --update records what was found; --only takes the programs whose name holds TEXT.
+and says so, and so is a kernel that has figures of other compilers only. --update records what was found; --only takes
+the programs whose name holds TEXT.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,13 +57,16 @@ def change(name: str, old: float, new: float) -> int:
     return (new < old - slack) - (new > old + slack)
 
 
-def compare(golden: Figures | None, found: Figures, failed: Mapping[str, str]) -> list[Row]:
+def compare(
+    golden: Figures | None, found: Figures, failed: Mapping[str, str], elsewhere: Collection[str] = ()
+) -> list[Row]:
     """Returns a row per kernel.
 
     Args:
       golden: what was recorded with this compiler; None = nothing was, and all is skipped.
       found: figures of the kernels that were compiled.
       failed: why the others were not, by kernel.
+      elsewhere: kernels that were recorded with other compilers; they are no mistake.
     """
     rows = [Row("FAILED", kernel, why) for kernel, why in failed.items()]
     rows += [
@@ -70,7 +74,7 @@ def compare(golden: Figures | None, found: Figures, failed: Mapping[str, str]) -
     ]
     for kernel, new in found.items():
         figures = ", ".join(f"{name} {value:g}" for name, value in new.items())
-        if golden is None:
+        if golden is None or (kernel not in golden and kernel in elsewhere):
             rows.append(Row("SKIPPED", kernel, figures))
         elif kernel not in golden:
             rows.append(Row("UNKNOWN", kernel, figures))
@@ -135,7 +139,7 @@ def gate(platform: str, only: str, jobs: int, update: bool) -> list[Row]:
         for figures, reasons in pool.map(build, wanted):
             found |= figures
             failed |= reasons
-    rows = compare(known, found, failed)
+    rows = compare(known, found, failed, {kernel for kernels in golden.values() for kernel in kernels})
     print(f"{platform}, {name}" + ("" if known is not None else ": SKIPPED, nothing was recorded; record it: --update"))
     for row in rows:
         print(f"  {row.status:8}{row.kernel:34} {row.text}", flush=True)

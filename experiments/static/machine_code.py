@@ -25,6 +25,7 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x
 WIDTHS = (64, 128, 256)
 TOKENS, WIDTH, VOCAB = 2048, 2048, 32768  # of the vocabulary kernels
 LAYER, TASKS, SYMBOLS = (65_600, 100), 6, 124  # of the boxes: N and K, T, S
+FEATURES, ROWS = 4096, 128  # of the ridge kernels
 # Tensor-core instructions of Hopper; all but the first are those of older chips, at half its speed or less.
 PRODUCTS = ("HGMMA", "HMMA", "IMMA", "DMMA", "BMMA", "QMMA")
 ATOMICS = ("RED", "REDG", "ATOM", "ATOMG", "ATOMS", "UBLKRED", "UTMAREDG")
@@ -104,6 +105,24 @@ def boxes() -> tuple[Callable[..., Any], Any]:
     return run, tuple(jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes)
 
 
+def ridge(wanted: tuple[str, ...], module: str) -> tuple[Callable[..., Any], Any]:
+    """Updates of symmetric matrices in float32 and in pairs of it; of a platform's `module` those `wanted`."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxcl.kernels.ridge import hopper, tpu
+    from jaxcl.kernels.ridge.pair import Pair
+
+    forms = {"hopper": hopper, "tpu": tpu}[module]
+
+    def run(a, r, more, x, v):
+        operands = {"gram_update": (a, x), "downdate": (r, v), "stream": (more, v, v)}
+        return [getattr(forms, name)(*operands[name]) for name in wanted]
+
+    matrix, rows = (jax.ShapeDtypeStruct((n, FEATURES), jnp.float32) for n in (FEATURES, ROWS))
+    return run, (Pair(matrix, matrix), matrix, matrix, Pair(rows, rows), rows)
+
+
 def _programs() -> dict[str, Program]:
     """TPU dumps name the kernels, GPU dumps do not: there every kernel is a program."""
     out, passes = {}, ("forward", "d_queries", "d_keys")
@@ -111,11 +130,15 @@ def _programs() -> dict[str, Program]:
         for name in passes:
             make = functools.partial(attention, "h200", width, (name,))
             out[f"attention h200 {width} {name}"] = Program("h200", (name,), make)
+    make = functools.partial(ridge, ("downdate",), "hopper")
+    out["ridge h200 downdate"] = Program("h200", ("downdate",), make)
     for chip in (x for x in CHIPS if x != "h200"):
         for width in WIDTHS:
             make = functools.partial(attention, chip, width, passes)
             out[f"attention {chip} {width}"] = Program(chip, passes, make)
         out[f"boxes {chip}"] = Program(chip, BOXES, boxes)
+        updates = ("gram_update", "downdate", "stream")
+        out[f"ridge {chip}"] = Program(chip, updates, functools.partial(ridge, updates, "tpu"))
         out[f"vocabulary {chip}"] = Program(chip, ("cross_entropy", "d_hidden", "d_head", "mixture"), vocabulary)
     return out
 

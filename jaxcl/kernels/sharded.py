@@ -5,7 +5,8 @@ are written, for global arrays. A custom kernel is opaque to the partitioner, wh
 attention is independent between rows and between heads. So the call is put inside `jax.shard_map`: rows over the
 batch axes, heads over the tensor axis, and every device runs the kernel on its own part, without communication. A
 softmax over the vocabulary is independent between tokens: rows over the batch axes, positions over all others, the head
-whole on every device and its gradient summed. Without a mesh, or on one device, nothing is wrapped.
+whole on every device and its gradient summed. A symmetric matrix is cut by rows, and every device updates its own from
+operands that all have whole. Without a mesh, or on one device, nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -51,6 +52,52 @@ def rows(x: jax.Array) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(_divisors(mesh, BATCH, x.shape[0])))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Returns `x`, copied to every device of the mesh that is set: what a few rows are worth, and a matrix is not."""
+    return x if current() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+class Strips(NamedTuple):
+    """How devices share a symmetric matrix: by rows.
+
+    Attributes:
+      mesh: the one that is set.
+      axes: mesh axes that the rows are cut over; none = every device has the matrix.
+    """
+
+    mesh: AbstractMesh
+    axes: tuple[str, ...]
+
+    def run(
+        self, f: Callable[..., Sequence[jax.Array]], matrices: Sequence[jax.Array], operands: Sequence[jax.Array]
+    ) -> Sequence[jax.Array]:
+        """Returns new matrices [d, d], cut by rows.
+
+        Args:
+          f: f(matrices, left, right) -> new rows, from rows [d / devices, d] and from the operands that columns of
+            them which belong to these rows, and all columns.
+          matrices: [d, d] each.
+          operands: [b, d] each.
+        """
+        rows, columns = PartitionSpec(self.axes), PartitionSpec(None, self.axes)
+        places = (rows, columns, PartitionSpec())
+        cut = jax.shard_map(f, mesh=self.mesh, in_specs=places, out_specs=rows, check_vma=False)
+        return cut(list(matrices), list(operands), list(operands))
+
+    def alone(self, f: Callable[..., Any], *operands: Any) -> Any:
+        """Returns f(*operands), which every device computes."""
+        copy = PartitionSpec()
+        return jax.shard_map(f, mesh=self.mesh, in_specs=copy, out_specs=copy, check_vma=False)(*operands)
+
+
+def strips(size: int) -> Strips | None:
+    """Returns how [size, size] matrices are shared over the batch axes of the mesh that is set, if there is one."""
+    mesh = current()
+    if mesh is None:
+        return None
+    return Strips(mesh, tuple(name for name in _divisors(mesh, BATCH, size) if mesh.shape[name] > 1))
 
 
 def attention(f: Callable[..., Any], *, lse: bool = False) -> Callable[..., Any]:

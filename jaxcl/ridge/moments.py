@@ -7,7 +7,8 @@ error of about 2^-38, so that the order of 10^4 batches does not show in float32
 monoid: `empty`, `add`, `merge`. `remove` is exact unlearning. Classes are preallocated (a head of C columns); a class
 without rows has a column of zeros, and so have its weights.
 
-Memory: 8 d (d + C) bytes. Cost of b rows: 6 d^2 b float32 operations, half of four whole products.
+Memory: 8 d (d + C) bytes. Cost of b rows: 6 d^2 b float32 operations, half of four whole products. On a mesh A and B
+are cut by rows over the batch axes and the rows of a batch are copied to all devices: nothing of the size of A travels.
 Source: RanPAC (McDonnell et al. 2023) keeps A and B; ACIL (Zhuang et al. 2022) keeps (A + gamma I)^-1 instead.
 """
 
@@ -15,14 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import schema
-from jaxcl.kernels import ridge
+from jaxcl.kernels import ridge, sharded
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 
@@ -41,6 +44,9 @@ class Moments:
       features: uint32 [], which map made the features; see `fingerprint`.
     """
 
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
+        {"gram": ("features", None), "cross": ("features", None)}  # see `jaxcl.mesh.state_shardings`
+    )
     gram: Pair
     cross: Pair
     counts: Pair
@@ -98,14 +104,18 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (x, weights) with padding, and rows of no class, all zero."""
+    """Returns (x, weights) with padding, and rows of no class, all zero.
+
+    On a mesh they are copied to all devices: a few rows travel, so that A does not.
+    """
+    x, labels, weights = sharded.whole(x), sharded.whole(labels), sharded.whole(weights)
     weights = jnp.where((labels >= 0) & (labels < classes) & (weights > 0), weights, 0.0).astype(jnp.float32)
     return jnp.where(weights[:, None] > 0, x, 0.0).astype(jnp.float32), weights
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
-    return ridge.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
+    return pair.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
 
 
 def _add_block(m: Moments, rows: tuple[jax.Array, ...], sign: float) -> Moments:
@@ -119,7 +129,7 @@ def _add_block(m: Moments, rows: tuple[jax.Array, ...], sign: float) -> Moments:
             cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, rows[1], m.counts.high.shape[0]).T)
         return cross
 
-    cross = ridge.in_blocks(summed, m.cross, (weighted, labels))
+    cross = pair.in_blocks(summed, m.cross, (weighted, labels))
     counts = pair.plus(m.counts, sign * jax.ops.segment_sum(weights, labels, m.counts.high.shape[0]))
     return Moments(ridge.gram_update(m.gram, scaled, sign), cross, counts, m.features)
 

@@ -8,12 +8,17 @@ instead of that of A / gamma. S is the worse conditioned the more rows it has wh
 into blocks. After N of about 1.5 d rows, `start` from the moments once more: that is more accurate than what the
 recursion has become, and `drift` says when it is due again.
 
+Between two blocks one kernel (`jaxcl.kernels.ridge.stream`) writes R and multiplies it with the rows of the second.
+
 Cost of b rows: 3 d^2 b + 3 d b^2 + 4 d b C operations; memory 4 d (d + C) bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +29,8 @@ from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import pair
 from jaxcl.ridge import solve
 from jaxcl.ridge.moments import Moments, prepare
+
+_Carry = tuple[jax.Array, jax.Array, jax.Array]  # R before the last block, V of that block, W
 
 BLOCK = 128  # rows that are taken in at a time
 ENOUGH = 1.5  # rows per feature from which on a start from the moments is better than the recursion
@@ -39,6 +46,9 @@ class Inverse:
       w: float32 [d, C], ridge weights of the rows so far.
     """
 
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
+        {"r": ("features", None), "w": ("features", None)}  # see `jaxcl.mesh.state_shardings`
+    )
     r: jax.Array
     w: jax.Array
 
@@ -72,30 +82,57 @@ def downdate(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Arr
     return _run(inverse, x, labels, weights, block, -1.0)
 
 
+def stream(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Inverse:
+    """Returns the inverse and weights with k batches added, one after the other.
+
+    As k calls of `update`, but R is read and written once per batch instead of read twice: the kernel that writes what
+    batch i leaves of it multiplies it with batch i + 1 on the way.
+
+    Args:
+      inverse: those before.
+      x: float32 [k, b, d]; b of at most 128, see `update`.
+      labels: int32 [k, b], as for `update`.
+      weights: float32 [k, b], as for `update`.
+    """
+    block = max(x.shape[1], 1)
+    return _run(inverse, x.reshape(-1, x.shape[2]), labels.reshape(-1), weights.reshape(-1), block, 1.0)
+
+
 def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, block: int, sign: float) -> Inverse:
+    """Takes in blocks of rows; between two of them R is written, and read for the second, in one go."""
     if block < 1:
         raise ValueError(f"block={block}: expected at least one row")
-    classes = inverse.w.shape[1]
+    classes, count = inverse.w.shape[1], x.shape[0]
+    if not count:
+        return inverse
     x, weights = prepare(x, labels, weights, classes)
     root = jnp.sqrt(weights)[:, None]
     rows = root * x, root * jax.nn.one_hot(labels, classes)
-    whole, last = divmod(x.shape[0], block)
-    if whole > 1:
-        cut = tuple(part[: whole * block].reshape(whole, block, -1) for part in rows)
-        inverse, _ = jax.lax.scan(lambda i, part: (_step(i, part[0], part[1], sign), None), inverse, cut)
-    elif whole:
-        inverse = _step(inverse, rows[0][:block], rows[1][:block], sign)
-    return _step(inverse, rows[0][-last:], rows[1][-last:], sign) if last else inverse
+
+    def step(carry: _Carry, part: tuple[jax.Array, jax.Array]) -> tuple[_Carry, None]:
+        r, v, w = carry
+        r, seen = ridge.stream(r, v, part[0], -sign)
+        return (r, *_gain(seen, w, *part, sign)), None
+
+    first = min(block, count)
+    seen = pair.contract(rows[0][:first], inverse.r, 1, 1)  # R is symmetric: along its rows, which a mesh may have cut
+    carry = inverse.r, *_gain(seen, inverse.w, rows[0][:first], rows[1][:first], sign)
+    whole, last = divmod(count - first, block)
+    if whole:
+        features, targets = (part[first : count - last].reshape(whole, block, -1) for part in rows)
+        carry, _ = jax.lax.scan(step, carry, (features, targets))
+    if last:
+        carry, _ = step(carry, (rows[0][-last:], rows[1][-last:]))
+    return Inverse(ridge.downdate(carry[0], carry[1], -sign), carry[2])
 
 
-def _step(inverse: Inverse, x: jax.Array, y: jax.Array, sign: float) -> Inverse:
-    seen = pair.contract(x, inverse.r, 1, 0)  # P^T, [b, d]
+def _gain(seen: jax.Array, w: jax.Array, x: jax.Array, y: jax.Array, sign: float) -> tuple[jax.Array, jax.Array]:
+    """Returns V [b, d] and the new W from P^T [b, d], the old W, and the rows."""
     s = jnp.eye(x.shape[0]) + sign * pair.contract(seen, x, 1, 1)
     lower = jnp.linalg.cholesky(s)  # symmetrised, which costs b^2
     v = solve_triangular(lower, seen, lower=True)
-    errors = solve_triangular(lower, y - pair.contract(x, inverse.w, 1, 0), lower=True)
-    w = inverse.w + sign * pair.contract(v, errors, 0, 0)
-    return Inverse(ridge.downdate(inverse.r, v, -sign), w)
+    errors = solve_triangular(lower, y - pair.contract(x, w, 1, 0), lower=True)
+    return v, w + sign * pair.contract(v, errors, 0, 0)
 
 
 def drift(inverse: Inverse, m: Moments, gamma: solve.Gamma) -> jax.Array:

@@ -1,6 +1,10 @@
-"""Compiles the attention kernels for an H200 on a machine without one; their machine code goes to FOLDER (argument)."""
+"""Compiles kernels for an H200 on a machine without one; their machine code goes to FOLDER.
+
+Arguments: FOLDER, and a width of attention heads (128) or `ridge`.
+"""
 
 import os
+import re
 import sys
 
 os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_SASS_CTRL="1", MOSAIC_GPU_DUMP_TO=sys.argv[1])
@@ -8,8 +12,11 @@ os.environ.update(JAX_PLATFORMS="cpu")
 
 import attention_gpu_test
 import jax
+import ridge_stream_test
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+
+from jaxcl.kernels.ridge import hopper
 
 H200 = """
 gpu_device_info {
@@ -23,8 +30,14 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 28 } runtime_version { 
 device_description_str: "NVIDIA H200"
 """
 
-width = int(sys.argv[2]) if len(sys.argv) > 2 else 128
+what = sys.argv[2] if len(sys.argv) > 2 else "128"
 topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
 place = SingleDeviceSharding(topology.devices[0])
-both, shapes = attention_gpu_test.programs(width, 8192, True)
-jax.jit(both).trace(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes)).lower().compile()
+if what == "ridge":
+    both, shapes = hopper.downdate, ridge_stream_test.shapes(8192, 200, 1)[:2]
+else:
+    both, shapes = attention_gpu_test.programs(int(what), 8192, True)
+shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes]
+done = jax.jit(both, donate_argnums=0 if what == "ridge" else ()).trace(*shapes).lower().compile()
+copies = re.findall(r"= f32\[8192,8192\]\S* copy", done.as_text())
+print(done.memory_analysis().alias_size_in_bytes, len(copies))

@@ -81,6 +81,38 @@ def _blocks(
     return new
 
 
+def strip(
+    products: Products,
+    sums: Sums,
+    matrices: Sequence[jax.Array],
+    left: Sequence[jax.Array],
+    right: Sequence[jax.Array],
+    side: int = SIDE,
+) -> list[jax.Array]:
+    """Updates some rows of matrices, as a device of a mesh holds them, a panel of columns at a time.
+
+    There is no half to save, and symmetric the whole is up to rounding: what lies above the diagonal is computed by
+    another device than what lies below it.
+
+    Args:
+      products, sums: new rows = sums(old ones, products(left, right)).
+      matrices: [m, d] each.
+      left: [b, m] each, the columns of the operands that belong to these rows.
+      right: [b, d] each, all of their columns.
+      side: columns of a panel.
+    """
+    whole, tail = divmod(matrices[0].shape[1], side)
+
+    def panel(rows: Sequence[jax.Array], start: Any, width: int) -> list[jax.Array]:
+        old, lines = ([jax.lax.dynamic_slice_in_dim(x, start, width, 1) for x in group] for group in (rows, right))
+        return _place(rows, _apart(sums, old, products(left, lines)), 0, start)
+
+    new = list(matrices)
+    if whole:
+        new, _ = jax.lax.scan(lambda rows, at: (panel(rows, at, side), None), new, side * jnp.arange(whole))
+    return panel(new, whole * side, tail) if tail else new
+
+
 def gram_products(left: Sequence[Any], right: Sequence[Any]) -> tuple[jax.Array, ...]:
     """Returns the parts of a product of pieces."""
     return pair.parts(pair.Pieces(*left), pair.Pieces(*right), 0, 0)
@@ -128,3 +160,14 @@ def gram_update_sliced(a: pair.Pair, x: pair.Pair, sign: float = 1.0, *, side: i
 def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0, *, side: int = SIDE) -> jax.Array:
     """Returns r + sign * v^T v; see `jaxcl.kernels.ridge.downdate`."""
     return _blocks(products, functools.partial(sums, sign), [r], [v], side)[0]
+
+
+def stream(
+    r: jax.Array, v: jax.Array, x: jax.Array, sign: float = -1.0, *, side: int = SIDE
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (r + sign * v^T v, x times that); see `jaxcl.kernels.ridge.stream`.
+
+    One after the other: of 100 rows the products take some ten times as long as to read the matrix once more.
+    """
+    new = downdate(r, v, sign, side=side)
+    return new, pair.contract(x, new, 1, 1)  # symmetric; along its rows, which a mesh may have cut

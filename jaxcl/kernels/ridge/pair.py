@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +180,17 @@ def parts(a: Pieces, b: Pieces, i: int, j: int) -> tuple[jax.Array, jax.Array, j
 def absorb(into: Pair, found: tuple[jax.Array, ...], sign: float = 1.0) -> Pair:
     """Returns into + sign * the sum of what `parts` returned."""
     return functools.reduce(plus, (sign * x for x in found), into)
+
+
+def in_blocks(add: Callable[[Any, Any], Any], into: Any, rows: Any, most: int = ROWS) -> Any:
+    """Returns `into` with blocks of at most `most` rows added one after the other; every leaf of `rows` is [b, ...]."""
+    whole, last = divmod(jax.tree.leaves(rows)[0].shape[0], most)
+    if whole > 1:
+        cut = jax.tree.map(lambda x: x[: whole * most].reshape(whole, most, *x.shape[1:]), rows)
+        into, _ = jax.lax.scan(lambda one, part: (add(one, part), None), into, cut)
+    elif whole:
+        into = add(into, jax.tree.map(lambda x: x[:most], rows))
+    return add(into, jax.tree.map(lambda x: x[-last:], rows)) if last else into
 
 
 def dot(a: Pair, b: Pair) -> Pair:

@@ -1,0 +1,87 @@
+"""The update for Hopper GPUs: its arithmetic, lowering, and the kernel and its machine code where tools exist."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import attention_gpu_test as base
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+from ridge_kernels_test import draw, symmetric
+from ridge_stream_test import apart, exact, shapes
+
+from jaxcl.kernels import ridge
+from jaxcl.kernels.ridge import hopper
+
+QUICK = True
+
+
+def test_thirds_are_all_of_a_number():
+    x = draw(40, 30)
+    parts = jax.jit(hopper.thirds)(x)
+    assert all(part.dtype == jnp.bfloat16 for part in parts)
+    np.testing.assert_array_equal(sum(np.asarray(part, np.float64) for part in parts), x)
+
+
+def test_six_products_of_thirds_are_one_of_float32():
+    v = draw(1, 500)
+    thirds = [np.asarray(part, np.float64)[0] for part in hopper.thirds(v)]
+    want = np.asarray(v, np.float64)[0] ** 2
+
+    def worst(products):
+        return np.max(np.abs(sum(thirds[a] * thirds[b] for a, b in products) - want) / want)
+
+    assert worst(hopper.PRODUCTS) < 2.0**-22
+    assert all(worst([x for x in hopper.PRODUCTS if x != out]) > 2.0**-18 for out in hopper.PRODUCTS)
+
+
+def lowered(function, operands):
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("size", [512, 500])
+def test_the_kernel_is_one_call_in_place_if_it_is_asked_for(size):
+    operands = shapes(size, 100, 60)
+    for function, inputs, more in ((ridge.downdate, operands[:2], 0), (ridge.stream, operands, 1)):
+        asked, auto = (lowered(functools.partial(function, kernel=x), inputs) for x in (True, None))
+        calls = [len(re.findall(rf"custom_call @{name}", asked)) for name in ("mosaic_gpu", "cusolver_syrk")]
+        assert calls == ([1, 0] if size == 512 else [0, 1])
+        assert "mosaic_gpu" not in auto
+        assert "output_operand_alias" in asked
+        assert asked.count("dot_general") == more
+    with pytest.raises(ValueError, match="multiple of 128, not of 500"):
+        hopper.downdate(jnp.eye(500), jnp.ones((4, 500)))
+
+
+@base.interpreted
+@pytest.mark.parametrize("rows", [64, 70])
+def test_the_kernel_agrees_with_float64_and_is_symmetric(rows):
+    r, v = symmetric(256), draw(rows, 256)
+    found = jax.jit(functools.partial(hopper.downdate, interpret=plgpu.InterpretGPUParams()))(r, v)
+    assert apart(found, exact(r, v, v)[0]) < 1e-6
+    np.testing.assert_array_equal(found, found.T)
+
+
+@base.compiled
+def test_machine_code_uses_tensor_cores_without_spills_or_atomics(tmp_path):
+    """Compiles for sm_90a in a process of its own, without a GPU."""
+    worker = base.ROOT / "tests" / "workers" / "gpu_machine_code.py"
+    path = {"PYTHONPATH": f"{base.ROOT}:{base.ROOT / 'tests'}"}
+    argv = [sys.executable, worker, tmp_path, "ridge"]
+    run = subprocess.run(argv, capture_output=True, text=True, cwd=base.ROOT, env=os.environ | path, check=False)
+    assert not run.returncode, run.stderr[-2000:]
+    (report,) = (p.read_text() for p in tmp_path.glob("*.ptxas"))
+    (listing,) = (p.read_text() for p in tmp_path.glob("*.sass*"))
+    assert "0 bytes spill stores, 0 bytes spill loads" in report
+    assert "HGMMA" in listing
+    assert "UTMASTG" in listing
+    assert not re.search(r"\b(RED|ATOM|ATOMG)\.|\bHMMA\b|\bFFMA\b", listing)
+    assert run.stdout.split() == [str(4 * 8192 * 8192), "0"]  # bytes in place, copies of the matrix

@@ -1,0 +1,162 @@
+"""Ridge sums and their inverse on a mesh: cut by rows, as on one device, and nothing of their size ever travels."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ridge_test import off, rows, sums64, wide
+
+from jaxcl import mesh as meshes
+from jaxcl.kernels import ridge, sharded
+from jaxcl.kernels.ridge import pair
+from jaxcl.ridge import moments, recursion
+from jaxcl.types import TrainState
+
+D, C, B = 256, 6, 64
+CUT = P(("data", "fsdp"), None)
+MESHES = [  # sizes, rows of A that a device has
+    ({"replica": 2, "data": 2, "fsdp": 2}, D // 8),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, D // 4),
+    ({"data": 1, "tensor": 8}, D),
+]
+COLLECTIVE = r" (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
+
+
+def wires(text):
+    """Returns the number of elements of every array that devices exchange in a compiled program."""
+    found = []
+    for line in text.splitlines():
+        before = re.split(COLLECTIVE + r"(?:-start)?\(", line)
+        if len(before) > 1:
+            shapes = re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", before[0])
+            found += [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+    return found
+
+
+def some(count, seed, width):
+    """Returns rows that are small, so that the condition is, too, and programs agree to rounding."""
+    x, labels, weights = rows(count, seed, width, C)
+    return x / 100, labels, weights
+
+
+@functools.cache
+def state(width=D):
+    """Returns the state of a learner after some rows, a batch, and the state after that."""
+    first, batch = some(96, 1, width), some(B, 2, width)
+    batch[2][:3] = 0
+    m = toys.quick(moments.add)(moments.empty(width, C), *first)
+    inverse = recursion.Inverse(jnp.eye(width), jnp.zeros((width, C)))
+    memory = {"moments": m, "inverse": toys.quick(recursion.update)(inverse, *first)}
+    after = toys.quick(learn)(memory, *batch)
+    return jax.tree.map(np.asarray, (memory, batch, after))  # on no device, so that nothing is donated that is shared
+
+
+def learn(memory, x, labels, weights):
+    """One step of a learner that keeps both; two blocks for the recursion."""
+    inverse = recursion.update(memory["inverse"], x, labels, weights, block=40)
+    return {"moments": moments.add(memory["moments"], x, labels, weights), "inverse": inverse}
+
+
+def on_mesh(sizes, function, memory, batch):
+    """Returns the compiled program and its arguments; the batch is cut over the batch axes."""
+    mesh = meshes.make(**sizes)
+    train = TrainState(jnp.int32(0), {}, (), memory)
+    cuts = meshes.state_shardings(mesh, {}, jax.eval_shape(lambda: train)).memory
+    arrays = jax.device_put(memory, cuts), *meshes.place(mesh, batch)
+    program = jax.jit(meshes.on(mesh, function), out_shardings=cuts, donate_argnums=0)
+    return program.lower(*arrays).compile(compiler_options=toys.QUICK), arrays
+
+
+def test_sums_and_inverse_are_cut_by_rows():
+    memory = {"acil": state()[0]}
+    mesh = meshes.make(data=2, fsdp=2, tensor=2)
+    cuts = meshes.state_shardings(mesh, {}, TrainState(jnp.int32(0), {}, (), memory)).memory["acil"]
+    matrices = cuts["moments"].gram, cuts["moments"].cross, (cuts["inverse"].r, cuts["inverse"].w)
+    assert all(x.spec == CUT for part in matrices for x in part)
+    assert all(x.spec == P() for x in jax.tree.leaves((cuts["moments"].counts, cuts["moments"].features)) if x.spec)
+    assert meshes.device_bytes(memory["acil"]["moments"].gram, cuts["moments"].gram) == 2 * 4 * D * D / 4
+    odd = recursion.Inverse(jax.ShapeDtypeStruct((6, 6), "float32"), jax.ShapeDtypeStruct((6, 3), "float32"))
+    cuts = meshes.state_shardings(mesh, {}, TrainState(jnp.int32(0), {}, (), odd)).memory
+    assert cuts.r.spec == cuts.w.spec == P("data", None)  # 2 divides 6, 4 does not
+    assert meshes.RULES["features"] == sharded.BATCH
+
+
+@pytest.mark.parametrize(("sizes", "own"), MESHES)
+def test_a_step_on_a_mesh_is_that_of_one_device_and_moves_rows_only(sizes, own):
+    memory, batch, want = state()
+    compiled, arrays = on_mesh(sizes, learn, memory, batch)
+    for elements in wires(compiled.as_text()):
+        assert elements <= 3 * B * D < D * D  # rows of features in three pieces at the most
+    assert compiled.memory_analysis().alias_size_in_bytes >= own * 4 * (3 * D + 3 * C)
+    found = compiled(*arrays)
+    assert found["inverse"].r.sharding.shard_shape((D, D)) == (own, D)
+    assert found["moments"].gram.low.sharding.shard_shape((D, D)) == (own, D)
+    assert off(found["inverse"].r, np.asarray(want["inverse"].r, np.float64)) < 1e-6
+    assert off(found["inverse"].w, np.asarray(want["inverse"].w, np.float64)) < 1e-6
+    for name in ("gram", "cross", "counts"):
+        assert off(wide(getattr(found["moments"], name)), wide(getattr(want["moments"], name))) < 1e-12
+
+
+def test_matrices_that_the_mesh_does_not_divide_are_shared_as_far_as_they_can_be():
+    memory, batch, want = state(100)
+    compiled, arrays = on_mesh({"data": 2, "fsdp": 4}, learn, memory, batch)
+    found = compiled(*arrays)
+    assert found["inverse"].r.sharding.shard_shape((100, 100)) == (50, 100)
+    assert off(found["inverse"].r, np.asarray(want["inverse"].r, np.float64)) < 1e-6
+    assert off(wide(found["moments"].gram), wide(want["moments"].gram)) < 1e-12
+
+
+def test_the_sizes_of_what_travels_are_found():
+    """A program that does copy the matrix is caught."""
+    mesh = meshes.make(data=8)
+    cut = NamedSharding(mesh, P("data"))
+    r = jax.device_put(jnp.eye(D), cut)
+    text = jax.jit(lambda r: r @ r.T, out_shardings=NamedSharding(mesh, P())).lower(r).compile().as_text()
+    assert max(wires(text)) >= D * D
+
+
+def test_batches_of_several_devices_merge_into_those_of_one():
+    """Data-parallel sums: every device adds its own rows, and moments are merged once."""
+    mesh = meshes.make(data=8)
+    batch = rows(B, 3, classes=C)
+    width = batch[0].shape[1]
+    empty = jax.tree.map(lambda x: jnp.stack([x] * 8), moments.empty(width, C))
+
+    def own(m, *part):
+        return jax.tree.map(lambda x: x[None], moments.add(jax.tree.map(lambda x: x[0], m), *part))
+
+    add = jax.shard_map(own, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    parts = jax.device_get(toys.quick(add)(empty, *batch))
+    found = functools.reduce(toys.quick(moments.merge), [jax.tree.map(lambda x, n=n: x[n], parts) for n in range(8)])
+    gram, cross = sums64(*batch, C)
+    assert off(wide(found.gram), gram) < 1e-12
+    assert off(wide(found.cross), cross) < 1e-12
+    with pytest.raises(ValueError, match=r"gram_update inside jax.shard_map over data: give it check_vma=False"):
+        jax.jit(jax.shard_map(own, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(empty, *batch)
+
+
+def test_every_update_is_cut_alike():
+    mesh = meshes.make(data=2, fsdp=4)
+    rng = np.random.default_rng(0)
+    size = 600  # two panels and some columns
+    r, v, x = (jnp.asarray(rng.standard_normal((n, size)), jnp.float32) for n in (size, 9, 5))
+    r = r + r.T
+    cut = NamedSharding(mesh, CUT)
+    for function in (ridge.stream, ridge.downdate):
+        operands = (r, v, x) if function is ridge.stream else (r, v)
+        want = jax.tree.leaves(toys.quick(function)(*operands))
+        arrays = jax.device_put(r, cut), *operands[1:]
+        compiled = jax.jit(meshes.on(mesh, function)).lower(*arrays).compile(compiler_options=toys.QUICK)
+        assert max(wires(compiled.as_text()), default=0) <= 9 * size
+        for got, one in zip(jax.tree.leaves(compiled(*arrays)), want, strict=True):
+            assert off(got, np.asarray(one, np.float64)) < 1e-6
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert ridge.refused(size, 9) == "rows are cut over data, fsdp: every device updates its own in plain XLA"
+        jaxpr = str(jax.make_jaxpr(functools.partial(ridge.gram_update, kernel=True))(pair.of(r), pair.of(v)))
+        assert "shard_map" not in jaxpr
