@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl.data import image_files, pixels
+from jaxcl.data import chosen, image_files, pixels
 from jaxcl.data.image_files import Images
 from jaxcl.data.rows import Columns
 from jaxcl.data.sources import Table, tfds
@@ -39,6 +39,8 @@ def make(
     rotation: float = 0.0,
     permutation: int | None = None,
     standardise: bool = False,
+    imbalance: float = 1.0,
+    si_blurry: Mapping[str, Any] | None = None,
     limit: int | None = None,
     seed: int = 0,
     image: str | None = None,
@@ -62,8 +64,12 @@ def make(
       rotation: degrees counterclockwise, by bilinear interpolation.
       permutation: seed of an order of the pixels, NumPy's `default_rng(seed).permutation(H * W)`; None = as they are.
       standardise: subtract the mean and divide by the deviation of each channel in all training rows of the file.
+      imbalance: training rows of the first class over those of the last, whose numbers fall geometrically; drawn by
+        `seed` out of as many as the file has.
+      si_blurry: the task of a stream without clean boundaries, `task`, `tasks`, `disjoint`, `blurry` and `seed`; see
+        `jaxcl.data.blurry` and `scenarios.si_blurry`.
       limit: at most that many training rows, drawn by `seed`.
-      seed: of what is held out of a file, and of `limit`; the same rows in every task.
+      seed: of what is held out of a file, of `imbalance` and of `limit`; the same rows in every task.
       image, label: names of the arrays of an `.npz`, otherwise looked for; features of a dataset, see `load`.
       data_dir, download: of a dataset, see `load`.
       licence: recorded in the run.
@@ -71,8 +77,10 @@ def make(
     Raises:
       UserError: files or a dataset that cannot be read, or options that do not fit them.
     """
-    view = pixels.View(classes, relabel, pad, rotation, permutation, standardise)
-    pixels.check(view, limit)
+    view = pixels.View(pad, rotation, permutation, standardise)
+    choice = chosen.Choice(classes, relabel, imbalance, si_blurry, limit, seed)
+    chosen.check(choice)
+    pixels.check(view)
     if (path is None) == (dataset is None):
         raise UserError(f"config.sources: path={path!r}, dataset={dataset!r}: images need one of them")
     if path is not None:
@@ -83,7 +91,7 @@ def make(
         told = {"dataset": dataset, "split": split or "train", "held_out": held_out or "test"}
         parts = _of_dataset(told, data_dir, image=image or "image", label=label or "label", download=download)
     told |= {"held_out_path": held_out_path, "seed": seed or None}
-    return pixels.table("images", told, *parts, view, limit=limit, seed=seed, licence=licence)
+    return pixels.table("images", told, *parts, view, choice, licence=licence)
 
 
 def _refuse(reason: str, **options: object) -> None:
