@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl import schema
-from jaxcl.data import blurry
+from jaxcl.data import blurred
 from jaxcl.schema import UserError
 
 
@@ -23,14 +23,16 @@ class Choice(NamedTuple):
     classes: Sequence[int] | None = None  # labels of the rows that are kept
     relabel: bool = True  # whether these become 0, 1, ... in the order given
     imbalance: float = 1.0  # how many times the rows of the last class the first one has
-    si_blurry: Mapping[str, Any] | None = None  # options of `blurry.Part`, in place of `classes`
+    si_blurry: Mapping[str, Any] | None = None  # options of `blurred.Part`, in place of `classes`
     limit: int | None = None  # at most that many rows
     seed: int = 0  # of what is left out for `imbalance` and `limit`
 
     @property
-    def part(self) -> blurry.Part | None:
+    def part(self) -> blurred.Part | None:
         """The task of a blurred stream, if that is chosen."""
-        return self.si_blurry and schema.call(blurry.Part, self.si_blurry, field="sources: si_blurry")
+        if self.si_blurry is None:
+            return None
+        return schema.call(blurred.Part, self.si_blurry, field="sources: si_blurry")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,10 +50,10 @@ def check(choice: Choice) -> None:
         raise UserError(f"config.sources: imbalance={choice.imbalance!r}: a ratio of at least 1, as in 100")
     if choice.classes is not None and not 0 < len(choice.classes) == len({*choice.classes}):
         raise UserError(f"config.sources: classes={[*choice.classes]}: name at least one, and each once")
-    if choice.si_blurry is not None:
+    if (part := choice.part) is not None:
         if choice.classes is not None:
             raise UserError("config.sources: si_blurry: deals out the classes itself; leave classes out")
-        blurry.check(choice.part or blurry.Part(0))
+        blurred.check(part)
 
 
 def train(labels: np.ndarray, choice: Choice, every: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +70,7 @@ def train(labels: np.ndarray, choice: Choice, every: Sequence[int] | None = None
     labels = np.asarray(labels, np.int64)
     index = thinned(labels, choice.imbalance, choice.seed, every)
     if (part := choice.part) is not None:
-        index = index[np.sort(blurry.rows_of(labels[index], part)[part.task])]
+        index = index[np.sort(blurred.rows_of(labels[index], part)[part.task])]
         if part.rows not in (None, len(index)):
             raise UserError(
                 f"config.sources: si_blurry.rows={part.rows}: task {part.task} has {len(index)}; give the counts of "
@@ -97,7 +99,7 @@ def held_out(labels: np.ndarray, choice: Choice, count: int) -> tuple[np.ndarray
     labels = np.asarray(labels, np.int64)
     classes = choice.classes
     if (part := choice.part) is not None:
-        classes = blurry.own_classes(count, part).tolist()
+        classes = blurred.own_classes(count, part).tolist()
     index = _of_classes(labels, classes, "held-out")
     return index, relabelled(labels[index], choice)
 

@@ -168,7 +168,7 @@ def _member(path: str, archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def declared(path: str, name: str, info: zipfile.ZipInfo, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Returns shape, order (whether that of Fortran) and type of an array of an archive; the stream is left behind them.
+    """Returns shape, order (whether Fortran's) and type of an array of an archive; the stream is left behind them.
 
     Raises:
       UserError: they are not those of as many bytes as the archive holds.

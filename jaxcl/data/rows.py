@@ -13,7 +13,7 @@ from jaxcl.types import Batch
 
 NAMES = ("inputs", "targets", "weights", "segments", "positions")
 Columns = dict[str, np.ndarray]  # those of NAMES, and what a source adds; the leading axis counts rows
-_CHUNK = 2**24  # bytes that are hashed at a time
+_CHUNK = 2**22  # bytes that are hashed at a time
 
 
 class OnDisk:
@@ -29,7 +29,8 @@ class OnDisk:
         return len(self._index)
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        return np.asarray(self._array[self._index[rows]], self.dtype)
+        with np.errstate(over="ignore"):  # what the type cannot hold becomes infinite, which the source refuses
+            return np.asarray(self._array[self._index[rows]], self.dtype)
 
 
 Stored = Mapping[str, np.ndarray | OnDisk]  # columns as a source has them
@@ -143,9 +144,7 @@ def from_columns(columns: Stored) -> Rows:
             digest.update(np.ascontiguousarray(column[start : start + step]).data.cast("B"))
     tokens = (weights > 0).sum(axis=1).astype(np.int64)
     labels = targets[:] if len(targets.shape) == 1 else None
-    return Rows(
-        tokens, lambda index: {k: v[index] for k, v in columns.items()}, digest.hexdigest(), labels=labels
-    )
+    return Rows(tokens, lambda index: {k: v[index] for k, v in columns.items()}, digest.hexdigest(), labels=labels)
 
 
 def batches(rows: Rows, *, size: int, task: int = 0, limit: int | None = None) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxcl.data import blurry
+from jaxcl.data import blurred
 from jaxcl.schema import UserError
 
 Options = dict[str, Any]
@@ -86,13 +86,13 @@ def si_blurry(
     *,
     batch: int,
     disjoint: int = 50,
-    blurry_share: int = 10,
+    blurry: int = 10,
     seed: int = 1,
 ) -> Scenario:
     """Returns tasks without clean boundaries, each as long as one pass over its rows (Si-Blurry, Moon et al. 2023).
 
     A task is as many steps as its rows fill batches; the rest of its rows, fewer than a batch, do not come. It is
-    evaluated on the held-out rows of the classes that are its own; see `jaxcl.data.blurry`.
+    evaluated on the held-out rows of the classes that are its own; see `jaxcl.data.blurred`.
 
     Args:
       source: options of the source that every task reads a part of; without `classes`.
@@ -100,17 +100,17 @@ def si_blurry(
       tasks: number of tasks.
       batch: `config.stream.batch`.
       disjoint: percent of the classes that come in one task alone.
-      blurry_share: percent of the rows of the other classes that may come in any task.
+      blurry: percent of the rows of the other classes that may come in any task.
       seed: of the whole stream.
 
     Raises:
       UserError: a task that would have no class of its own or fewer rows than a batch.
     """
-    part = blurry.Part(0, tasks, disjoint, blurry_share, seed)
-    blurry.check(part)
-    sizes = blurry.sizes(counts, part)
+    part = blurred.Part(0, tasks, disjoint, blurry, seed)
+    blurred.check(part)
+    sizes = blurred.sizes(counts, part)
     for t, rows in enumerate(sizes):
-        blurry.own_classes(len(counts), part._replace(task=t))
+        blurred.own_classes(len(counts), part._replace(task=t))
         if rows < batch:
             raise UserError(
                 f"config.sources: si_blurry.seed={seed}: task {t} has {rows} rows, less than a batch of {batch}; "

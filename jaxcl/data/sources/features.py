@@ -183,13 +183,12 @@ def _columns(bank: Bank, index: np.ndarray, labels: np.ndarray) -> Stored:
     """Returns the columns of some rows, all of them finite."""
     inputs = OnDisk(bank.features, index, np.float32)
     step = max(1, _ROWS // inputs.shape[1])
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
-        for start in range(0, len(index), step):
-            bad = np.argwhere(~np.isfinite(inputs[start : start + step]))
-            if bad.size:
-                row, column = index[start + bad[0, 0]], bad[0, 1]
-                value = bank.features[row, column]
-                raise UserError(f"{bank.path}: features[{row}, {column}]={value}: no finite float32; repair the row")
+    for start in range(0, len(index), step):
+        bad = np.argwhere(~np.isfinite(inputs[start : start + step]))
+        if bad.size:
+            row, column = index[start + bad[0, 0]], bad[0, 1]
+            value = bank.features[row, column]
+            raise UserError(f"{bank.path}: features[{row}, {column}]={value}: no finite float32; repair the row")
     return {**pixels.columns(np.empty((len(labels), 0), np.float32), labels), "inputs": inputs}
 
 

@@ -67,7 +67,7 @@ def make(
       imbalance: training rows of the first class over those of the last, whose numbers fall geometrically; drawn by
         `seed` out of as many as the file has.
       si_blurry: the task of a stream without clean boundaries, `task`, `tasks`, `disjoint`, `blurry` and `seed`; see
-        `jaxcl.data.blurry` and `scenarios.si_blurry`.
+        `jaxcl.data.blurred` and `scenarios.si_blurry`.
       limit: at most that many training rows, drawn by `seed`.
       seed: of what is held out of a file, of `imbalance` and of `limit`; the same rows in every task.
       image, label: names of the arrays of an `.npz`, otherwise looked for; features of a dataset, see `load`.

@@ -17,6 +17,7 @@ each: the pool is cut without regard to how many blurry rows a task has, and one
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ def _dealt(count: int, part: Part) -> tuple[list[np.ndarray], list[np.ndarray], 
         if not len(classes):
             return [classes] * part.tasks
         ends = draw.cuts(len(classes), part.tasks)
-        return [classes[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        return [classes[begin:end] for begin, end in itertools.pairwise(ends)]
 
     return slices(order[:alone]), slices(order[alone : alone + mixed]), draw
 
