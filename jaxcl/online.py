@@ -59,7 +59,7 @@ def summary(
     """
     whole, balanced = (f(steps, right, rows, since) for f in (seen_accuracy, class_accuracy))
     at = np.searchsorted(steps, ends)
-    known = np.asarray(steps) >= np.min(since, initial=np.inf)
+    known = np.asarray(steps) >= np.min(np.asarray(since, np.float64), initial=np.inf)
     nothing = float("nan")
     return {
         "a_auc": float(whole[known].mean()) if known.any() else nothing,

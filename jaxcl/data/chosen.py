@@ -42,8 +42,12 @@ class Choice(NamedTuple):
         return told | {"imbalance": None if self.imbalance == 1 else self.imbalance, "si_blurry": self.si_blurry}
 
 
-def check(choice: Choice) -> None:
-    """Raises UserError for what no labels can satisfy."""
+def checked(choice: Choice) -> Choice:
+    """Returns the choice.
+
+    Raises:
+      UserError: no labels can satisfy it.
+    """
     if choice.limit is not None and choice.limit < 1:
         raise UserError(f"config.sources: limit={choice.limit!r}: must be at least 1")
     if not 1 <= choice.imbalance < math.inf:
@@ -54,6 +58,7 @@ def check(choice: Choice) -> None:
         if choice.classes is not None:
             raise UserError("config.sources: si_blurry: deals out the classes itself; leave classes out")
         blurred.check(part)
+    return choice
 
 
 def train(labels: np.ndarray, choice: Choice, every: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:

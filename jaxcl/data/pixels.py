@@ -35,13 +35,18 @@ class View(NamedTuple):
         return told | {"standardise": self.standardise or None}
 
 
-def check(view: View) -> None:
-    """Raises UserError for options that no images can have."""
+def checked(view: View) -> View:
+    """Returns the view.
+
+    Raises:
+      UserError: no images can be seen so.
+    """
     for name, value in (("pad", view.pad), ("permutation", view.permutation)):
         if value is not None and value < 0:
             raise UserError(f"config.sources: {name}={value!r}: must be at least 0")
     if not math.isfinite(view.rotation):
         raise UserError(f"config.sources: rotation={view.rotation!r}: must be a finite number of degrees")
+    return view
 
 
 def table(

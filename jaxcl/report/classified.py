@@ -170,7 +170,7 @@ def _differences(others: list[Any], control: Any, names: list[str], what: str) -
             text = _cell(value, name, change=True)
             better = (value.mean > 0) == FIGURES[name][1]
             cells.append(f'<span class="{"good" if better else "bad"}">{text}</span>' if value.excludes_zero else text)
-        rows.append([escape(g.label), *cells, str(paired["final"].n)])
+        rows.append([escape(g.label), *cells, str(paired[names[0]].n)])
     hint = (
         "In percentage points, seed by seed, over the seeds that both have; coloured where the 95 % interval excludes "
         "zero: green is better than the control, red is worse."

@@ -91,10 +91,8 @@ def make(
     Raises:
       UserError: a value that is out of range.
     """
-    view = pixels.View(rotation=rotation, permutation=permutation)
-    choice = chosen.Choice(classes, relabel, imbalance, si_blurry, seed=seed)
-    chosen.check(choice)
-    pixels.check(view)
+    view = pixels.checked(pixels.View(rotation=rotation, permutation=permutation))
+    choice = chosen.checked(chosen.Choice(classes, relabel, imbalance, si_blurry, seed=seed))
     digits = [*range(10)] if classes is None else [*classes]
     for name, value, least, most in (
         ("count", count, len(digits), math.inf),

@@ -68,8 +68,7 @@ def make(
     Raises:
       UserError: a bank that cannot be read, or is none, or options that do not fit it.
     """
-    choice = chosen.Choice(classes, relabel, imbalance, si_blurry, limit, seed)
-    chosen.check(choice)
+    choice = chosen.checked(chosen.Choice(classes, relabel, imbalance, si_blurry, limit, seed))
     if held_out is not None and not 0 < held_out < 1:
         raise UserError(f"config.sources: held_out={held_out!r}: of features a share between 0 and 1")
     train, rest = _banks(path, held_out_path, held_out)

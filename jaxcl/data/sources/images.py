@@ -64,23 +64,18 @@ def make(
       rotation: degrees counterclockwise, by bilinear interpolation.
       permutation: seed of an order of the pixels, NumPy's `default_rng(seed).permutation(H * W)`; None = as they are.
       standardise: subtract the mean and divide by the deviation of each channel in all training rows of the file.
-      imbalance: training rows of the first class over those of the last, whose numbers fall geometrically; drawn by
-        `seed` out of as many as the file has.
-      si_blurry: the task of a stream without clean boundaries, `task`, `tasks`, `disjoint`, `blurry` and `seed`; see
-        `jaxcl.data.blurred` and `scenarios.si_blurry`.
+      imbalance: training rows of the first class over those of the last; see `jaxcl.data.chosen.thinned`.
+      si_blurry: the task of a stream without clean boundaries, options of `jaxcl.data.blurred.Part`.
       limit: at most that many training rows, drawn by `seed`.
       seed: of what is held out of a file, of `imbalance` and of `limit`; the same rows in every task.
       image, label: names of the arrays of an `.npz`, otherwise looked for; features of a dataset, see `load`.
-      data_dir, download: of a dataset, see `load`.
-      licence: recorded in the run.
+      data_dir, download: of a dataset, see `load`. `licence` is recorded in the run.
 
     Raises:
       UserError: files or a dataset that cannot be read, or options that do not fit them.
     """
-    view = pixels.View(pad, rotation, permutation, standardise)
-    choice = chosen.Choice(classes, relabel, imbalance, si_blurry, limit, seed)
-    chosen.check(choice)
-    pixels.check(view)
+    choice = chosen.checked(chosen.Choice(classes, relabel, imbalance, si_blurry, limit, seed))
+    view = pixels.checked(pixels.View(pad, rotation, permutation, standardise))
     if (path is None) == (dataset is None):
         raise UserError(f"config.sources: path={path!r}, dataset={dataset!r}: images need one of them")
     if path is not None:
