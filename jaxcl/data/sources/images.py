@@ -59,8 +59,7 @@ def make(
       held_out: of a dataset, the split that is only evaluated on, "test" unless given. Of files, share (below 1) or
         number of training rows that are taken, 0.1 where no test rows lie beside them; equal images stay together.
       classes: labels of the rows that are kept; None = all.
-      relabel: whether these become 0, 1, ... in the order given, so that tasks share the outputs of a model.
-      pad: black pixels that are added on every side.
+      relabel: whether these become 0, 1, ... in the order given. `pad` adds black pixels on every side.
       rotation: degrees counterclockwise, by bilinear interpolation.
       permutation: seed of an order of the pixels, NumPy's `default_rng(seed).permutation(H * W)`; None = as they are.
       standardise: subtract the mean and divide by the deviation of each channel in all training rows of the file.
