@@ -31,7 +31,7 @@ LAYERS = (
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console", "certify"},
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
-    {"network", "domains", "practice"},
+    {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
     {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands"},
