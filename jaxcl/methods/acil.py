@@ -204,6 +204,7 @@ def _settled(params: Params, memory: Memory, options: Options, *, last: bool = F
         found = solve.weights(m, gamma)
         told = {"bound": jnp.minimum(found.bound, 1.0), "least": found.least}
         more = {"factor": found.factor, "factored": m.total} if "factor" in memory else {}
+        more |= {"inverse": recursion.begun(found)} if "inverse" in memory else {}
         return found.weights, {**memory, **told, **more}
 
     def refreshed(memory: Memory) -> tuple[jax.Array, Memory]:
@@ -214,8 +215,6 @@ def _settled(params: Params, memory: Memory, options: Options, *, last: bool = F
         w, memory = jax.lax.cond(m.total > GROWN * memory["factored"], solved, refreshed, memory)
     else:
         w, memory = solved(memory)
-    if "inverse" in memory:
-        memory["inverse"] = recursion.start(m, gamma)
     return learner.written(params, w, m.counts), memory
 
 

@@ -26,6 +26,7 @@ from jaxcl.ridge.moments import Moments
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Metrics, Params
 
+By = Literal["gcv", "loo", "held_out"]
 GAMMAS = tuple(10.0**n for n in range(-4, 5))  # a path to choose from
 
 
@@ -132,9 +133,7 @@ def scatter_within(m: Moments) -> Pair:
     return pair.add(m.gram, pair.negative(between))
 
 
-def choose(
-    m: Moments, rows: Rows | None, gammas: tuple[float, ...], by: Literal["gcv", "loo", "held_out"]
-) -> jax.Array:
+def choose(m: Moments, rows: Rows | None, gammas: tuple[float, ...], by: By) -> jax.Array:
     """Returns one gamma of a path, float32 [].
 
     gcv        generalised cross-validation over all rows so far, which needs the sums alone
