@@ -147,7 +147,9 @@ def _method(setting: Setting, width: int, classes: int, options: Options) -> Met
             params = learner.written(params, memory["inverse"].w, memory["moments"].counts)
         elif options.every:
             due = memory["age"] % options.every == 0
-            params, memory = jax.lax.cond(due, lambda *s: _settled(*s, options), lambda *s: s, params, memory)
+            params, memory = jax.lax.cond(
+                due, lambda p, m: _settled(p, m, options), lambda p, m: (p, m), params, memory
+            )
         told = {name: memory[name] for name in ("bound", "gamma", "gain") if name in memory}
         metrics |= told | {"rows": memory["moments"].total}
         return TrainState(state.step + 1, params, (), memory), metrics

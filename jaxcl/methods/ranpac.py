@@ -18,7 +18,7 @@ sums and LU were published.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -64,11 +64,11 @@ def make(
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         del key
-        m, memory, number = state.memory["moments"], dict(state.memory), gamma
+        m, memory = state.memory["moments"], dict(state.memory)
         if isinstance(gamma, str):
             rows = learner.rows_of(setting, state.params, learner.flat(batch))
-            number = memory["gamma"] = learner.choose(m, rows, path, cast(learner.By, gamma))
-        found = solve.weights(m, number)
+            memory["gamma"] = learner.choose(m, rows, path, gamma)
+        found = solve.weights(m, memory["gamma"] if isinstance(gamma, str) else gamma)
         memory["bound"] = jnp.minimum(found.bound, 1.0)
         return TrainState(state.step, learner.written(state.params, found.weights, m.counts), (), memory)
 

@@ -9,8 +9,8 @@ Memory: 8 d (d + C) bytes. Compute: `jaxcl.ridge`; a step costs 6 d^2 b, weights
 
 Deviations. Sigma comes from the sums that a ridge regression needs, A - sum_c n_c mean_c mean_c^T, so it is that of the
 final means and does not depend on the order of the rows; published is a running estimate around the means of the time,
-N Sigma <- N Sigma + N / (N + 1) (x - mean)(x - mean)^T, which is the same for one class and otherwise larger. There is no
-covariance to begin with, fitted to a first part of the data.
+N Sigma <- N Sigma + N / (N + 1) (x - mean)(x - mean)^T, which is the same for one class and otherwise larger. There is
+no covariance to begin with, fitted to a first part of the data.
 """
 
 from __future__ import annotations
