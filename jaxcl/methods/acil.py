@@ -145,11 +145,8 @@ def _method(setting: Setting, width: int, classes: int, options: Options) -> Met
         if options.how == "recursion":
             memory["inverse"] = _followed(state.memory, memory["moments"], rows, options)
             params = learner.written(params, memory["inverse"].w, memory["moments"].counts)
-        elif options.every:
-            due = memory["age"] % options.every == 0
-            params, memory = jax.lax.cond(
-                due, lambda p, m: _settled(p, m, options), lambda p, m: (p, m), params, memory
-            )
+        else:
+            params, memory = learner.when_due(options.every, lambda *s: _settled(s[0], s[1], options), params, memory)
         told = {name: memory[name] for name in ("bound", "gamma", "gain") if name in memory}
         metrics |= told | {"rows": memory["moments"].total}
         return TrainState(state.step + 1, params, (), memory), metrics

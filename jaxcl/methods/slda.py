@@ -41,10 +41,7 @@ def make(setting: Setting, *, epsilon: float = 1e-4, every: int | None = None) -
     made = learner.analytic_of(setting, "slda")
     if not 0 < epsilon < 1:
         raise UserError(f"config.method slda.epsilon={epsilon}: must lie between 0 and 1; it is a share, as in 1e-4")
-    if every is not None and every < 1:
-        raise UserError(
-            f"config.method slda.every={every}: must be at least 1 step; None has weights after tasks alone"
-        )
+    learner.check_every("slda", every)
 
     def init(params: Params) -> TrainState:
         memory: dict[str, Any] = {"moments": moments.empty(made.width, made.classes), "bound": jnp.zeros(())}
@@ -60,9 +57,7 @@ def make(setting: Setting, *, epsilon: float = 1e-4, every: int | None = None) -
         rows, memory, params = learner.rows_of(setting, state.params, batch), state.memory, state.params
         metrics = learner.told(setting, params, batch, rows, gradient=False)
         memory = {**memory, "age": memory["age"] + 1, "moments": moments.add(memory["moments"], *rows.counted)}
-        if every:
-            due = memory["age"] % every == 0
-            params, memory = jax.lax.cond(due, settled, lambda *both: both, params, memory)
+        params, memory = learner.when_due(every, settled, params, memory)
         metrics |= {"bound": memory["bound"], "rows": memory["moments"].total}
         return TrainState(state.step + 1, params, (), memory), metrics
 

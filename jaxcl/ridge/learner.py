@@ -12,6 +12,7 @@ such row would destroy the sums of all others.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -109,6 +110,28 @@ def written(
     seen = (counts.high > 0).astype(jnp.float32)
     bias = jnp.zeros_like(seen) if bias is None else bias
     return {**params, "head": head, "bias": bias, "seen": seen, **more}
+
+
+def when_due(
+    every: int | None, settle: Callable[[Params, Any], tuple[Params, Any]], params: Params, memory: Any
+) -> tuple[Params, Any]:
+    """Returns what `settle` makes of parameters and memory after every so many steps, otherwise both as they are.
+
+    Args:
+      every: steps; None = never within a task.
+      settle: (params, memory) -> the same with new weights.
+      params: of the model.
+      memory: with `age`, int32 [], the number of steps so far.
+    """
+    if not every:
+        return params, memory
+    return jax.lax.cond(memory["age"] % every == 0, settle, lambda *both: both, params, memory)
+
+
+def check_every(name: str, every: int | None) -> None:
+    """Raises UserError for a number of steps below 1."""
+    if every is not None and every < 1:
+        raise UserError(f"config.method {name}.every={every}: must be at least 1; None has weights after tasks alone")
 
 
 def inverse_of(counts: Pair) -> Pair:
