@@ -131,10 +131,10 @@ def boxed(kind="hypernetwork", *, tx=None, loss=cross_entropy, tasks=T, features
     return setting(model=made.model, tx=tx, example=example, tasks=tasks, loss=loss)._replace(boxed=made)
 
 
-def solved(*, tx=None, loss=cross_entropy, tasks=T, features=4, width=8, labels=4, **options):
+def solved(*, tx=None, loss=cross_entropy, tasks=T, features=4, hidden=8, labels=4, **options):
     """A setting for a frozen perceptron below a head in closed form; `options` are those of the head."""
     example = shapes(classes(0, features=features, labels=labels))
-    base = mlp.make(inputs=features, hidden=(width,), classes=labels, output="hidden")
+    base = mlp.make(inputs=features, hidden=(hidden,), classes=labels, output="hidden")
     made = analytic.make(base, example, labels, **{"width": 12, "expansion": "relu"} | options)
     found = setting(
         model=made.model, tx=tx, example=classes(0, features=features, labels=labels), tasks=tasks, loss=loss

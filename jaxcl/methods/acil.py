@@ -87,10 +87,7 @@ def plan(setting: Setting, gamma: float | str, every: int | None, how: str, gain
       UserError: options that do not go together.
     """
     made = learner.analytic_of(setting, "acil")
-    if every is not None and every < 1:
-        raise UserError(
-            f"config.method acil.every={every}: must be at least 1 step, or None for weights after each task"
-        )
+    learner.check_every("acil", every)
     for bound, name in ((isinstance(gamma, str), f"gamma={gamma!r}"), (not gain, "gain=False")):
         if bound and how not in ("auto", "solve"):
             raise UserError(
