@@ -82,7 +82,8 @@ def build(
 
     Args:
       model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
-      adapter: 'lora', or a dict with that `name` and options, see `jaxcl.network.make`: all else is frozen.
+      adapter: 'lora', or a dict with that `name` and options, see `jaxcl.network.make`: all else is frozen. Of a
+        classifier, see `jaxcl.adapters`.
       sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`;
         or `name` of a task of jaxcl.rl.tasks and its options.
       stream: see `jaxcl.plan.stream_of`.
@@ -229,6 +230,7 @@ def measures(
         "facts": known,
         "held_out": {name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
     }
+    known |= plan.told
     if own:
         known["problems"] = {
             n: min(chosen.rows, len(one.held_out.prompts)) for n, one in own.problems.items() if one.held_out

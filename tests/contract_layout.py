@@ -43,7 +43,7 @@ LAYERS = (
         "certify",
     },
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
-    {"network", "domains", "practice"},
+    {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
     {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands"},

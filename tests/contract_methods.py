@@ -39,7 +39,12 @@ def setting(**options):
     return toys.setting(example=toys.rollouts(0), score=toys.score, **options)
 
 
-TOYS = (Toy(setting, toys.rollouts), *(Toy(functools.partial(toys.boxed, kind), toys.classes) for kind in toys.BOXES))
+TOYS = (
+    Toy(setting, toys.rollouts),
+    *(Toy(functools.partial(toys.boxed, kind), toys.classes) for kind in toys.BOXES),
+    Toy(toys.solved, toys.classes),
+    Toy(functools.partial(toys.solved, **toys.DISTANCES), toys.classes),
+)
 
 
 @functools.cache

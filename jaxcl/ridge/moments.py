@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from jaxcl import schema
 from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
+
+_Sums = TypeVar("_Sums")
+_Block = tuple[jax.Array, ...]  # features, labels, weights
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +40,7 @@ class Moments:
       gram: [d, d], symmetric to the last bit.
       cross: [d, C].
       counts: [C], sums of weights.
-      features: uint32 [], which map made the features; see `fingerprint`.
+      features: int32 [], which map made the features; see `fingerprint`.
     """
 
     gram: Pair
@@ -53,12 +57,12 @@ class Moments:
 def empty(features: int, classes: int, fingerprint: int = 0) -> Moments:
     """Returns the moments of no rows for `features` numbers per row and a head of `classes` columns."""
     return Moments(
-        pair.zeros(features, features), pair.zeros(features, classes), pair.zeros(classes), jnp.uint32(fingerprint)
+        pair.zeros(features, features), pair.zeros(features, classes), pair.zeros(classes), jnp.int32(fingerprint)
     )
 
 
 def fingerprint(maker: Any) -> int:
-    """Returns a number for the arrays that make features out of inputs (a frozen backbone and projection).
+    """Returns an int32 for the arrays that make features out of inputs (a frozen backbone and projection).
 
     Args:
       maker: tree of arrays; their names, shapes, dtypes and bytes count.
@@ -68,7 +72,7 @@ def fingerprint(maker: Any) -> int:
         values = np.ascontiguousarray(leaf)
         found = zlib.crc32(f"{path}{values.shape}{values.dtype}".encode(), found)
         found = zlib.crc32(values.tobytes(), found)
-    return found
+    return found - (found >> 31 << 32)
 
 
 def add(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Moments:
@@ -101,31 +105,42 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
     return jnp.where(weights[:, None] > 0, x, 0.0).astype(jnp.float32), weights
 
 
+def add_classes(cross: Pair, counts: Pair, x: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[Pair, Pair]:
+    """Returns the sums of classes alone, B and n, with a batch added: b d operations. Arguments as for `add`."""
+    x, weights = prepare(x, labels, weights, counts.high.shape[0])
+    return _in_blocks(lambda sums, rows: _add_labels(*sums, rows, 1.0), (cross, counts), (x, labels, weights))
+
+
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
-    whole, last = divmod(x.shape[0], pair.ROWS)
+    return _in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights))
 
-    def block(m: Moments, rows: tuple[jax.Array, ...]) -> tuple[Moments, None]:
-        return _add_block(m, rows, sign), None
 
+def _in_blocks(add: Callable[[_Sums, _Block], _Sums], sums: _Sums, rows: _Block) -> _Sums:
+    """Adds rows in blocks of as many as can be summed without rounding."""
+    whole, last = divmod(rows[0].shape[0], pair.ROWS)
     if whole > 1:
-        cut = [part[: whole * pair.ROWS].reshape(whole, pair.ROWS, *part.shape[1:]) for part in (x, labels, weights)]
-        m, _ = jax.lax.scan(block, m, tuple(cut))
+        cut = tuple(part[: whole * pair.ROWS].reshape(whole, pair.ROWS, *part.shape[1:]) for part in rows)
+        sums, _ = jax.lax.scan(lambda sums, block: (add(sums, block), None), sums, cut)
     elif whole:
-        m = _add_block(m, tuple(part[: pair.ROWS] for part in (x, labels, weights)), sign)
-    return _add_block(m, tuple(part[-last:] for part in (x, labels, weights)), sign) if last else m
+        sums = add(sums, tuple(part[: pair.ROWS] for part in rows))
+    return add(sums, tuple(part[-last:] for part in rows)) if last else sums
 
 
-def _add_block(m: Moments, rows: tuple[jax.Array, ...], sign: float) -> Moments:
-    x, labels, weights = rows
+def _add_block(m: Moments, rows: _Block, sign: float) -> Moments:
+    x, _, weights = rows
     root = pair.root(weights)
     scaled = pair.times(pair.of(x), Pair(root.high[:, None], root.low[:, None]))
-    weighted = pair.product(x, weights[:, None])
-    cross = m.cross
-    for piece in pair.pieces(weighted, 0):  # the sums of slices are exact
-        cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, labels, m.counts.high.shape[0]).T)
-    counts = pair.plus(m.counts, sign * jax.ops.segment_sum(weights, labels, m.counts.high.shape[0]))
+    cross, counts = _add_labels(m.cross, m.counts, rows, sign)
     return Moments(ridge.gram_update(m.gram, scaled, sign), cross, counts, m.features)
+
+
+def _add_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tuple[Pair, Pair]:
+    x, labels, weights = rows
+    classes = counts.high.shape[0]
+    for piece in pair.pieces(pair.product(x, weights[:, None]), 0):  # the sums of slices are exact
+        cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, labels, classes).T)
+    return cross, pair.plus(counts, sign * jax.ops.segment_sum(weights, labels, classes))
 
 
 def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None) -> None:
@@ -171,5 +186,5 @@ def check_merge(a: Moments, b: Moments) -> None:
         found = f"cross of shapes {list(a.cross.high.shape)} and {list(b.cross.high.shape)}"
         raise schema.UserError(f"{found}: merge moments of as many features and classes")
     if int(a.features) != int(b.features):
-        found = f"features={int(a.features):#x} and {int(b.features):#x}"
+        found = f"features={int(a.features)} and {int(b.features)}"
         raise schema.UserError(f"{found}: made by different maps; merge moments of one backbone and projection")

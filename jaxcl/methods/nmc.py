@@ -1,0 +1,52 @@
+r"""Nearest mean classifier: a row belongs to the class whose mean feature is nearest; nothing else is learned.
+
+    s_c <- s_c + x,  n_c <- n_c + 1;   mean_c = s_c / n_c          every row
+    argmin_c |x - mean_c|^2  =  argmax_c  x . mean_c - |mean_c|^2 / 2
+
+Source: Janson et al. 2022 ("A simple baseline that questions the use of pretrained models in continual learning"), with
+`config.adapter=dict(name='analytic', expansion='none', normalise=True)`: features of length 1, means that are not
+normalised again. `cosine` compares directions instead (SimpleCIL, Zhou et al. 2023).
+Memory: 8 d C bytes. Compute: b d operations for the sums; weights after every step.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxcl.compose import Setting
+from jaxcl.kernels.ridge import pair
+from jaxcl.models import analytic
+from jaxcl.ridge import learner, moments
+from jaxcl.types import Batch, Key, Method, Metrics, Params, TrainState
+
+
+def make(setting: Setting, *, cosine: bool = False) -> Method:
+    """Returns the complete method.
+
+    Args:
+      setting: of the run, with a model that has a head in closed form; its optimiser is not used.
+      cosine: whether the angle to a mean counts, not the distance.
+
+    Raises:
+      UserError: a model without such a head.
+    """
+    made = learner.analytic_of(setting, "nmc")
+
+    def init(params: Params) -> TrainState:
+        memory = {"cross": pair.zeros(made.width, made.classes), "counts": pair.zeros(made.classes)}
+        return TrainState(jnp.zeros((), jnp.int32), params, (), memory)
+
+    def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
+        del key
+        rows, memory = learner.rows_of(setting, state.params, batch), state.memory
+        metrics = learner.told(setting, state.params, batch, rows, gradient=False)
+        cross, counts = moments.add_classes(memory["cross"], memory["counts"], *rows.counted)
+        means = learner.means_of(cross, counts).high
+        if cosine:
+            params = learner.written(state.params, analytic.unit(means.T).T, counts)
+        else:
+            params = learner.written(state.params, means, counts, bias=-0.5 * jnp.sum(means * means, axis=0))
+        metrics |= {"rows": jnp.sum(counts.high)}
+        return TrainState(state.step + 1, params, (), {"cross": cross, "counts": counts}), metrics
+
+    return Method(init, step, lambda state, batch, key: state)
