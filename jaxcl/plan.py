@@ -24,7 +24,17 @@ from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Model
 
 BOXED = ("hyperinterval", "intercontinet")  # methods of models whose weights come from boxes
-ANALYTIC = ("acil", "fecam", "nmc", "ranpac", "slda")  # methods of models with a head in closed form
+ANALYTIC = (
+    "acil",
+    "aef_ocl",
+    "air",
+    "ds_al",
+    "fecam",
+    "gkeal",
+    "nmc",
+    "ranpac",
+    "slda",
+)  # methods of models with a head in closed form
 
 
 class Plan(NamedTuple):

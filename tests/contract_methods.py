@@ -44,6 +44,7 @@ TOYS = (
     *(Toy(functools.partial(toys.boxed, kind), toys.classes) for kind in toys.BOXES),
     Toy(toys.solved, toys.classes),
     Toy(functools.partial(toys.solved, **toys.DISTANCES), toys.classes),
+    *(Toy(functools.partial(toys.solved, expansion=kind), toys.classes) for kind in ("dual", "gaussian")),
 )
 
 

@@ -7,6 +7,7 @@ r"""A frozen network, a fixed expansion of its features and a head that is solve
     expansion    x
     relu, tanh   relu(f P), tanh(f P); P random (ACIL, Zhuang et al. 2022; RanPAC, McDonnell et al. 2023)
     gaussian     exp(-|f - c_i|^2 / (2 sigma^2)) with fixed centres c_i (GKEAL, Zhuang et al. 2023)
+    dual         relu(f P) and tanh(f P) side by side, 2 d features (DS-AL, Zhuang et al. 2024)
     none         f
 
 Parameters are {"base": those of the network, "expansion": {"projection" [D, d]} or {"centres" [d, D]}, "head" [d, C],
@@ -63,6 +64,9 @@ class Analytic(NamedTuple):
     head: str = "linear"  # or "mahalanobis"
     power: float = 1.0  # of a head of distances
     shared: bool = False  # whether it has one precision for all classes
+    sigma: float = 10.0  # of a Gaussian kernel
+    bias: bool = False  # whether the last feature is 1
+    normalise: bool = False  # whether features have length 1 in the end
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
         """Returns what the head reads, float32 [B, d]."""
@@ -74,7 +78,7 @@ def make(
     example: Batch,
     classes: int,
     *,
-    expansion: Literal["relu", "tanh", "gaussian", "none"] = "relu",
+    expansion: Literal["relu", "tanh", "gaussian", "dual", "none"] = "relu",
     width: int | None = None,
     scale: Literal["uniform", "normal"] = "uniform",
     sigma: float = 10.0,
@@ -92,7 +96,7 @@ def make(
       example: shapes of a batch.
       classes: C, columns of the head.
       expansion: see above.
-      width: features after the expansion; None = 512. Of "none" there is no choice.
+      width: features after the expansion, of "dual" after each of both; None = 512. Of "none" there is no choice.
       scale: of P: "normal" is N(0, 1), as in the papers; "uniform" is U(-1/sqrt(D), 1/sqrt(D)), as in the code of ACIL.
         The regularisation is not free of scale: gamma for features that are s times as large is s^2 times as large.
       sigma: of the Gaussian kernel.
@@ -115,7 +119,7 @@ def make(
 
 def _built(base: Model, options: Options) -> Analytic:
     """Returns the model of options that were checked."""
-    o, size = options, options.wide + int(options.bias)
+    o, size = options, options.wide * (2 if options.expansion == "dual" else 1) + int(options.bias)
 
     def init(key: Key) -> Params:
         params: Params = {"base": base.init(key)}
@@ -146,7 +150,8 @@ def _built(base: Model, options: Options) -> Analytic:
         return Output(masked(z, params["seen"]))
 
     model = Model(init, apply, _axes(base, o))
-    return Analytic(model, raw, expand, o.inputs, size, o.classes, o.expansion, o.head, o.power, o.shared)
+    told = (o.expansion, o.head, o.power, o.shared, o.sigma, o.bias, o.normalise)
+    return Analytic(model, raw, expand, o.inputs, size, o.classes, *told)
 
 
 def _axes(base: Model, o: Options) -> Any:
@@ -231,6 +236,8 @@ def _expanded(o: Options, own: Params, f: jax.Array) -> jax.Array:
         squares = jnp.sum(f * f, axis=1)[:, None] + jnp.sum(centres * centres, axis=1)[None] - 2 * products
         return jnp.exp(-jnp.maximum(squares, 0.0) / (2 * o.sigma**2))
     found = pair.contract(f, own["projection"], 1, 0)
+    if o.expansion == "dual":
+        return jnp.concatenate([jax.nn.relu(found), jnp.tanh(found)], axis=1)
     return jax.nn.relu(found) if o.expansion == "relu" else jnp.tanh(found)
 
 

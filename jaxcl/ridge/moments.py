@@ -108,15 +108,15 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
 def add_classes(cross: Pair, counts: Pair, x: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[Pair, Pair]:
     """Returns the sums of classes alone, B and n, with a batch added: b d operations. Arguments as for `add`."""
     x, weights = prepare(x, labels, weights, counts.high.shape[0])
-    return _in_blocks(lambda sums, rows: _add_labels(*sums, rows, 1.0), (cross, counts), (x, labels, weights))
+    return in_blocks(lambda sums, rows: _add_labels(*sums, rows, 1.0), (cross, counts), (x, labels, weights))
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
-    return _in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights))
+    return in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights))
 
 
-def _in_blocks(add: Callable[[_Sums, _Block], _Sums], sums: _Sums, rows: _Block) -> _Sums:
+def in_blocks(add: Callable[[_Sums, _Block], _Sums], sums: _Sums, rows: _Block) -> _Sums:
     """Adds rows in blocks of as many as can be summed without rounding."""
     whole, last = divmod(rows[0].shape[0], pair.ROWS)
     if whole > 1:

@@ -23,7 +23,7 @@ from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge.moments import Moments, prepare
 
-Gamma = jax.Array | float  # a Python number keeps float64 precision, which an array of float32 does not
+Gamma = Pair | jax.Array | float  # a pair or Python number keeps digits that an array of float32 does not
 
 _Carry = tuple[jax.Array, Pair, jax.Array, jax.Array, jax.Array]  # round, W, residual, its size, that before
 
