@@ -43,6 +43,8 @@ def make(
     made = learner.analytic_of(setting, "gkeal")
     if made.expansion != "gaussian":
         raise UserError(f"config.adapter.expansion={made.expansion!r}: 'gkeal' is of a kernel; set it to 'gaussian'")
+    learner.check_gammas("gkeal", gamma, learner.GAMMAS)
+    learner.check_every("gkeal", every)
     return acil.make(setting, gamma=gamma, every=every, how=how)
 
 
