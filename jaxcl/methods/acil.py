@@ -199,7 +199,7 @@ def _settled(params: Params, memory: Memory, options: Options, *, last: bool = F
 
     def solved(memory: Memory) -> tuple[jax.Array, Memory]:
         found = solve.weights(m, gamma)
-        told = {"bound": jnp.minimum(found.bound, 1.0), "least": found.least}
+        told = {"bound": learner.bound_of(found), "least": found.least}
         more = {"factor": found.factor, "factored": m.total} if "factor" in memory else {}
         more |= {"inverse": recursion.begun(found)} if "inverse" in memory else {}
         return found.weights, {**memory, **told, **more}

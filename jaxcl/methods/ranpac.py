@@ -70,7 +70,7 @@ def make(
             memory["gamma"] = learner.choose(m, rows, path, gamma)
         number = memory["gamma"] if isinstance(gamma, str) else gamma
         found = solve.weights(m, number)
-        memory["bound"] = jnp.minimum(found.bound, 1.0)
+        memory["bound"] = learner.bound_of(found)
         scale = learner.sharpness(m, found.weights, number)
         return TrainState(state.step, learner.written(state.params, found.weights, m.counts, scale=scale), (), memory)
 

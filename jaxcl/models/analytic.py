@@ -56,6 +56,7 @@ class Analytic(NamedTuple):
     model: Model
     raw: Callable[[Params, Batch], jax.Array]  # (params, batch) -> features of the base, float32 [B, D]
     expand: Callable[[Params, jax.Array], jax.Array]  # (params, raw) -> float32 [B, d]
+    read: Callable[[Params, jax.Array], jax.Array]  # (params, expanded) -> logits, float32 [B, C]
     inputs: int  # D
     width: int  # d
     classes: int  # C
@@ -137,17 +138,19 @@ def _built(base: Model, options: Options) -> Analytic:
             found = jnp.concatenate([found, jnp.ones((found.shape[0], 1))], axis=1)
         return unit(found) if o.normalise else found
 
-    def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
-        del cache
-        x = expand(params, raw(params, batch))
+    def read(params: Params, x: jax.Array) -> jax.Array:
         if o.head == "linear":
             z = params["scale"] * (pair.contract(x, params["head"], 1, 0) + params["bias"][None])
         else:
             z = -0.5 * distances(unit(powered(x, o.power)), params["head"], params["precision"])
-        return Output(masked(z, params["seen"]))
+        return masked(z, params["seen"])
+
+    def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
+        del cache
+        return Output(read(params, expand(params, raw(params, batch))))
 
     model = Model(init, apply, _axes(base, o))
-    return Analytic(model, raw, expand, o.inputs, size, o.classes, o.expansion, o.head, o.power, o.shared)
+    return Analytic(model, raw, expand, read, o.inputs, size, o.classes, o.expansion, o.head, o.power, o.shared)
 
 
 def _axes(base: Model, o: Options) -> Any:

@@ -25,7 +25,7 @@ from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge import moments, solve
 from jaxcl.ridge.moments import Moments
 from jaxcl.schema import UserError
-from jaxcl.types import Batch, Metrics, Params
+from jaxcl.types import Batch, Metrics, Output, Params
 
 By = Literal["gcv", "loo", "held_out"]
 SHARPEST = 1e3  # scale of logits, at most
@@ -72,7 +72,7 @@ def rows_of(setting: Setting, params: Params, batch: Batch) -> Rows:
     good = jnp.all(jnp.isfinite(x), axis=1) & (batch.targets >= 0) & (batch.targets < made.classes)
     weights = jnp.where(good, batch.weights, 0.0)
     lost = jnp.sum(((batch.weights > 0) & ~good).astype(jnp.float32))
-    return Rows(jnp.where(weights[:, None] > 0, x, 0.0), batch.targets, weights, lost)
+    return Rows(jnp.where(weights[:, None] > 0, x, 0.0), jnp.where(good, batch.targets, 0), weights, lost)
 
 
 def flat(batch: Batch) -> Batch:
@@ -86,8 +86,8 @@ def told(setting: Setting, params: Params, batch: Batch, rows: Rows, *, gradient
     `loss` is the training loss of the run, `grad_norm` the norm of the gradient of the rows' mean squared error in the
     head, which no step follows; 0 without `gradient`. `left_out`: see `Rows`.
     """
-    kept = dataclasses.replace(batch, weights=rows.weights)
-    total, weight = setting.loss(setting.model.apply(params, kept), kept)
+    kept = dataclasses.replace(batch, targets=rows.labels, weights=rows.weights)
+    total, weight = setting.loss(Output(setting.analytic.read(params, rows.x)), kept)
     norm = jnp.zeros(())
     if gradient:
         away = pair.contract(rows.x, params["head"], 1, 0) - jax.nn.one_hot(rows.labels, params["head"].shape[1])
@@ -118,6 +118,11 @@ def written(
     seen = (counts.high > 0).astype(jnp.float32)
     bias = jnp.zeros_like(seen) if bias is None else bias
     return {**params, "head": head, "bias": bias, "scale": jnp.float32(scale), "seen": seen, **more}
+
+
+def bound_of(found: solve.Solution) -> jax.Array:
+    """Returns a bound on the relative error of float32 weights from a solve; 1 = nothing is known of them."""
+    return jnp.minimum(found.bound + 2.0**-24, 1.0)
 
 
 def sharpness(m: Moments, w: jax.Array, gamma: solve.Gamma) -> jax.Array:
