@@ -25,7 +25,7 @@ def compiled(options, labels, adapter):
     made, traces = compose.make(options, setting), []
 
     def step(*args):
-        traces.append(args)
+        traces.append("step")
         return made.step(*args)
 
     return setting, made, jax.jit(step), jax.jit(made.end_task), traces
@@ -36,7 +36,7 @@ class Learner:
 
     def __init__(self, options="acil", *, labels=C, **adapter):
         self.setting, made, self.run, self.end, self.traces = compiled(options, labels, tuple(adapter.items()))
-        self.state = made.init(self.setting.model.init(jax.random.key(0)))
+        self.state, self.before = made.init(self.setting.model.init(jax.random.key(0))), len(self.traces)
 
     def step(self, inputs, labels, weights=None):
         batch = toys.points(inputs, labels)
@@ -92,7 +92,7 @@ def test_weights_are_those_of_all_rows_at_once(how, size):
         assert off(learner.head, joint(learner.features(x, y), y)) < 1e-6
         np.testing.assert_array_equal(learner.head[:, 4:], 0)
         np.testing.assert_array_equal(learner.state.params["seen"], np.isin(np.arange(C), y))
-    assert len(learner.traces) == 1
+    assert len(learner.traces) <= learner.before + 1
 
 
 @pytest.mark.parametrize("how", ["solve", "refresh", "recursion"])
@@ -120,7 +120,7 @@ def test_a_hundred_growing_classes_are_one_compilation():
         unseen = np.asarray(learner.state.params["seen"]) == 0
         assert unseen.sum() >= 60 - known
         np.testing.assert_array_equal(learner.head[:, unseen], 0)
-    assert len(learner.traces) == 1
+    assert len(learner.traces) <= learner.before + 1
 
 
 def published(x, y, size, gamma, classes):
