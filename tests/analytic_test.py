@@ -164,10 +164,9 @@ def test_a_run_brings_its_backbone(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, after["base"], learned)
     np.testing.assert_array_equal(after["seen"], 1)
     assert "is cheapest" in noted["facts"]["acil"]
-    on, _ = finished(
-        tmp_path / "on", adapter=None, method="cpt", model=config()["model"] | {"start": str(tmp_path / "base")}
-    )
-    assert jax.tree.structure(on) == jax.tree.structure(learned)
+    again = {"adapter": None, "method": "cpt", "model": config()["model"] | {"start": str(tmp_path / "base")}}
+    begun = program.build(**config(**again)).create().params
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(begun), learned)
 
 
 def test_centres_are_features_of_rows_of_the_first_task():
@@ -235,10 +234,11 @@ def test_a_model_that_tells_no_features_is_refused():
         analytic.features_of(toys.linear(4), toys.shapes(toys.points(np.zeros((2, 4), "f"), np.zeros(2, "f"))))
 
 
-@pytest.mark.parametrize("part", ["acil", "ranpac", "nmc", "slda", "fecam", "naive", "backbone", "compare"])
-def test_every_part_of_the_config_is_one_that_can_run(part):
+@pytest.mark.parametrize("part", ["compare", "backbone"])
+def test_every_part_of_the_config_can_run(part):
     whole = main.plain(importlib.import_module("configs.analytic").get_config(part))
     whole["sources"] = {k: one | {"count": 20, "held_out": 10} for k, one in whole["sources"].items()}
+    whole["mesh"] = {"devices": jax.devices()[:1]}
     for entry in whole.pop("variants", [{"set": ()}]):
         sections = {**{k: v for k, v in whole.items() if k not in ("seeds", "control")}, **dict(entry["set"])}
         program.build(**train.split(sections)[1])
