@@ -108,8 +108,8 @@ def test_both_heads_are_those_of_the_paper_whatever_the_batches(dual, size):
     x, y = tasks[0]
     f = raw_of(setting, params, tasks[:1])[0][0]
     main, side = both(params)
-    logits = main(f) @ wanted[:WIDTH] + side(f) @ wanted[WIDTH:]
-    np.testing.assert_allclose(setting.model.apply(state.params, batch(x, y, y)).logits, logits, atol=1e-5)
+    logits = float(state.params["scale"]) * (main(f) @ wanted[:WIDTH] + side(f) @ wanted[WIDTH:])
+    np.testing.assert_allclose(setting.model.apply(state.params, batch(x, y, y)).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_residues_are_of_new_classes_alone_and_without_them_it_is_acil(dual):

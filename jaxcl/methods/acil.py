@@ -141,7 +141,8 @@ def _method(setting: Setting, width: int, classes: int, options: Options) -> Met
         memory = {**state.memory, "age": state.memory["age"] + 1, "moments": _added(state.memory, rows, options)}
         if options.how == "recursion":
             memory["inverse"] = _followed(state.memory, memory["moments"], rows, options)
-            params = learner.written(params, memory["inverse"].w, memory["moments"].counts)
+            m, w = memory["moments"], memory["inverse"].w
+            params = learner.written(params, w, m.counts, scale=learner.sharpness(m, w, _gamma(memory, options)))
         else:
             params, memory = learner.when_due(options.every, lambda *s: _settled(s[0], s[1], options), params, memory)
         told = {name: memory[name] for name in ("bound", "gamma", "gain") if name in memory}
@@ -198,7 +199,7 @@ def _settled(params: Params, memory: Memory, options: Options, *, last: bool = F
 
     def solved(memory: Memory) -> tuple[jax.Array, Memory]:
         found = solve.weights(m, gamma)
-        told = {"bound": jnp.minimum(found.bound, 1.0), "least": found.least}
+        told = {"bound": learner.bound_of(found), "least": found.least}
         more = {"factor": found.factor, "factored": m.total} if "factor" in memory else {}
         more |= {"inverse": recursion.begun(found)} if "inverse" in memory else {}
         return found.weights, {**memory, **told, **more}
@@ -211,7 +212,7 @@ def _settled(params: Params, memory: Memory, options: Options, *, last: bool = F
         w, memory = jax.lax.cond(m.total > GROWN * memory["factored"], solved, refreshed, memory)
     else:
         w, memory = solved(memory)
-    return learner.written(params, w, m.counts), memory
+    return learner.written(params, w, m.counts, scale=learner.sharpness(m, w, gamma)), memory
 
 
 def _gain(memory: Memory, options: Options) -> jax.Array:

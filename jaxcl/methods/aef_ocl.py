@@ -91,8 +91,9 @@ def _method(setting: Setting, options: Options) -> Method:
         add = balanced_by_draws if options.how == "draw" else balanced_by_expectation
         copy = add(setting, params, m, s, missing, options.noise, key)
         found = solve.weights(copy, options.gamma)
-        told = {"bound": jnp.minimum(found.bound, 1.0), "made_up": jnp.sum(missing)}
-        return learner.written(params, found.weights, m.counts), {**memory, **told}
+        told = {"bound": learner.bound_of(found), "made_up": jnp.sum(missing)}
+        scale = learner.sharpness(copy, found.weights, options.gamma)
+        return learner.written(params, found.weights, m.counts, scale=scale), {**memory, **told}
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         rows, params, memory = learner.rows_of(setting, state.params, batch), state.params, dict(state.memory)

@@ -67,8 +67,11 @@ def make(setting: Setting, *, gamma: float = 0.1, slots: int | None = None, ever
         known = learner.inverse_of(pair.of(jnp.sum((counts.high > 0).astype(jnp.float32))))
         scaled = pair.times(pair.times(pair.of(gamma), pair.total(share)), known)
         scaled = Pair(*tree.where(known.high > 0, scaled, pair.of(gamma)))  # of no rows, any will do
-        found = solve.normal(_balanced(memory), learner.means_of(memory["cross"], counts), scaled)
-        return learner.written(params, found.weights, counts), {**memory, "bound": jnp.minimum(found.bound, 1.0)}
+        one = pair.of((counts.high > 0).astype(jnp.float32))  # the weight of every class
+        m = Moments(_balanced(memory), learner.means_of(memory["cross"], counts), one, jnp.int32(0))
+        found = solve.weights(m, scaled)
+        scale = learner.sharpness(m, found.weights, scaled)
+        return learner.written(params, found.weights, counts, scale=scale), {**memory, "bound": learner.bound_of(found)}
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         del key

@@ -27,6 +27,7 @@ from jaxcl.compose import Setting
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge import learner, moments, solve
+from jaxcl.ridge.moments import Moments
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Method, Metrics, Params, TrainState
 
@@ -110,7 +111,8 @@ def _solved(
     m, before = memory["moments"], memory["before"]
     d = before["mixed"].high.shape[0]
     x, z = slice(0, d), slice(d, 2 * d)
-    main = solve.normal(_block(m.gram, x, x), _block(m.cross, x), gamma)
+    own = Moments(_block(m.gram, x, x), _block(m.cross, x), m.counts, m.features)
+    main = solve.weights(own, gamma)
     mixed = pair.add(_block(m.gram, z, x), pair.negative(before["mixed"]))  # Z_k^T X_k
     cross = pair.add(_block(m.cross, z), pair.negative(before["cross"]))  # Z_k^T Y_k
     left = pair.add(cross, pair.negative(pair.dot(mixed, Pair(main.weights, main.low))))
@@ -118,5 +120,6 @@ def _solved(
     residue = pair.add(memory["residue"], Pair(*(jnp.where(new, part, 0.0) for part in left)))
     side = solve.normal(_block(m.gram, z, z), residue, gamma_comp)
     head = jnp.concatenate([main.weights, ratio * side.weights])
-    bound = jnp.minimum(jnp.maximum(main.bound, side.bound), 1.0)
-    return learner.written(params, head, m.counts), residue, bound
+    bound = jnp.maximum(learner.bound_of(main), learner.bound_of(side))
+    scale = learner.sharpness(own, main.weights, gamma)  # of the main stream, whose errors are the larger
+    return learner.written(params, head, m.counts, scale=scale), residue, bound

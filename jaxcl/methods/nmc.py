@@ -1,7 +1,9 @@
 r"""Nearest mean classifier: a row belongs to the class whose mean feature is nearest; nothing else is learned.
 
-    s_c <- s_c + x,  n_c <- n_c + 1;   mean_c = s_c / n_c          every row
-    argmin_c |x - mean_c|^2  =  argmax_c  x . mean_c - |mean_c|^2 / 2
+    s_c <- s_c + x,  n_c <- n_c + 1,  q <- q + |x|^2;   mean_c = s_c / n_c          every row
+    argmin_c |x - mean_c|^2  =  argmax_c  (x . mean_c - |mean_c|^2 / 2) / v
+
+v is the mean variance of a feature within the classes, which makes logits of the distances and changes no class.
 
 Source: Janson et al. 2022 ("A simple baseline that questions the use of pretrained models in continual learning"), with
 `config.adapter=dict(name='analytic', expansion='none', normalise=True)`: features of length 1, means that are not
@@ -34,6 +36,7 @@ def make(setting: Setting, *, cosine: bool = False) -> Method:
 
     def init(params: Params) -> TrainState:
         memory = {"cross": pair.zeros(made.width, made.classes), "counts": pair.zeros(made.classes)}
+        memory["squares"] = pair.zeros()
         return TrainState(jnp.zeros((), jnp.int32), params, (), memory)
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
@@ -42,11 +45,15 @@ def make(setting: Setting, *, cosine: bool = False) -> Method:
         metrics = learner.told(setting, state.params, batch, rows, gradient=False)
         cross, counts = moments.add_classes(memory["cross"], memory["counts"], *rows.counted)
         means = learner.means_of(cross, counts).high
+        lengths = jnp.sum(means * means, axis=0)  # [C]
+        squares = pair.plus(memory["squares"], jnp.sum(rows.weights[:, None] * rows.x * rows.x))
+        total, inside = jnp.sum(counts.high), squares.high - jnp.sum(counts.high * lengths)
+        scale = jnp.minimum(total * made.width / jnp.maximum(inside, 1e-30), learner.SHARPEST)
         if cosine:
-            params = learner.written(state.params, analytic.unit(means.T).T, counts)
+            params = learner.written(state.params, analytic.unit(means.T).T, counts, scale=scale)
         else:
-            params = learner.written(state.params, means, counts, bias=-0.5 * jnp.sum(means * means, axis=0))
-        metrics |= {"rows": jnp.sum(counts.high)}
-        return TrainState(state.step + 1, params, (), {"cross": cross, "counts": counts}), metrics
+            params = learner.written(state.params, means, counts, bias=-0.5 * lengths, scale=scale)
+        memory = {"cross": cross, "counts": counts, "squares": squares}
+        return TrainState(state.step + 1, params, (), memory), metrics | {"rows": total}
 
     return Method(init, step, lambda state, batch, key: state)

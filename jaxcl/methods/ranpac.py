@@ -68,8 +68,10 @@ def make(
         if isinstance(gamma, str):
             rows = learner.rows_of(setting, state.params, learner.flat(batch))
             memory["gamma"] = learner.choose(m, rows, path, gamma)
-        found = solve.weights(m, memory["gamma"] if isinstance(gamma, str) else gamma)
-        memory["bound"] = jnp.minimum(found.bound, 1.0)
-        return TrainState(state.step, learner.written(state.params, found.weights, m.counts), (), memory)
+        number = memory["gamma"] if isinstance(gamma, str) else gamma
+        found = solve.weights(m, number)
+        memory["bound"] = learner.bound_of(found)
+        scale = learner.sharpness(m, found.weights, number)
+        return TrainState(state.step, learner.written(state.params, found.weights, m.counts, scale=scale), (), memory)
 
     return Method(init, step, end_task)

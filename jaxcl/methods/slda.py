@@ -50,7 +50,7 @@ def make(setting: Setting, *, epsilon: float = 1e-4, every: int | None = None) -
     def settled(params: Params, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
         m = memory["moments"]
         head, bias, bound = discriminant(m, epsilon)
-        return learner.written(params, head, m.counts, bias=bias), {**memory, "bound": jnp.minimum(bound, 1.0)}
+        return learner.written(params, head, m.counts, bias=bias), {**memory, "bound": bound}
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         del key
@@ -79,4 +79,4 @@ def discriminant(m: Moments, epsilon: float) -> tuple[jax.Array, jax.Array, jax.
     means = learner.means_of(m.cross, m.counts)
     found = solve.normal(learner.scatter_within(m), means, epsilon / (1 - epsilon) * total)
     head = total / (1 - epsilon) * found.weights
-    return head, -0.5 * jnp.sum(means.high * head, axis=0), found.bound
+    return head, -0.5 * jnp.sum(means.high * head, axis=0), learner.bound_of(found)

@@ -2,7 +2,7 @@ r"""A frozen network, a fixed expansion of its features and a head that is solve
 
     f = base(batch)                 [B, D]   last hidden layer, never trained
     x = expansion(f)                [B, d]   fixed
-    z = x W + bias                  [B, C]   W, bias and which classes were seen: written by a method, in closed form
+    z = scale (x W + bias)          [B, C]   all four, seen among them, are written by a method, in closed form
 
     expansion    x
     relu, tanh   relu(f P), tanh(f P); P random (ACIL, Zhuang et al. 2022; RanPAC, McDonnell et al. 2023)
@@ -11,10 +11,10 @@ r"""A frozen network, a fixed expansion of its features and a head that is solve
     none         f
 
 Parameters are {"base": those of the network, "expansion": {"projection" [D, d]} or {"centres" [d, D]}, "head" [d, C],
-"bias" [C], "seen" [C]}; a head of distances has means in "head" and "precision" [C or 1, d, d] as well. The head is
-preallocated: a class without rows has a column of zeros, and its logit lies MARGIN below the least of those seen, where
-no row is ever put; it is finite, so that the held-out loss of a task to come is a number. Before any class was seen all
-logits are equal.
+"bias" [C], "scale" [], "seen" [C]}; a head of distances has means in "head" and "precision" [C or 1, d, d] as well. The
+head is preallocated: a class without rows has a column of zeros, and its logit lies MARGIN below the least of those
+seen, where no row is ever put; it is finite, so that the held-out loss of a task to come is a number. Before any class
+was seen all logits are equal.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Analytic(NamedTuple):
     model: Model
     raw: Callable[[Params, Batch], jax.Array]  # (params, batch) -> features of the base, float32 [B, D]
     expand: Callable[[Params, jax.Array], jax.Array]  # (params, raw) -> float32 [B, d]
+    read: Callable[[Params, jax.Array], jax.Array]  # (params, expanded) -> logits, float32 [B, C]
     inputs: int  # D
     width: int  # d
     classes: int  # C
@@ -127,6 +128,7 @@ def _built(base: Model, options: Options) -> Analytic:
             name = "centres" if o.expansion == "gaussian" else "projection"
             params["expansion"] = {name: _drawn(named(key, "expansion"), o)}
         params |= {"head": jnp.zeros((size, o.classes)), "bias": jnp.zeros(o.classes), "seen": jnp.zeros(o.classes)}
+        params["scale"] = jnp.ones(())
         if o.head == "mahalanobis":
             params["precision"] = jnp.zeros((1 if o.shared else o.classes, size, size))
         return params
@@ -140,22 +142,24 @@ def _built(base: Model, options: Options) -> Analytic:
             found = jnp.concatenate([found, jnp.ones((found.shape[0], 1))], axis=1)
         return unit(found) if o.normalise else found
 
-    def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
-        del cache
-        x = expand(params, raw(params, batch))
+    def read(params: Params, x: jax.Array) -> jax.Array:
         if o.head == "linear":
-            z = pair.contract(x, params["head"], 1, 0) + params["bias"][None]
+            z = params["scale"] * (pair.contract(x, params["head"], 1, 0) + params["bias"][None])
         else:
             z = -0.5 * distances(unit(powered(x, o.power)), params["head"], params["precision"])
-        return Output(masked(z, params["seen"]))
+        return masked(z, params["seen"])
+
+    def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
+        del cache
+        return Output(read(params, expand(params, raw(params, batch))))
 
     model = Model(init, apply, _axes(base, o))
     told = (o.expansion, o.head, o.power, o.shared, o.sigma, o.bias, o.normalise)
-    return Analytic(model, raw, expand, o.inputs, size, o.classes, *told)
+    return Analytic(model, raw, expand, read, o.inputs, size, o.classes, *told)
 
 
 def _axes(base: Model, o: Options) -> Any:
-    axes = {"base": base.axes, "head": ("mlp", None), "bias": (None,), "seen": (None,)}
+    axes = {"base": base.axes, "head": ("mlp", None), "bias": (None,), "scale": (), "seen": (None,)}
     if o.expansion != "none":
         names = {"centres": ("mlp", "embed")} if o.expansion == "gaussian" else {"projection": ("embed", "mlp")}
         axes["expansion"] = names

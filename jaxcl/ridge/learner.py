@@ -25,9 +25,10 @@ from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge import moments, solve
 from jaxcl.ridge.moments import Moments
 from jaxcl.schema import UserError
-from jaxcl.types import Batch, Metrics, Params
+from jaxcl.types import Batch, Metrics, Output, Params
 
 By = Literal["gcv", "loo", "held_out"]
+SHARPEST = 1e3  # scale of logits, at most
 GAMMAS = tuple(10.0**n for n in range(-4, 5))  # a path to choose from
 
 
@@ -71,7 +72,7 @@ def rows_of(setting: Setting, params: Params, batch: Batch) -> Rows:
     good = jnp.all(jnp.isfinite(x), axis=1) & (batch.targets >= 0) & (batch.targets < made.classes)
     weights = jnp.where(good, batch.weights, 0.0)
     lost = jnp.sum(((batch.weights > 0) & ~good).astype(jnp.float32))
-    return Rows(jnp.where(weights[:, None] > 0, x, 0.0), batch.targets, weights, lost)
+    return Rows(jnp.where(weights[:, None] > 0, x, 0.0), jnp.where(good, batch.targets, 0), weights, lost)
 
 
 def flat(batch: Batch) -> Batch:
@@ -85,8 +86,8 @@ def told(setting: Setting, params: Params, batch: Batch, rows: Rows, *, gradient
     `loss` is the training loss of the run, `grad_norm` the norm of the gradient of the rows' mean squared error in the
     head, which no step follows; 0 without `gradient`. `left_out`: see `Rows`.
     """
-    kept = dataclasses.replace(batch, weights=rows.weights)
-    total, weight = setting.loss(setting.model.apply(params, kept), kept)
+    kept = dataclasses.replace(batch, targets=rows.labels, weights=rows.weights)
+    total, weight = setting.loss(Output(setting.analytic.read(params, rows.x)), kept)
     norm = jnp.zeros(())
     if gradient:
         away = pair.contract(rows.x, params["head"], 1, 0) - jax.nn.one_hot(rows.labels, params["head"].shape[1])
@@ -96,7 +97,13 @@ def told(setting: Setting, params: Params, batch: Batch, rows: Rows, *, gradient
 
 
 def written(
-    params: Params, head: jax.Array, counts: Pair, *, bias: jax.Array | None = None, **more: jax.Array
+    params: Params,
+    head: jax.Array,
+    counts: Pair,
+    *,
+    bias: jax.Array | None = None,
+    scale: jax.Array | float = 1.0,
+    **more: jax.Array,
 ) -> Params:
     """Returns the parameters with another head.
 
@@ -105,11 +112,29 @@ def written(
       head: float32 [d, C].
       counts: of the rows of every class, [C]; those above 0 are seen.
       bias: float32 [C]; None = 0.
+      scale: of the logits, float32 []; it changes the loss and not the class.
       **more: other parameters of the head, such as `precision`.
     """
     seen = (counts.high > 0).astype(jnp.float32)
     bias = jnp.zeros_like(seen) if bias is None else bias
-    return {**params, "head": head, "bias": bias, "seen": seen, **more}
+    return {**params, "head": head, "bias": bias, "scale": jnp.float32(scale), "seen": seen, **more}
+
+
+def bound_of(found: solve.Solution) -> jax.Array:
+    """Returns a bound on the relative error of float32 weights from a solve; 1 = nothing is known of them."""
+    return jnp.minimum(found.bound + 2.0**-24, 1.0)
+
+
+def sharpness(m: Moments, w: jax.Array, gamma: solve.Gamma) -> jax.Array:
+    """Returns the scale at which ridge outputs are logits: 1 / variance of their errors, float32 [].
+
+    If the errors of one-hot targets are Gaussian with variance v in each of K seen classes, then
+    log p(class c | x) = -|e_c - x W|^2 / 2 v + ... = (x W)_c / v + what no class differs in. v = RSS / (N K), of the
+    rows seen, with RSS = N - sum W B - gamma |W|^2.
+    """
+    seen = jnp.maximum(jnp.sum(m.counts.high > 0), 1)
+    errors = m.total - jnp.sum(w * m.cross.high) - pair.of(gamma).high * jnp.sum(w * w)
+    return jnp.where(m.total > 0, jnp.minimum(m.total * seen / jnp.maximum(errors, 1e-30), SHARPEST), 1.0)
 
 
 def when_due(
