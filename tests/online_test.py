@@ -4,12 +4,15 @@ import json
 import math
 
 import fake_run
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcl import metrics, online, report
+from jaxcl import metrics, online, program, report, schema, scores
+from jaxcl.data import rows, scenarios, stream, tabular
+from jaxcl.models import mlp
 from jaxcl.report import classified, run, terminal
 
 QUICK = True
@@ -86,6 +89,44 @@ def test_equal_classes_that_are_all_there_make_both_means_equal(n, c, seed):
     np.testing.assert_allclose(balanced, whole)
 
 
+def test_accuracies_of_classes_are_counted_over_batches_and_padding():
+    model = mlp.make(inputs=3, hidden=(), classes=5)
+    params = model.init(jax.random.key(0))
+    x, y = np.random.default_rng(0).standard_normal((21, 3)).astype(np.float32), np.arange(21) % 4
+    columns = {"inputs": x, "targets": y.astype(np.int32), "weights": np.ones(21, np.float32)}
+    columns |= dict.fromkeys(("segments", "positions"), np.ones(21, np.int32))
+    table = rows.from_columns(columns)
+    held = scores.put({"a": list(rows.batches(table, size=8)), "b": list(rows.batches(table, size=8, limit=3))})
+    found = scores.by_class(model)(params, held)
+    guess = np.asarray(x.astype(np.float64) @ params["layer_0"]["kernel"] + params["layer_0"]["bias"]).argmax(1)
+    for name, count in (("a", 21), ("b", 3)):
+        right = [np.sum((guess == y)[:count] & (y[:count] == c)) for c in range(5)]
+        np.testing.assert_array_equal(found[name], [right, np.bincount(y[:count], minlength=5)])
+    told = program.classified(model, held)(params)
+    assert told["accuracy"] == {"a": np.mean(guess == y), "b": np.mean((guess == y)[:3])}
+    assert told["accuracy"] == scores.make(model, scores.accuracy)(params, held)
+    assert list(told["classes"]["b"]) == ["0", "1", "2"]
+    assert told["classes"]["a"]["1"] == np.mean(guess[y == 1] == 1)
+
+
+@pytest.mark.parametrize("relabel", [False, True])
+def test_a_label_that_tasks_share_is_another_class_in_each(relabel):
+    """Also with rows of a later task's label in an earlier one: then the class has come."""
+    sources, stages = scenarios.split(
+        {"name": "digits", "count": 12, "held_out": 8, "size": 8}, 4, 2, steps=3, relabel=relabel
+    )
+    stages = ({**stages[0], "mixture": {"task_00": 0.5, "task_01": 0.5}}, stages[1])
+    corpora = {n: tabular.corpus(schema.make("jaxcl.data.sources", one, field=n)) for n, one in sources.items()}
+    flow = stream.make({n: corpus.train for n, corpus in corpora.items()}, stages[:1], batch=4)
+    found = program.classes_of(flow, {n: corpus.held_out.labels[:6] for n, corpus in corpora.items()})
+    came = flow.arrivals()
+    names = {"task_00": ("0", "1"), "task_01": ("0", "1") if relabel else ("2", "3")}
+    assert found == {d: {name: {"rows": 3, "come": came[d][int(name)]} for name in own} for d, own in names.items()}
+    alone = stream.make({n: corpus.train for n, corpus in corpora.items()}, stages[1:], batch=4)
+    found = program.classes_of(alone, {n: corpus.held_out.labels for n, corpus in corpora.items()})
+    assert [list(one) for one in found["task_00"].values()] == [["rows"]] * 2  # never comes
+
+
 DOMAINS = ("first", "second")
 LABELS = (("0", "1"), ("2", "3"))
 
@@ -102,8 +143,8 @@ def make(folder, *, seed=0, label="plain", shift=0.0, by_class=True, stop=40, **
     }
     cells = [(d, label) for d, own in zip(DOMAINS, LABELS, strict=True) for label in own]
     facts = {d: {} for d in DOMAINS}
-    for (domain, name), rows, come in zip(cells, ROWS.tolist(), SINCE.tolist(), strict=True):
-        facts[domain][name] = {"rows": rows, "come": come}
+    for (domain, name), count, come in zip(cells, ROWS.tolist(), SINCE.tolist(), strict=True):
+        facts[domain][name] = {"rows": count, "come": come}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "run.json").write_text(json.dumps({"id": folder.name, "facts": {"classes": facts} if by_class else {}}))
     writer = metrics.Jsonl(folder / "metrics.jsonl")
