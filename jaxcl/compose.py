@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Setting(NamedTuple):
     told: Callable[[Output, Batch], tuple[Any, grad.Losses]] | None = None  # `loss`, and (sum, weight) of more metrics
     boxed: Any = None  # `jaxcl.models.boxed.Boxed`, if the weights of the model come from boxes
     steps: int | None = None  # of the shortest stage
+    analytic: Any = None  # `jaxcl.models.analytic.Analytic`, if the model is frozen below a head in closed form
 
 
 class Taken(NamedTuple):
@@ -99,6 +101,20 @@ def make(options: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], setting
         part = schema.make("jaxcl.methods", entry, setting, field="method" if single else f"method[{i}]")
         parts.append((entry["name"], part))
     return compose(parts, setting)
+
+
+def explain(options: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], setting: Setting) -> dict[str, str]:
+    """Returns name -> what the methods of checked options chose by themselves, and why, for the report.
+
+    A module of jaxcl.methods has `explain(setting, **options) -> str` if it chooses something.
+    """
+    entries = schema.parse(options, field="method") if isinstance(options, str) else options
+    found = {}
+    for entry in [entries] if isinstance(entries, Mapping) else entries:
+        module = importlib.import_module(f"jaxcl.methods.{entry['name']}")
+        if hasattr(module, "explain"):
+            found[entry["name"]] = module.explain(setting, **{k: v for k, v in entry.items() if k != "name"})
+    return found
 
 
 def compose(parts: Sequence[tuple[str, Part | Wrapper | Method]], setting: Setting) -> Method:

@@ -6,9 +6,9 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxcl import adapters, schema
 from jaxcl import network as networks
 from jaxcl import practice as practices
-from jaxcl import schema
 from jaxcl.data import clean, prepare, tabular
 from jaxcl.data import rows as tables
 from jaxcl.data import tokenizer as tokenizers
@@ -66,13 +66,22 @@ def make(given: Sections) -> Domains:
         corpora = {name: tabular.corpus(table) for name, table in made.items()}
         example = next(tables.batches(next(iter(corpora.values())).train, size=1))
         network = networks.classifier(model, example, tabular.classes(made.values()))
-        network = networks.with_boxes(network, adapter, example, len(stages)) if adapter else network
+        if adapter:
+            first = corpora.get(next(iter(mixture_of(stages)), ""), next(iter(corpora.values())))
+            draw = adapters.drawing(first.train)
+            network = adapters.make(network, model, adapter, example, len(stages), draw)
         return Domains(network, lambda: corpora, None)
     packed = schema.call(Packing, packing, field="packing")
     model = networks.based(model, adapter)
     words = networks.tokenizer_of(tokenizer, model)
     network = networks.make(model, words, packed.length, adapter)
     return Domains(network, lambda: _packed(made, words, packed), None)
+
+
+def mixture_of(stages: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the mixture of the first stage; what is wrong with it is said elsewhere."""
+    found = stages[0].get("mixture") if stages else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def practising(sources: Mapping[str, Any]) -> bool:

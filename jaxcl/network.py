@@ -16,6 +16,7 @@ from jaxcl import saved, schema, tree, vocabulary
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import peft, read
 from jaxcl.models import hypernetwork, interval, lora, transformer, weight_boxes
+from jaxcl.models.analytic import Analytic
 from jaxcl.models.boxed import Boxed
 from jaxcl.models.config import Config, resolve
 from jaxcl.random import named
@@ -64,6 +65,7 @@ class Network(NamedTuple):
     load_base: Load | None = None  # of an adapter whose base is a checkpoint: as `load`, for the base alone
     boxed: Boxed | None = None  # then the weights of `model` come from boxes
     start: str | None = None  # folder of a run that they are taken from
+    analytic: Analytic | None = None  # then `model` is frozen below a head in closed form
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -134,7 +136,7 @@ def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Netw
     """Returns the model of `config.model` for rows that are not text.
 
     Args:
-      options: `name` of a module of jaxcl.models and the options of its `make`.
+      options: `name` of a module of jaxcl.models, the options of its `make`, and `start`: see `make`.
       example: a batch of the rows.
       classes: one more than the largest label.
 
@@ -143,6 +145,9 @@ def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Netw
     """
     if "checkpoint" in options:
         raise UserError("config.model.checkpoint: a language model, but config.sources are tables; give a model's name")
+    if "start" in options:
+        rest = {key: value for key, value in options.items() if key != "start"}
+        return started(classifier(rest, example, classes), options["start"])
     model = schema.make("jaxcl.models", options, field="model")
     shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
     try:
@@ -177,7 +182,8 @@ def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, 
     )
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in BOXES:
-        raise UserError(f"config.adapter.name={name!r}: is no adapter of a classifier; choose from {', '.join(BOXES)}")
+        known = ", ".join(("analytic", *BOXES))
+        raise UserError(f"config.adapter.name={name!r}: is no adapter of a classifier; choose from {known}")
     have = given.setdefault("tasks", tasks)
     if isinstance(have, int) and have < tasks:
         raise UserError(f"config.adapter.tasks={have}: config.stream has {tasks} stages; leave it out")

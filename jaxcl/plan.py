@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,17 @@ from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Model
 
 BOXED = ("hyperinterval", "intercontinet")  # methods of models whose weights come from boxes
+ANALYTIC = (
+    "acil",
+    "aef_ocl",
+    "air",
+    "ds_al",
+    "fecam",
+    "gkeal",
+    "nmc",
+    "ranpac",
+    "slda",
+)  # methods of models with a head in closed form
 
 
 class Plan(NamedTuple):
@@ -37,6 +49,7 @@ class Plan(NamedTuple):
     patterns: tuple[str, ...]  # of the parameters that are frozen
     seed: int
     explorer: Explorer | None = None  # of stages that learn from rollouts
+    told: Mapping[str, str] = MappingProxyType({})  # method -> what it chose by itself, and why
 
 
 def make(
@@ -70,11 +83,13 @@ def make(
         least = min(stage.steps for stage in flow.stages)
         setting = compose.Setting(
             network.model, tx, examples[0], len(flow.stages), cost, microbatches, score, told, network.boxed, least
-        )
+        )._replace(analytic=network.analytic)
         check_boxed(method, network, patterns, flow)
+        check_analytic(method, network, patterns)
         learner = learner_of(method, setting, guard, patterns, network.keyed)
         check_forms(learner, network, examples)
-        return Plan(mesh, network, setting, learner, flow, rate, patterns, seed, explorer)
+        reasons = compose.explain(method, setting)
+        return Plan(mesh, network, setting, learner, flow, rate, patterns, seed, explorer, reasons)
 
     return ready
 
@@ -125,10 +140,7 @@ def check_boxed(method: Any, network: Network, patterns: Sequence[str], flow: st
     """Raises UserError if boxes of weights meet a method that knows nothing of them, or batches of several tasks."""
     if network.boxed is None:
         return
-    entries = schema.parse(method, field="method") if isinstance(method, str) else method
-    entries = [entries] if isinstance(entries, Mapping) else entries
-    names = [entry.get("name") for entry in entries if isinstance(entry, Mapping)]
-    for name in names:
+    for name in names_of(method):
         if name not in BOXED:
             raise UserError(
                 f"config.method={name!r}: trains weights, but config.adapter makes boxes of them; choose one of "
@@ -142,6 +154,27 @@ def check_boxed(method: Any, network: Network, patterns: Sequence[str], flow: st
                 f"config.stream.replay: stage {stage.name!r} has rows of earlier tasks beside its own, but boxes of "
                 "weights need one task in a batch; leave it out, or give no config.adapter"
             )
+
+
+def check_analytic(method: Any, network: Network, patterns: Sequence[str]) -> None:
+    """Raises UserError if a head in closed form meets a method that trains weights."""
+    if network.analytic is None:
+        return
+    for name in names_of(method):
+        if name not in ANALYTIC:
+            raise UserError(
+                f"config.method={name!r}: trains weights, but config.adapter='analytic' solves for them; choose one of "
+                f"{', '.join(ANALYTIC)}, or leave the adapter out"
+            )
+    if patterns:
+        raise UserError("config.optim.frozen: all below a head in closed form is frozen already; leave it out")
+
+
+def names_of(method: Any) -> list[Any]:
+    """Returns the names in `config.method`; what is wrong with it is said elsewhere."""
+    entries = schema.parse(method, field="method") if isinstance(method, str) else method
+    entries = [entries] if isinstance(entries, Mapping) else entries
+    return [entry.get("name") for entry in entries if isinstance(entry, Mapping)]
 
 
 def frozen_of(optim: dict[str, Any], network: Network) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Program(NamedTuple):
     base: Callable[[Any], Params] | None  # reads the base below an adapter again, see `jaxcl.saved.arrays`
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     end_task: Callable[[TrainState, Batch], TrainState]
-    evaluate: Callable[[Params], dict[str, dict[str, float]]]  # domain's loss (nats per token), bits_per_byte
+    evaluate: Callable[[Params], dict[str, Any]]  # domain's loss (nats per token), bits_per_byte, accuracy, classes
     evaluate_every: int  # steps
     compare: Callable[[Params], dict[str, Any]] | None  # at boundaries besides: `alignment`, `inference`
     utilisation: Callable[[float], float | None]  # tokens per second -> share of the devices' peak, None if unknown
@@ -81,7 +82,8 @@ def build(
 
     Args:
       model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
-      adapter: 'lora', or a dict with that `name` and options, see `jaxcl.network.make`: all else is frozen.
+      adapter: 'lora', or a dict with that `name` and options, see `jaxcl.network.make`: all else is frozen. Of a
+        classifier, see `jaxcl.adapters`.
       sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`;
         or `name` of a task of jaxcl.rl.tasks and its options.
       stream: see `jaxcl.plan.stream_of`.
@@ -228,6 +230,7 @@ def measures(
         "facts": known,
         "held_out": {name: corpus.held_out.fingerprint for name, corpus in corpora.items()},
     }
+    known |= plan.told
     if own:
         known["problems"] = {
             n: min(chosen.rows, len(one.held_out.prompts)) for n, one in own.problems.items() if one.held_out
@@ -244,7 +247,10 @@ def measures(
         for name, c in corpora.items()
     }
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
-    found["evaluate"] = evaluator(setting.model, corpora, rows)
+    found["evaluate"] = evaluator(setting.model, corpora, rows, meshes.replicated(mesh))
+    if all(corpus.held_out.labels is not None for corpus in corpora.values()):
+        labels = {name: np.asarray(corpus.held_out.labels)[: chosen.rows] for name, corpus in corpora.items()}
+        known["classes"] = classes_of(plan.flow, labels)
     if boxed := plan.network.boxed:
         known["generator_parameters"] = tree.size(abstract.params["generator"])
         known["parameters"] = boxed.size
@@ -262,11 +268,11 @@ def task_of(flow: streams.Stream, domain: str) -> int:
 
 
 def evaluator(
-    network: Model, corpora: Mapping[str, prepare.Corpus], rows: scores.Rows
-) -> Callable[[Params], dict[str, dict[str, float]]]:
-    """Returns the evaluation of every domain on its held-out rows."""
+    network: Model, corpora: Mapping[str, prepare.Corpus], rows: scores.Rows, everywhere: Any = None
+) -> Callable[[Params], dict[str, Any]]:
+    """Returns the evaluation of every domain on its held-out rows; `everywhere` is the sharding of what is fetched."""
     if not any(c.manifest["tokenizer"] for c in corpora.values()):
-        return classified(network, rows)
+        return classified(network, rows, everywhere)
     ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()}
     score = scores.make(network, losses.cross_entropy)
 
@@ -277,10 +283,43 @@ def evaluator(
     return run
 
 
-def classified(network: Model, rows: scores.Rows) -> Callable[[Params], dict[str, dict[str, float]]]:
-    """Returns the evaluation of a classifier."""
-    loss, accuracy = (scores.make(network, score) for score in (losses.cross_entropy, scores.accuracy))
-    return lambda params: {"loss": loss(params, rows), "bits_per_byte": {}, "accuracy": accuracy(params, rows)}
+def classified(network: Model, rows: scores.Rows, everywhere: Any = None) -> Callable[[Params], dict[str, Any]]:
+    """Returns the evaluation of a classifier: the accuracy of every domain, and of every class of its rows."""
+    loss, by_class = scores.make(network, losses.cross_entropy), scores.by_class(network, everywhere)
+
+    def run(params: Params) -> dict[str, Any]:
+        found = by_class(params, rows)
+        accuracy = {name: float(right.sum() / total.sum()) for name, (right, total) in found.items()}
+        classes = {
+            name: {str(c): float(right[c] / total[c]) for c in np.flatnonzero(total)}
+            for name, (right, total) in found.items()
+        }
+        return {"loss": loss(params, rows), "bits_per_byte": {}, "accuracy": accuracy, "classes": classes}
+
+    return run
+
+
+def classes_of(flow: streams.Stream, held: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, int]]]:
+    """Returns domain -> label -> how many `rows` it is evaluated on, and after how many steps it has `come`, if ever.
+
+    A label that one domain alone is evaluated on has come with the first row that any source has of it. Where several
+    domains have it, as in tasks on shared outputs, it stands for another class in each of them.
+
+    Args:
+      flow: the stream.
+      held: domain -> labels of the held-out rows.
+    """
+    arrivals = flow.arrivals()
+    counted = {domain: Counter(labels.tolist()) for domain, labels in held.items()}
+    shared = Counter(label for counts in counted.values() for label in counts)
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for domain, counts in counted.items():
+        found[domain] = {}
+        for label, count in sorted(counts.items()):
+            sources = [domain] if shared[label] > 1 else arrivals
+            steps = [arrivals[source][label] for source in sources if label in arrivals.get(source, {})]
+            found[domain][str(label)] = {"rows": count} | ({"come": min(steps)} if steps else {})
+    return found
 
 
 def aligner(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,35 @@ def accuracy(output: Output, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Returns (weighted number of targets that have the largest logit, weight), for use with `make`."""
     correct = (output.logits.argmax(-1) == batch.targets).astype(jnp.float32)
     return (correct * batch.weights).sum(), batch.weights.sum()
+
+
+def by_class(
+    model: Model, out_shardings: Any = None
+) -> Callable[[Params, Rows], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Returns `evaluate(params, rows)`: for each domain the weight of rows classified right, by class, and of all rows.
+
+    Both are float64 [C], for a classifier with C logits; sums over batches are exact for whole weights.
+
+    Args:
+      model: model to evaluate.
+      out_shardings: of the sums; several processes need them replicated.
+    """
+
+    @functools.partial(jax.jit, out_shardings=out_shardings)
+    def score(params: Params, batch: Batch) -> jax.Array:
+        logits = model.apply(params, batch).logits
+        own = (batch.targets[:, None] == jnp.arange(logits.shape[-1])[None]) * batch.weights[:, None]  # [B, C]
+        right = (logits.argmax(-1) == batch.targets)[:, None]
+        return jnp.stack([(own * right).sum(0), own.sum(0)], 1)  # [C, 2]
+
+    def evaluate(params: Params, rows: Rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        pending = {domain: [score(params, batch) for batch in batches] for domain, batches in rows.items()}
+        tables = {
+            domain: np.sum(np.asarray(one, np.float64), axis=0) for domain, one in jax.device_get(pending).items()
+        }
+        return {domain: (table[:, 0], table[:, 1]) for domain, table in tables.items()}
+
+    return evaluate
 
 
 def bits_per_byte(losses: Mapping[str, float], tokens_per_byte: Mapping[str, float] | float = 1.0) -> dict[str, float]:

@@ -29,10 +29,11 @@ LAYERS = (
     {"models"},
     {"methods"},
     {"data", "rl"},
-    {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console", "certify"},
+    {"forgetting", "stability", "online", "seeds", "flops", "scores", "generate"}
+    | {"metrics", "progress", "console", "certify"},
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"}
     | {"goodput", "watch"},
-    {"network", "domains", "practice"},
+    {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
     {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands"},

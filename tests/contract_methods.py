@@ -39,21 +39,31 @@ def setting(**options):
     return toys.setting(example=toys.rollouts(0), score=toys.score, **options)
 
 
-TOYS = (Toy(setting, toys.rollouts), *(Toy(functools.partial(toys.boxed, kind), toys.classes) for kind in toys.BOXES))
+TOYS = (
+    Toy(setting, toys.rollouts),
+    *(Toy(functools.partial(toys.boxed, kind), toys.classes) for kind in toys.BOXES),
+    Toy(toys.solved, toys.classes),
+    Toy(functools.partial(toys.solved, **toys.DISTANCES), toys.classes),
+    *(Toy(functools.partial(toys.solved, expansion=kind), toys.classes) for kind in ("dual", "gaussian")),
+)
 
 
 @functools.cache
 def toy(case):
     """Returns the first toy that a method accepts."""
-    if case not in MAKE:
-        return TOYS[0]
+    return toy_for({"name": case}) if case in MAKE else TOYS[0]
+
+
+def toy_for(entry):
+    """Returns the first toy that a method accepts with these options."""
+    options = {key: value for key, value in entry.items() if key != "name"}
     for one in TOYS:
         try:
-            MAKE[case](one.setting())
+            MAKE[entry["name"]](one.setting(), **options)
         except UserError:
             continue
         return one
-    raise AssertionError(f"{case} accepts no toy")
+    raise AssertionError(f"{entry} accepts no toy")
 
 
 def options_of(name):
@@ -148,9 +158,9 @@ def avals(tree_):
     return jax.tree.map(lambda x: (x.shape, str(x.dtype), getattr(x, "weak_type", False)), tree_)
 
 
-def assert_closed(method, case):
-    state = jax.eval_shape(method.init, params(case))
-    batch, k = toys.shapes(toy(case).rows(0)), jax.eval_shape(lambda: jax.random.key(0))
+def assert_closed(method, one):
+    state = jax.eval_shape(method.init, one.setting().model.init(jax.random.key(7)))
+    batch, k = toys.shapes(one.rows(0)), jax.eval_shape(lambda: jax.random.key(0))
     after, metrics = jax.eval_shape(method.step, state, batch, k)
     assert avals(after) == avals(state)
     assert {"loss", "grad_norm", "weight"} <= set(metrics)
@@ -161,7 +171,7 @@ def assert_closed(method, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_state_is_closed(case):
-    assert_closed(built(case)[0], case)
+    assert_closed(built(case)[0], toy(case))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -174,7 +184,8 @@ def test_no_buffer_is_held_twice(case):
 
 @pytest.mark.parametrize("entry", list(variants()))
 def test_every_choice_of_an_option_is_closed(entry):
-    assert_closed(compose.make([entry], toy(entry["name"]).setting()), entry["name"])
+    one = toy_for(entry)
+    assert_closed(compose.make([entry], one.setting()), one)
 
 
 @pytest.mark.parametrize("case", CASES)

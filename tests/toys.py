@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from jaxcl.compose import Setting
-from jaxcl.models import hypernetwork, mlp, weight_boxes
+from jaxcl.models import analytic, hypernetwork, mlp, weight_boxes
 from jaxcl.types import Batch, Model, Output
 
 # Compiling is most of the cost of a test: this halves it. Not for tests that compare bits of different programs.
@@ -129,6 +129,20 @@ def boxed(kind="hypernetwork", *, tx=None, loss=cross_entropy, tasks=T, features
     made = BOXES[kind](mlp.make(inputs=features, hidden=(width,), classes=labels), tasks=tasks, **options)
     example = classes(0, features=features, labels=labels)
     return setting(model=made.model, tx=tx, example=example, tasks=tasks, loss=loss)._replace(boxed=made)
+
+
+def solved(*, tx=None, loss=cross_entropy, tasks=T, features=4, hidden=8, labels=4, **options):
+    """A setting for a frozen perceptron below a head in closed form; `options` are those of the head."""
+    example = shapes(classes(0, features=features, labels=labels))
+    base = mlp.make(inputs=features, hidden=(hidden,), classes=labels, output="hidden")
+    made = analytic.make(base, example, labels, **{"width": 12, "expansion": "relu"} | options)
+    found = setting(
+        model=made.model, tx=tx, example=classes(0, features=features, labels=labels), tasks=tasks, loss=loss
+    )
+    return found._replace(analytic=made)
+
+
+DISTANCES = {"head": "mahalanobis", "expansion": "none", "width": None}
 
 
 def classes(seed, rows=B, task=0, *, features=4, labels=4):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcl import domains, flops, frozen, plan, program, schema, sweep, train, tree
+from jaxcl import adapters, domains, flops, frozen, plan, program, schema, sweep, train, tree
 from jaxcl import mesh as meshes
 from jaxcl import network as networks
 from jaxcl.data import rows as tables
@@ -110,7 +110,8 @@ def make(config: Mapping[str, Any], devices: Sequence[Any]) -> Step:
     network, table, length, notes = of(model, max(batch, 1) if isinstance(batch, int) else 1, **text)
     if of is _tabular and text["adapter"]:
         stages = program.stages_of(pieces["stream"])
-        network = networks.with_boxes(network, text["adapter"], next(tables.batches(table, size=1)), len(stages))
+        example = next(tables.batches(table, size=1))
+        network = adapters.make(network, model, text["adapter"], example, len(stages))
     made = plan.make(mesh, network, **pieces)(dict.fromkeys(sources, table))
     ready = program.compiled(made)
     cut = meshes.batch_sharding(mesh)

@@ -26,7 +26,7 @@ _RATIO = 1032  # output of deflate per byte of input, at most (zlib's technical 
 _UBYTE = 8  # type code of IDX
 _CHUNK = 2**20
 # What reading a damaged file raises; RuntimeError is that of an archive that is encrypted or packed in a foreign way.
-_BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError)
+BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 class Images(NamedTuple):
@@ -81,7 +81,7 @@ def idx(path: str) -> np.ndarray:
             if start < size or stream.read(1):
                 fault = "is longer" if start == size else f"ends after {start:,} bytes"
                 raise UserError(f"{path}: declares {size:,} bytes and {fault}; replace the file")
-    except _BROKEN as error:
+    except BROKEN as error:
         raise records.broken(path, error) from error
     return array.reshape(shape)
 
@@ -135,7 +135,7 @@ def _archive(path: str, image: str | None, label: str | None) -> tuple[Images, I
             train = _names(path, names, image, label)
             held_out = next((pair for pair in HELD_OUT if {*pair} <= {*names}), None) if image is None else None
             parts = [_checked(path, *(_member(path, archive, n) for n in pair)) for pair in (train, held_out) if pair]
-    except _BROKEN as error:
+    except BROKEN as error:
         raise records.broken(path, error) from error
     return parts[0], parts[1] if held_out else None
 
@@ -162,16 +162,26 @@ def _member(path: str, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{path}: {name} is compressed in a way that NumPy does not write; save it with np.savez")
     with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = header(stream)
-        if dtype.hasobject:
-            raise UserError(f"{path}: {name} holds Python objects, which are not loaded; save numbers")
-        size = math.prod(shape) * dtype.itemsize + stream.tell()
-        if size != info.file_size or size > _RATIO * os.path.getsize(path):
-            raise UserError(f"{path}: {name} declares {size:,} bytes and has not that many; replace the file")
+        declared(path, name, info, stream)
     with archive.open(info) as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def declared(path: str, name: str, info: zipfile.ZipInfo, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Returns shape, order (whether Fortran's) and type of an array of an archive; the stream is left behind them.
+
+    Raises:
+      UserError: they are not those of as many bytes as the archive holds.
+    """
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(stream)
+    if dtype.hasobject:
+        raise UserError(f"{path}: {name} holds Python objects, which are not loaded; save numbers")
+    size = math.prod(shape) * dtype.itemsize + stream.tell()
+    if size != info.file_size or size > _RATIO * os.path.getsize(path):
+        raise UserError(f"{path}: {name} declares {size:,} bytes and has not that many; replace the file")
+    return shape, fortran, dtype
 
 
 def _checked(path: str, pixels: np.ndarray, labels: np.ndarray) -> Images:

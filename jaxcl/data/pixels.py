@@ -1,4 +1,4 @@
-"""What a task sees of images: some of the classes, and pixels that are padded, rotated or permuted.
+"""What a task sees of images: pixels that are padded, rotated or permuted, of the rows that are chosen for it.
 
 The options of every source of images, in the order in which they act. Split, permuted and rotated MNIST are made of
 them (Goodfellow et al. 2014, https://arxiv.org/abs/1312.6211; Zenke et al. 2017, https://arxiv.org/abs/1703.04200;
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcl.data import chosen
 from jaxcl.data.image_files import Images
 from jaxcl.data.rows import Columns
 from jaxcl.data.sources import Table, describe
@@ -22,8 +23,6 @@ from jaxcl.schema import UserError
 class View(NamedTuple):
     """What a task sees."""
 
-    classes: Sequence[int] | None = None  # labels of the rows that are kept
-    relabel: bool = True  # whether these become 0, 1, ... in the order given
     pad: int = 0  # black pixels on every side
     rotation: float = 0.0  # degrees, counterclockwise
     permutation: int | None = None  # seed of an order of the pixels
@@ -32,21 +31,22 @@ class View(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """What the description of a source says of it: all that is not as in the file."""
-        chosen = None if self.classes is None else [*self.classes]
-        told = {"classes": chosen, "relabel": None if chosen is None else self.relabel}
-        told |= {"pad": self.pad or None, "rotation": self.rotation or None, "permutation": self.permutation}
+        told = {"pad": self.pad or None, "rotation": self.rotation or None, "permutation": self.permutation}
         return told | {"standardise": self.standardise or None}
 
 
-def check(view: View, limit: int | None = None) -> None:
-    """Raises UserError for options that no images can have."""
-    for name, value, least in (("pad", view.pad, 0), ("permutation", view.permutation, 0), ("limit", limit, 1)):
-        if value is not None and value < least:
-            raise UserError(f"config.sources: {name}={value!r}: must be at least {least}")
+def checked(view: View) -> View:
+    """Returns the view.
+
+    Raises:
+      UserError: no images can be seen so.
+    """
+    for name, value in (("pad", view.pad), ("permutation", view.permutation)):
+        if value is not None and value < 0:
+            raise UserError(f"config.sources: {name}={value!r}: must be at least 0")
     if not math.isfinite(view.rotation):
         raise UserError(f"config.sources: rotation={view.rotation!r}: must be a finite number of degrees")
-    if view.classes is not None and not 0 < len(view.classes) == len({*view.classes}):
-        raise UserError(f"config.sources: classes={[*view.classes]}: name at least one, and each once")
+    return view
 
 
 def table(
@@ -55,21 +55,21 @@ def table(
     train: Images,
     held_out: Images,
     view: View,
+    choice: chosen.Choice,
     *,
-    limit: int | None = None,
-    seed: int = 0,
+    every: Sequence[int] | None = None,
     licence: str | None = None,
 ) -> Table:
     """Returns the rows of a task in memory.
 
     Args:
       name: of the source.
-      options: of the source, beside those of the view.
+      options: of the source, beside those of the view and the choice.
       train: all training rows.
       held_out: all rows that are only evaluated on.
       view: what the task sees of them.
-      limit: at most that many training rows, drawn by `seed`.
-      seed: see `limit`.
+      choice: which of them the task has.
+      every: all labels that there are, if `train` has some of them.
       licence: recorded in the run.
 
     Raises:
@@ -82,13 +82,19 @@ def table(
         key = "pad" if view.pad else "rotation"
         raise UserError(f"config.sources: {key}={getattr(view, key)!r}: rows of {train.pixels.shape[1:]} are no images")
     moments = _moments(train.pixels) if view.standardise else None
-    parts = [_chosen(part, view, which) for part, which in ((train, "training"), (held_out, "held-out"))]
-    if limit is not None and limit < len(parts[0].labels):
-        kept = np.random.default_rng((seed, 1)).permutation(len(parts[0].labels))[:limit]
-        parts[0] = parts[0].take(np.sort(kept))
-    told = describe(name, {**options, **view.options, "limit": limit})
-    first, second = (columns(seen(part.pixels, view, moments), part.labels) for part in parts)
+    count = 1 + int(train.labels.max() if every is None else max(every))
+    parts = [
+        (train.pixels, *chosen.train(train.labels, choice, every)),
+        (held_out.pixels, *chosen.held_out(held_out.labels, choice, count)),
+    ]
+    told = describe(name, {**options, **view.options, **choice.options})
+    first, second = (columns(seen(_taken(pixels, index), view, moments), labels) for pixels, index, labels in parts)
     return Table(told, first, second, licence)
+
+
+def _taken(pixels: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Returns the pixels of some rows; of all rows the array itself."""
+    return pixels if len(index) == len(pixels) else pixels[index]
 
 
 def columns(inputs: np.ndarray, labels: np.ndarray) -> Columns:
@@ -187,20 +193,6 @@ def divided(whole: Images, held_out: float, seed: int) -> tuple[Images, Images]:
     if not 0 < out.sum() < total:
         raise UserError(f"config.sources: held_out={held_out!r}: of {total:,} images; leave some on both sides")
     return whole.take(np.flatnonzero(~out)), whole.take(np.flatnonzero(out))
-
-
-def _chosen(images: Images, view: View, which: str) -> Images:
-    """Returns the rows of the view's classes."""
-    if view.classes is None:
-        return images
-    classes = np.asarray(view.classes)
-    if missing := sorted({*classes.tolist()} - {*np.unique(images.labels).tolist()}):
-        raise UserError(f"config.sources: classes={classes.tolist()}: no {which} row has a label of {missing}")
-    pixels, labels = images.take(np.flatnonzero(np.isin(images.labels, classes)))
-    if view.relabel:
-        order = np.argsort(classes)
-        labels = order[np.searchsorted(classes[order], labels)]
-    return Images(pixels, labels)
 
 
 def _moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

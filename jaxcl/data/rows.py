@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,27 @@ from jaxcl.types import Batch
 
 NAMES = ("inputs", "targets", "weights", "segments", "positions")
 Columns = dict[str, np.ndarray]  # those of NAMES, and what a source adds; the leading axis counts rows
+_CHUNK = 2**22  # bytes that are hashed at a time
+
+
+class OnDisk:
+    """Some rows of an array that are read when they are asked for: stands for an array [n, ...] in a table."""
+
+    def __init__(self, array: np.ndarray, index: np.ndarray, dtype: Any):
+        """Takes the rows `index`, int64 [n], of a memory-mapped array as `dtype`."""
+        self._array, self._index, self.dtype = array, index, np.dtype(dtype)
+        self.shape = (len(index), *array.shape[1:])
+        self.nbytes = int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        with np.errstate(over="ignore"):  # what the type cannot hold becomes infinite, which the source refuses
+            return np.asarray(self._array[self._index[rows]], self.dtype)
+
+
+Stored = Mapping[str, np.ndarray | OnDisk]  # columns as a source has them
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,7 @@ class Rows:
     fingerprint: str  # sha256 of the content: equal rows, equal fingerprint
     bytes_per_token: float | None = None  # UTF-8 bytes of text per token, to report bits per byte
     words: Callable[[np.ndarray], np.ndarray] | None = None  # packed rows uint32 [n, width(L)], if they are text
+    labels: np.ndarray | None = None  # int [N], of rows of a classifier
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -108,14 +131,20 @@ def from_words(words: np.ndarray, length: int) -> Rows:
     return Rows(tokens, lambda index: unpack(words[index], length), fingerprint, words=lambda index: words[index])
 
 
-def from_columns(columns: Columns) -> Rows:
-    """Returns rows that lie in memory as columns [N, ...], such as images with their labels."""
-    weights = columns["weights"].reshape(len(columns["weights"]), -1)
+def from_columns(columns: Stored) -> Rows:
+    """Returns rows that lie as columns [N, ...] in memory or on disk, such as images with their labels."""
+    count, targets = len(columns["weights"]), columns["targets"]
+    weights = columns["weights"][:].reshape(count, -1)
     digest = hashlib.sha256()
     for name in sorted(columns):
-        digest.update(f"{name}/{columns[name].dtype}/{columns[name].shape}/".encode() + columns[name].tobytes())
+        column = columns[name]
+        digest.update(f"{name}/{column.dtype}/{column.shape}/".encode())
+        step = max(1, _CHUNK * count // max(column.nbytes, 1))
+        for start in range(0, count, step):
+            digest.update(np.ascontiguousarray(column[start : start + step]).data.cast("B"))
     tokens = (weights > 0).sum(axis=1).astype(np.int64)
-    return Rows(tokens, lambda index: {k: v[index] for k, v in columns.items()}, digest.hexdigest())
+    labels = targets[:] if len(targets.shape) == 1 else None
+    return Rows(tokens, lambda index: {k: v[index] for k, v in columns.items()}, digest.hexdigest(), labels=labels)
 
 
 def batches(rows: Rows, *, size: int, task: int = 0, limit: int | None = None) -> Iterator[Batch]:

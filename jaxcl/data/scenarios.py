@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxcl.data import blurred
 from jaxcl.schema import UserError
 
 Options = dict[str, Any]
@@ -44,6 +45,81 @@ def split(
     share = len(labels) // groups
     parts = [labels[start : start + share] for start in range(0, len(labels), share)]
     return _scenario(source, [{"classes": part, "relabel": relabel} for part in parts], steps)
+
+
+def class_incremental(
+    source: Mapping[str, Any],
+    classes: int | Sequence[int],
+    groups: int,
+    *,
+    base: int = 0,
+    steps: int | None = None,
+) -> Scenario:
+    """Returns tasks that bring new classes each, which keep their labels (van de Ven & Tolias 2019).
+
+    Args:
+      source: options of the source that every task reads a part of.
+      classes: labels in the order in which they are learned, or how many there are.
+      groups: number of tasks of equally many classes.
+      base: classes of one more task before these, such as half of all (Hou et al. 2019); 0 = no such task.
+      steps: of each task; None = `config.stream.steps`.
+
+    Raises:
+      UserError: the classes behind the first `base` cannot be dealt out evenly.
+    """
+    labels = tuple(range(classes)) if isinstance(classes, int) else tuple(classes)
+    if not 0 <= base < len(labels):
+        raise UserError(f"config.sources: base={base}: of {len(labels)} classes; leave some to the other tasks")
+    parts = [labels[:base]] if base else []
+    left = labels[base:]
+    if groups < 1 or len(left) % groups:
+        raise UserError(f"config.sources: {len(left)} classes in groups={groups}: choose a divisor")
+    share = len(left) // groups
+    parts += [left[start : start + share] for start in range(0, len(left), share)]
+    return _scenario(source, [{"classes": part, "relabel": False} for part in parts], steps)
+
+
+def si_blurry(
+    source: Mapping[str, Any],
+    counts: Sequence[int],
+    tasks: int = 5,
+    *,
+    batch: int,
+    disjoint: int = 50,
+    blurry: int = 10,
+    seed: int = 1,
+) -> Scenario:
+    """Returns tasks without clean boundaries, each as long as one pass over its rows (Si-Blurry, Moon et al. 2023).
+
+    A task is as many steps as its rows fill batches; the rest of its rows, fewer than a batch, do not come. It is
+    evaluated on the held-out rows of the classes that are its own; see `jaxcl.data.blurred`.
+
+    Args:
+      source: options of the source that every task reads a part of; without `classes`.
+      counts: training rows of each class of the source.
+      tasks: number of tasks.
+      batch: `config.stream.batch`.
+      disjoint: percent of the classes that come in one task alone.
+      blurry: percent of the rows of the other classes that may come in any task.
+      seed: of the whole stream.
+
+    Raises:
+      UserError: a task that would have no class of its own or fewer rows than a batch.
+    """
+    part = blurred.Part(0, tasks, disjoint, blurry, seed)
+    blurred.check(part)
+    sizes = blurred.sizes(counts, part)
+    for t, rows in enumerate(sizes):
+        blurred.own_classes(len(counts), part._replace(task=t))
+        if rows < batch:
+            raise UserError(
+                f"config.sources: si_blurry.seed={seed}: task {t} has {rows} rows, less than a batch of {batch}; "
+                "choose another seed or a smaller batch"
+            )
+    changes = [{"si_blurry": part._replace(task=t, rows=rows)._asdict()} for t, rows in enumerate(sizes)]
+    sources, stages = _scenario(source, changes, None)
+    lengths = (rows // batch for rows in sizes)
+    return sources, tuple({**stage, "steps": n} for stage, n in zip(stages, lengths, strict=True))
 
 
 def permuted(source: Mapping[str, Any], tasks: int, seed: int = 0, *, steps: int | None = None) -> Scenario:

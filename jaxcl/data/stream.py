@@ -31,6 +31,7 @@ first stage, where it cannot be over="earlier". `fraction=0` takes the same new 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -203,6 +204,24 @@ class Stream(NamedTuple):
         plan, local = self.plans[s], step - self.plans[s].start
         counts = plan.base + mixture.counts(plan.mixture, _new(plan, self.batch, local), len(self.rows))
         return dict(zip(self.sources, counts.tolist(), strict=True))
+
+    def arrivals(self) -> dict[str, dict[int, int]]:
+        """Returns source -> label -> the number of steps after which a new row of that label has come.
+
+        Of sources whose rows have labels; a label that never comes is left out.
+        """
+        found: dict[str, dict[int, int]] = {name: {} for name in self.sources}
+        for k, name in enumerate(self.sources):
+            if (labels := self.rows[k].labels) is None:
+                continue
+            size = int(self.sizes[k])
+            order = self._row(np.full(size, k), np.arange(size))
+            for label, first in zip(*np.unique(labels[order], return_index=True), strict=True):
+                counts = range(self.total_steps + 1)
+                step = bisect.bisect_right(counts, first, key=lambda step, name=name: self.consumed(step)[name])
+                if step <= self.total_steps:
+                    found[name][int(label)] = step
+        return found
 
     def stored(self, step: int) -> int:
         """Returns how many new rows the reservoir has been given when the batch at `step` is drawn from it."""

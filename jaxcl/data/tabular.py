@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxcl.data.prepare import Corpus
-from jaxcl.data.rows import Columns, Rows, from_columns
+from jaxcl.data.rows import Rows, Stored, from_columns
 from jaxcl.data.sources import Table
 
 
 def corpus(table: Table) -> Corpus:
-    """Returns the rows of a table, in memory; a row is a document of one token."""
+    """Returns the rows of a table; a row is a document of one token."""
     train, held_out = from_columns(table.train), from_columns(table.held_out)
     manifest = {
         "source": table.description,
@@ -24,10 +24,10 @@ def corpus(table: Table) -> Corpus:
 
 def classes(tables: Iterable[Table]) -> int:
     """Returns one more than the largest label."""
-    return 1 + max(int(columns["targets"].max()) for table in tables for columns in (table.train, table.held_out))
+    return 1 + max(int(columns["targets"][:].max()) for table in tables for columns in (table.train, table.held_out))
 
 
-def _split(rows: Rows, columns: Columns) -> dict[str, Any]:
+def _split(rows: Rows, columns: Stored) -> dict[str, Any]:
     """Returns what the manifest says of a split; bytes are those of the inputs."""
     count = len(rows)
     size = int(columns["inputs"].nbytes)

@@ -23,6 +23,7 @@ def make(
     classes: int = 10,
     pool: Literal["max", "mean"] = "max",
     residual: bool = False,
+    output: Literal["logits", "hidden"] = "logits",
 ) -> Model:
     """Returns a classifier whose `Output.hidden` are float32 logits [B, classes], without a head.
 
@@ -39,6 +40,7 @@ def make(
       pool: largest or mean value of every 2x2 window.
       residual: whether every stage adds relu(convolution) to its first activations, by a second convolution
         `residual_0`, ... (He et al. 2016, eq. 1).
+      output: "hidden" returns what the last layer would read; the parameters are the same.
 
     Raises:
       UserError: a size below 1, inputs that are not three sizes, an image smaller than the pooling needs.
@@ -54,7 +56,7 @@ def make(
             f"config.model.inputs={tuple(inputs)!r}: {len(channels)} stages need height and width of at least "
             f"{2 ** len(channels)}; use fewer channels"
         )
-    module = Cnn(tuple(inputs), tuple(channels), (*hidden, classes), pool, residual)
+    module = Cnn(tuple(inputs), tuple(channels), (*hidden, classes), pool, residual, output)
     return from_linen(module, _shapes(math.prod(inputs)), arguments=lambda batch: (batch.inputs,))
 
 
@@ -66,10 +68,11 @@ class Cnn(nn.Module):
     widths: tuple[int, ...]
     pool: str
     residual: bool
+    output: str = "logits"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float [B, ...] to float32 [B, classes]."""
+        """Maps float [B, ...] to float32 [B, classes], or to what the last layer reads."""
         x = x.reshape(x.shape[0], *self.inputs).astype(jnp.float32)  # [B, height, width, channels]
         pooling = nn.max_pool if self.pool == "max" else nn.avg_pool
         for i, channels in enumerate(self.channels):
@@ -77,7 +80,7 @@ class Cnn(nn.Module):
             if self.residual:
                 x = x + nn.relu(self._convolution(channels, f"residual_{i}")(x))
             x = pooling(x, (2, 2), strides=(2, 2))
-        x = x.reshape(x.shape[0], -1)
+        x = read = x.reshape(x.shape[0], -1)
         last = len(self.widths) - 1
         for i, width in enumerate(self.widths):
             # As in `mlp`: one dimension is split over devices, out of every other layer, into those between.
@@ -85,9 +88,9 @@ class Cnn(nn.Module):
             axes = (axes[0], None) if i == last else axes
             kernel = nn.with_logical_partitioning(nn.initializers.he_normal(), axes)
             offset = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
-            x = nn.Dense(width, kernel_init=kernel, bias_init=offset, name=f"layer_{i}")(x)
+            x = nn.Dense(width, kernel_init=kernel, bias_init=offset, name=f"layer_{i}")(read := x)
             x = x if i == last else nn.relu(x)
-        return x
+        return x if self.output == "logits" else read
 
     def _convolution(self, channels: int, name: str) -> nn.Conv:
         return nn.Conv(channels, (3, 3), kernel_init=nn.initializers.he_normal(), name=name)

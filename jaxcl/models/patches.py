@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def make(
     window: int = 10,
     threshold: float = 0.8,
     hidden: Sequence[int] = (),
+    output: Literal["logits", "hidden"] = "logits",
 ) -> Model:
     """Returns a classifier of square images; its logits are `Output.hidden`, float32 [B, classes].
 
@@ -43,6 +45,7 @@ def make(
       window: side of the patch that a filter sees.
       threshold: of a feature.
       hidden: widths of the layers between features and logits.
+      output: as for `jaxcl.models.mlp`.
 
     Raises:
       UserError: a size out of range.
@@ -52,7 +55,7 @@ def make(
             raise UserError(f"config.model.{name}={value}: must be at least 1")
     if not 2 <= window <= side:
         raise UserError(f"config.model.window={window}: must lie in 2 .. side={side}")
-    head = mlp.make(inputs=filters, hidden=hidden, classes=classes)
+    head = mlp.make(inputs=filters, hidden=hidden, classes=classes, output=output)
 
     def init(key: Key) -> Params:
         return {"filters": drawn(named(key, "filters"), side, channels, window, filters), "head": head.init(key)}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl import seeds
-from jaxcl.report import inference, settings
+from jaxcl.report import classified, inference, settings
 from jaxcl.report.run import Run, parts, readable
 from jaxcl.schema import UserError, nearest
 
@@ -36,6 +36,7 @@ class Group:
     figures: dict[str, dict[int, float]]  # name -> seed -> value
     tokens: dict[str, dict[int, float]]
     right: dict[tuple[str, str, str], dict[int, float]]  # keys of `inference.newest` -> seed -> accuracy
+    accuracy: dict[str, dict[int, float]]  # of classifiers: name, as in `classified` -> seed -> value
 
     @property
     def intervals(self) -> dict[str, seeds.Interval]:
@@ -130,6 +131,7 @@ def group(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> list[Group]
                 {name: {seed: figures[i]["figures"][name] for seed, i in ordered.items()} for name in FIGURES},
                 {kind: {s: figures[i]["tokens"][kind] for s, i in ordered.items()} for kind in ("new", "replayed")},
                 _right({seed: figures[i]["inference"] for seed, i in ordered.items()}),
+                _classified({seed: figures[i]["classified"] for seed, i in ordered.items()}),
             )
         )
     return groups
@@ -176,6 +178,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "figures": {name: _plain_interval(value) for name, value in g.intervals.items()},
                 "tokens": {kind: float(np.mean(list(values.values()))) for kind, values in g.tokens.items()},
                 "accuracy": _nested({key: seeds.interval(list(values.values())) for key, values in g.right.items()}),
+                "classified": {n: _plain_interval(seeds.interval([*v.values()])) for n, v in g.accuracy.items()},
             }
             for g in comparison.groups
         ],
@@ -218,6 +221,11 @@ def _right(blocks: dict[int, dict[str, Any] | None]) -> dict[tuple[str, str, str
         for key, value in (inference.newest(block) if block else {}).items():
             found.setdefault(key, {})[seed] = value
     return found
+
+
+def _classified(blocks: dict[int, dict[str, Any] | None]) -> dict[str, dict[int, float]]:
+    known = {seed: block["figures"] for seed, block in blocks.items() if block}
+    return {name: {seed: figures[name] for seed, figures in known.items()} for name in classified.FIGURES if known}
 
 
 def _nested(values: Mapping[tuple[str, ...], seeds.Interval]) -> dict[str, Any]:

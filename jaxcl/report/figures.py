@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl import forgetting, stability
-from jaxcl.report import certificates, inference
+from jaxcl.report import certificates, classified, inference
 from jaxcl.report.run import Run
 
 WINDOW = 10  # evaluations, the shorter of the two windows of De Lange et al. 2023
@@ -42,6 +42,7 @@ def of(run: Run) -> dict[str, Any]:
         "bits_per_byte": {domain: _last(values) for domain, values in run.bits_per_byte.items()},
         "accuracy": {domain: _last(values) for domain, values in run.accuracy.items()},
         "accuracy_matrix": _right(run),
+        "classified": classified.of(run),
         "inference": inference.of(run),
         "certificates": certificates.of(run),
         "tokens": tokens(run),

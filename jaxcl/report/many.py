@@ -9,9 +9,10 @@ import numpy as np
 
 import jaxcl
 from jaxcl import seeds
-from jaxcl.report import accuracies, page, settings, words
+from jaxcl.report import accuracies, classified, page, settings, words
 from jaxcl.report.chart import Line, figure
 from jaxcl.report.compare import Comparison, Group, Matched
+from jaxcl.report.run import Run
 from jaxcl.report.single import spans
 
 LOWER_IS_BETTER = ("learned", "retained", "final", "forgetting", "gap_depth", "gap_transient", "worst_case")
@@ -32,6 +33,7 @@ def body(comparison: Comparison) -> str:
     sections = [
         header(comparison),
         accuracies.section(comparison),
+        classified.comparison(comparison.groups, comparison.control, comparison.same_rows),
         results(comparison),
         controls(comparison),
         differences(comparison) if comparison.same_rows else "",
@@ -70,6 +72,7 @@ def verdict(comparison: Comparison) -> list[str]:
             f"<strong>Some runs have not finished</strong> ({names}); they are judged by their finished tasks."
         )
     told = accuracies.verdict(comparison)
+    told = told or classified.verdict(comparison.groups, comparison.control, comparison.same_rows)
     sentences += told
     known = [] if told else [g for g in groups if math.isfinite(g.intervals["final"].mean)]  # in nats
     together = _joint(known)
@@ -219,34 +222,37 @@ def differences(comparison: Comparison) -> str:
 def curves(comparison: Comparison) -> str:
     """Returns mean loss curves with their intervals, one chart per domain."""
     first = next(iter(comparison.groups[0].runs.values()))
-    charts = []
+    charts, right = [], any(g.accuracy for g in comparison.groups)
+    title, unit = ("Accuracy", "share right") if right else ("Loss", "nats per token")
     for domain in first.domains:
-        lines = [line for i, g in enumerate(comparison.groups) if (line := _mean_line(g, domain, i)) is not None]
+        lines = [line for i, g in enumerate(comparison.groups) if (line := _mean_line(g, domain, i, right)) is not None]
         if lines:
-            chart = figure(
-                lines, title=f"Loss on {domain}", x="step", y="nats per token", spans=spans(first), half=True
-            )
+            chart = figure(lines, title=f"{title} on {domain}", x="step", y=unit, spans=spans(first), half=True)
             charts.append(chart)
     note = '<p class="hint">Mean over seeds; the band is the 95 % confidence interval at each evaluation.</p>'
     return "<h2>Curves</h2>" + note + page.pairs(charts) if charts else ""
 
 
-def _mean_line(g: Group, domain: str, colour: int) -> Line | None:
-    """Returns the mean curve over the steps at which every seed was evaluated."""
-    members = [run for run in g.runs.values() if domain in run.losses]
+def _mean_line(g: Group, domain: str, colour: int, right: bool) -> Line | None:
+    """Returns the mean curve of accuracy or loss over the steps at which every seed was evaluated."""
+    members = [(run, curves[domain]) for run in g.runs.values() if domain in (curves := _curves(run, right))]
     if not members:
         return None
-    steps = members[0].eval_steps
-    for run in members[1:]:
+    steps = members[0][0].eval_steps
+    for run, _ in members[1:]:
         steps = np.intersect1d(steps, run.eval_steps)
     if not steps.size:
         return None
-    values = np.stack([run.losses[domain][np.isin(run.eval_steps, steps)] for run in members])  # [seeds, N]
+    values = np.stack([curve[np.isin(run.eval_steps, steps)] for run, curve in members])  # [seeds, N]
     spread = [seeds.interval(column) for column in values.T]
     band = None
     if len(members) > 1:
         band = (np.array([s.low for s in spread]), np.array([s.high for s in spread]))
     return Line(g.label, steps, np.array([s.mean for s in spread]), colour, band)
+
+
+def _curves(run: Run, right: bool) -> dict[str, np.ndarray]:
+    return run.accuracy if right else run.losses
 
 
 def _verdict_cell(value: seeds.Interval, name: str) -> str:

@@ -15,6 +15,7 @@ from jaxcl import forgetting, goodput, metrics
 from jaxcl.schema import UserError
 
 SCORES = ("bits_per_byte", "accuracy")  # of an evaluation, besides the loss: domain -> value
+CLASSES = ("classes",)  # accuracies of a classifier: domain -> label -> value
 THINKING = ("inference", "entropy", "drift")  # the same by mode of inference: domain -> mode -> values
 
 
@@ -32,6 +33,7 @@ class Run:
     losses: dict[str, np.ndarray]  # domain -> float [N], NaN where not measured
     bits_per_byte: dict[str, np.ndarray]  # the same in bits per byte; empty if not recorded
     accuracy: dict[str, np.ndarray]  # of classifiers and of problems with one right answer; else empty
+    classes: dict[tuple[str, str], np.ndarray]  # (domain, label) -> accuracy of a classifier; else empty
     thinking: dict[int, dict[str, Any]]  # step -> what was measured by mode of inference; empty if nothing was
     boundaries: dict[int, int]  # k -> step of the evaluation after task k; -1 = before training
     alignment: dict[int, np.ndarray]  # k -> cosines [D, D] of the gradients of `domains`; empty if not recorded
@@ -128,7 +130,7 @@ def _assemble(
     domains = [*dict.fromkeys(d for d in own if d in domains), *(d for d in domains if d not in own)]
     by_step: dict[int, dict[str, Any]] = {}
     for record in evals:  # several records of one step are one evaluation
-        merged = by_step.setdefault(record["step"], {name: {} for name in ("loss", *SCORES, *THINKING)})
+        merged = by_step.setdefault(record["step"], {name: {} for name in ("loss", *SCORES, *CLASSES, *THINKING)})
         for name in merged:
             merged[name].update(record.get(name) or {})
     ordered = [by_step[step] for step in sorted(by_step)]
@@ -148,6 +150,7 @@ def _assemble(
         accuracy={
             d: _column([r["accuracy"] for r in ordered], d) for d in domains if any(r["accuracy"] for r in ordered)
         },
+        classes=_by_class([r["classes"] for r in ordered]),
         thinking={
             step: {name: r[name] for name in THINKING}
             for step, r in zip(sorted(by_step), ordered, strict=True)
@@ -247,6 +250,12 @@ def _number(value: Any) -> float:
 
 def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([_number(row.get(name)) for row in rows])
+
+
+def _by_class(tables: list[dict[str, dict[str, Any]]]) -> dict[tuple[str, str], np.ndarray]:
+    """Returns the columns of domain -> label -> value."""
+    cells = dict.fromkeys((domain, label) for table in tables for domain, row in table.items() for label in row)
+    return {(d, label): _column([table.get(d, {}) for table in tables], label) for d, label in cells}
 
 
 def _square(table: dict[str, dict[str, Any]], names: list[str]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import jaxcl
-from jaxcl.report import certificates, inference, origin, page, rollouts, words
+from jaxcl.report import certificates, classified, inference, origin, page, rollouts, words
 from jaxcl.report.chart import Line, Span, figure
 from jaxcl.report.figures import TOLERANCE, WINDOW, speed
 from jaxcl.report.run import Run, readable
@@ -22,6 +22,7 @@ def body(run: Run, figures: dict[str, Any]) -> str:
     """Returns the content of the page of one run."""
     sections = [
         header(run, figures),
+        classified.section(run, figures["classified"], spans(run), colours_of(run)),
         rollouts.numbers(run, figures) if figures["inference"] else numbers(figures),
         rollouts.section(run, figures, spans(run), colours_of(run)),
         certificates.section(figures),
@@ -285,7 +286,7 @@ def hours(run: Run) -> str:
 def appendix(run: Run) -> str:
     """Returns configuration and version."""
     text = escape(json.dumps(run.config, indent=2, sort_keys=True, ensure_ascii=False))
-    facts = {k: v for k, v in run.about.get("facts", {}).items() if k != "sources"}  # these have a table of their own
+    facts = {k: v for k, v in run.about.get("facts", {}).items() if k not in ("sources", "classes")}  # shown elsewhere
     facts["versions"] = run.about.get("versions")
     rows = [
         [escape(str(name)), f'<td class="text">{escape(_plain(value))}</td>'] for name, value in facts.items() if value

@@ -31,6 +31,10 @@ def summary(results: dict[str, Any]) -> Table:
         return promises(results["certificates"])
     if results["kind"] == "comparison" and any(group["accuracy"] for group in results["groups"]):
         return _accuracies(results["groups"])
+    if results["kind"] == "run" and results["classified"]:
+        return _classified({results["label"]: results["classified"]["figures"]})
+    if results["kind"] == "comparison" and any(group["classified"] for group in results["groups"]):
+        return _classified({group["label"]: group["classified"] for group in results["groups"]})
     names = ("learned", "final", "forgetting", "gap_depth")
     table = _table("method", *(name.replace("_", " ") for name in names))
     if results["kind"] == "run":
@@ -89,5 +93,20 @@ def _accuracies(groups: list[dict[str, Any]]) -> Table:
             value = row.get(measure, {"mean": math.nan, "half_width": math.nan})
             half = "" if math.isnan(value["half_width"]) else f" ± {100 * value['half_width']:.1f}"
             cells.append(words.share(value["mean"]) + half)
+        table.add_row(label, *cells)
+    return table
+
+
+def _classified(rows: dict[str, dict[str, Any]]) -> Table:
+    """Returns the main accuracies of classifiers, given figures or their intervals; forgetting is in points."""
+    names = {"learned": "learned", "final": "final", "forgetting": "forgetting", "mean_class": "mean class"}
+    table = _table("method", *names.values())
+    for label, row in rows.items():
+        cells = []
+        for name in names:
+            value = row.get(name, math.nan)
+            mean, half = (value["mean"], value["half_width"]) if isinstance(value, dict) else (value, math.nan)
+            told = words.nats(100 * mean, 1) if name == "forgetting" else words.share(mean)
+            cells.append(told + ("" if math.isnan(half) else f" ± {100 * half:.1f}"))
         table.add_row(label, *cells)
     return table

@@ -10,6 +10,8 @@ from jaxcl.report import inference
 from jaxcl.report.figures import TOLERANCE
 from jaxcl.seeds import Interval
 
+NOTHING = "No task has been finished and measured yet, so nothing can be said about forgetting."
+
 
 def nats(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     """Returns a figure with three decimals; a dash for what was not measured."""
@@ -119,6 +121,8 @@ def verdict(figures: dict[str, Any], replay: dict[str, Any]) -> list[str]:
         begun = figures["complete"] or figures["inference"]["learned_by_rollouts"]
         waiting = "" if begun else "No step has learned by rollouts yet."
         sentences = [_progress(figures), *_answered(figures["inference"]), _unlearned(figures), waiting]
+    elif figures["classified"] and figures["classified"]["steps"]:
+        sentences = [_progress(figures), _classified(figures), _replay(figures, replay)]
     else:
         sentences = [_progress(figures), _forgotten(figures), _boundaries(figures), _replay(figures, replay)]
     return [sentence for sentence in sentences if sentence]
@@ -139,7 +143,7 @@ def _progress(figures: dict[str, Any]) -> str:
 def _forgotten(figures: dict[str, Any]) -> str:
     k, values = figures["finished_tasks"], figures["figures"]
     if k == 0:
-        return "No task has been finished and measured yet, so nothing can be said about forgetting."
+        return NOTHING
     names = [escape(name) for name in figures["judged_by"][:k]]
     if k == 1:
         loss = nats(values["learned"])
@@ -165,6 +169,28 @@ def _forgotten(figures: dict[str, Any]) -> str:
     if k == 2:
         return f"{text}: {names[0]} went from {nats(after - lost[0])} to {nats(after)}."
     return f"{text}; {names[worst]} lost most, from {nats(after - lost[worst])} to {nats(after)}."
+
+
+def _classified(figures: dict[str, Any]) -> str:
+    """Returns what a classifier gets right of the classes that have come, and what it forgot of earlier tasks."""
+    k, value = figures["finished_tasks"], figures["classified"]["figures"]
+    if k == 0:
+        return NOTHING
+    text = (
+        f"After {join([escape(name) for name in figures['judged_by'][:k]])}, <strong>{share(value['a_last'])}</strong> "
+        f"of held-out rows of the classes that have come are right, mean over classes {share(value['mean_class'])}"
+    )
+    lost = figures["accuracy_matrix"]["per_task_forgetting"][: k - 1]
+    if not lost or any(math.isnan(one) for one in lost):
+        return f"{text}."
+    worst = max(range(k - 1), key=lambda j: lost[j])
+    if lost[worst] <= 0:
+        return f"{text}; <strong>nothing was forgotten</strong>: no earlier task is worse than at its best."
+    after = figures["accuracy_matrix"]["matrix"][k][worst]
+    return (
+        f"{text}. <strong>{100 * sum(lost) / len(lost):.1f} points were forgotten</strong>, mean over earlier tasks; "
+        f"{escape(figures['judged_by'][worst])} lost most, from {share(after + lost[worst])} to {share(after)}."
+    )
 
 
 def _boundaries(figures: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 
 MOST = 1024  # rows that are added at a time
+_Block = tuple[jax.Array, ...]  # features, labels, weights
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,7 @@ class Moments:
       gram: [d, d], symmetric to the last bit.
       cross: [d, C].
       counts: [C], sums of weights.
-      features: uint32 [], which map made the features; see `fingerprint`.
+      features: int32 [], which map made the features; see `fingerprint`.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
@@ -61,12 +62,12 @@ class Moments:
 def empty(features: int, classes: int, fingerprint: int = 0) -> Moments:
     """Returns the moments of no rows for `features` numbers per row and a head of `classes` columns."""
     return Moments(
-        pair.zeros(features, features), pair.zeros(features, classes), pair.zeros(classes), jnp.uint32(fingerprint)
+        pair.zeros(features, features), pair.zeros(features, classes), pair.zeros(classes), jnp.int32(fingerprint)
     )
 
 
 def fingerprint(maker: Any) -> int:
-    """Returns a number for the arrays that make features out of inputs (a frozen backbone and projection).
+    """Returns an int32 for the arrays that make features out of inputs (a frozen backbone and projection).
 
     Args:
       maker: tree of arrays; their names, shapes, dtypes and bytes count.
@@ -76,7 +77,7 @@ def fingerprint(maker: Any) -> int:
         values = np.ascontiguousarray(leaf)
         found = zlib.crc32(f"{path}{values.shape}{values.dtype}".encode(), found)
         found = zlib.crc32(values.tobytes(), found)
-    return found
+    return found - (found >> 31 << 32)
 
 
 def add(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Moments:
@@ -113,25 +114,35 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
     return jnp.where(weights[:, None] > 0, x, 0.0).astype(jnp.float32), weights
 
 
+def add_classes(cross: Pair, counts: Pair, x: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[Pair, Pair]:
+    """Returns the sums of classes alone, B and n, with a batch added: b d operations. Arguments as for `add`."""
+    x, weights = prepare(x, labels, weights, counts.high.shape[0])
+    return _add_all_labels(cross, counts, (x, labels, weights), 1.0)
+
+
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
     return pair.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
 
 
-def _add_block(m: Moments, rows: tuple[jax.Array, ...], sign: float) -> Moments:
-    x, labels, weights = rows
+def _add_block(m: Moments, rows: _Block, sign: float) -> Moments:
+    x, _, weights = rows
     root = pair.root(weights)
     scaled = pair.times(pair.of(x), Pair(root.high[:, None], root.low[:, None]))
-    weighted = pair.product(x, weights[:, None])
-
-    def summed(cross: Pair, rows: tuple[Pair, jax.Array]) -> Pair:
-        for piece in pair.pieces(rows[0], 0):  # the sums of slices are exact
-            cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, rows[1], m.counts.high.shape[0]).T)
-        return cross
-
-    cross = pair.in_blocks(summed, m.cross, (weighted, labels))
-    counts = pair.plus(m.counts, sign * jax.ops.segment_sum(weights, labels, m.counts.high.shape[0]))
+    cross, counts = _add_all_labels(m.cross, m.counts, rows, sign)
     return Moments(ridge.gram_update(m.gram, scaled, sign), cross, counts, m.features)
+
+
+def _add_all_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tuple[Pair, Pair]:
+    return pair.in_blocks(lambda sums, block: _add_labels(sums[0], sums[1], block, sign), (cross, counts), rows)
+
+
+def _add_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tuple[Pair, Pair]:
+    x, labels, weights = rows
+    classes = counts.high.shape[0]
+    for piece in pair.pieces(pair.product(x, weights[:, None]), 0):  # the sums of slices are exact
+        cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, labels, classes).T)
+    return cross, pair.plus(counts, sign * jax.ops.segment_sum(weights, labels, classes))
 
 
 def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None) -> None:
@@ -177,5 +188,5 @@ def check_merge(a: Moments, b: Moments) -> None:
         found = f"cross of shapes {list(a.cross.high.shape)} and {list(b.cross.high.shape)}"
         raise schema.UserError(f"{found}: merge moments of as many features and classes")
     if int(a.features) != int(b.features):
-        found = f"features={int(a.features):#x} and {int(b.features):#x}"
+        found = f"features={int(a.features)} and {int(b.features)}"
         raise schema.UserError(f"{found}: made by different maps; merge moments of one backbone and projection")

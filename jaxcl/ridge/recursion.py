@@ -55,7 +55,11 @@ class Inverse:
 
 def start(m: Moments, gamma: solve.Gamma) -> Inverse:
     """Returns the inverse and the weights of moments; of no rows they are I / gamma and zeros."""
-    found = solve.weights(m, gamma)
+    return begun(solve.weights(m, gamma))
+
+
+def begun(found: solve.Solution) -> Inverse:
+    """Returns the inverse that belongs to a solution."""
     size = found.factor.shape[0]
     lower = solve_triangular(found.factor, jnp.eye(size), lower=True)
     return Inverse(ridge.downdate(jnp.zeros((size, size)), lower, 1.0), found.weights)

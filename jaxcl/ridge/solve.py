@@ -23,7 +23,7 @@ from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge.moments import Moments, prepare
 
-Gamma = jax.Array | float  # a Python number keeps float64 precision, which an array of float32 does not
+Gamma = Pair | jax.Array | float  # a pair or Python number keeps digits that an array of float32 does not
 
 _Carry = tuple[jax.Array, Pair, jax.Array, jax.Array, jax.Array]  # round, W, residual, its size, that before
 
@@ -43,6 +43,7 @@ class Solution(NamedTuple):
       residual: float32 [], |B - (A + gamma I) W| / (|A + gamma I| |W|), what rounding may hide included.
       condition: float32 [], estimate from above of that of A + gamma I.
       factor: float32 [d, d], lower triangular; a preconditioner for `refresh`.
+      least: float32 [], estimate from below of the least eigenvalue of A + gamma I, which more rows only raise.
     """
 
     weights: jax.Array
@@ -51,6 +52,7 @@ class Solution(NamedTuple):
     residual: jax.Array
     condition: jax.Array
     factor: jax.Array
+    least: jax.Array
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -169,7 +171,7 @@ def normal(gram: Pair, right: Pair, gamma: Gamma) -> Solution:
     residual, condition = found + _FLOOR, largest / least
     bound = residual * condition
     bound = jnp.where(jnp.isfinite(bound) & (bound < 0.5), 2 * bound, jnp.inf)  # relative to the exact weights
-    return Solution(w.high, w.low, bound, residual, condition, lower)
+    return Solution(w.high, w.low, bound, residual, condition, lower, least)
 
 
 def weights(m: Moments, gamma: Gamma) -> Solution:
@@ -197,6 +199,21 @@ def refresh(m: Moments, gamma: Gamma, factor: jax.Array, w: jax.Array, iteration
     ridge = pair.of(gamma)
     r = _residual(m.gram, m.cross, ridge, pair.of(w))
     return w + _correction(m.gram.high, ridge.high, r, _apply(factor), iterations)
+
+
+def bound(m: Moments, gamma: Gamma, w: jax.Array, least: jax.Array) -> jax.Array:
+    """Returns a bound on |w - exact| / |exact| of weights [d, C] from anywhere, float32 []; inf from 0.5 on.
+
+    Args:
+      m: moments.
+      gamma: > 0.
+      w: float32 [d, C].
+      least: `Solution.least` of these moments, or of earlier ones that rows were only added to.
+    """
+    off = _norm(_residual(m.gram, m.cross, pair.of(gamma), pair.of(w))) / least
+    size = _norm(w)
+    share = jnp.where(size > 0, off / jnp.where(size > 0, size, 1.0), jnp.where(off > 0, jnp.inf, 0.0))
+    return jnp.where(share < 0.5, 2 * share, jnp.inf)
 
 
 class Path(NamedTuple):

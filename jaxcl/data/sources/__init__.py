@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxcl.data.rows import Columns
+from jaxcl.data.rows import Stored
 from jaxcl.schema import UserError
 
 
@@ -39,8 +39,8 @@ class Table(NamedTuple):
     """Rows that no tokenizer makes, such as images with their labels."""
 
     description: dict[str, Any]  # JSON: module name and options
-    train: Columns
-    held_out: Columns
+    train: Stored
+    held_out: Stored
     licence: str | None = None
 
 

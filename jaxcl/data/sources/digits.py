@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxcl.data import pixels
+from jaxcl.data import chosen, pixels
 from jaxcl.data.image_files import Images
 from jaxcl.data.sources import Table
 from jaxcl.schema import UserError
@@ -68,6 +69,8 @@ def make(
     relabel: bool = True,
     rotation: float = 0.0,
     permutation: int | None = None,
+    imbalance: float = 1.0,
+    si_blurry: Mapping[str, Any] | None = None,
 ) -> Table:
     """Returns drawn digits, float32 [N, size, size, 1] in [0, 1], the classes in turn.
 
@@ -82,12 +85,14 @@ def make(
       relabel: whether these become 0, 1, ... in the order given, so that tasks share the outputs of a model.
       rotation: degrees counterclockwise, by bilinear interpolation.
       permutation: seed of an order of the pixels, as for `images`.
+      imbalance: training rows of a 0 over those of a 9, whose numbers fall geometrically, out of `count`.
+      si_blurry: the task of a stream without clean boundaries, as for `images`.
 
     Raises:
       UserError: a value that is out of range.
     """
-    view = pixels.View(classes, relabel, 0, rotation, permutation)
-    pixels.check(view)
+    view = pixels.checked(pixels.View(rotation=rotation, permutation=permutation))
+    choice = chosen.checked(chosen.Choice(classes, relabel, imbalance, si_blurry, seed=seed))
     digits = [*range(10)] if classes is None else [*classes]
     for name, value, least, most in (
         ("count", count, len(digits), math.inf),
@@ -107,7 +112,7 @@ def make(
         for stream, total, hands in ((0, count, seen), (1, held_out, seen if unseen is None else [unseen]))
     )
     told = {"count": count, "held_out": held_out, "size": size, "seed": seed, "jitter": jitter, "unseen": unseen}
-    return pixels.table("digits", told, train, rest, view, licence="Apache-2.0")
+    return pixels.table("digits", told, train, rest, view, choice, every=range(10), licence="Apache-2.0")
 
 
 def draw(

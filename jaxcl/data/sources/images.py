@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl.data import image_files, pixels
+from jaxcl.data import chosen, image_files, pixels
 from jaxcl.data.image_files import Images
 from jaxcl.data.rows import Columns
 from jaxcl.data.sources import Table, tfds
@@ -39,6 +39,8 @@ def make(
     rotation: float = 0.0,
     permutation: int | None = None,
     standardise: bool = False,
+    imbalance: float = 1.0,
+    si_blurry: Mapping[str, Any] | None = None,
     limit: int | None = None,
     seed: int = 0,
     image: str | None = None,
@@ -57,16 +59,16 @@ def make(
       held_out: of a dataset, the split that is only evaluated on, "test" unless given. Of files, share (below 1) or
         number of training rows that are taken, 0.1 where no test rows lie beside them; equal images stay together.
       classes: labels of the rows that are kept; None = all.
-      relabel: whether these become 0, 1, ... in the order given, so that tasks share the outputs of a model.
-      pad: black pixels that are added on every side.
+      relabel: whether these become 0, 1, ... in the order given. `pad` adds black pixels on every side.
       rotation: degrees counterclockwise, by bilinear interpolation.
       permutation: seed of an order of the pixels, NumPy's `default_rng(seed).permutation(H * W)`; None = as they are.
       standardise: subtract the mean and divide by the deviation of each channel in all training rows of the file.
+      imbalance: training rows of the first class over those of the last; see `jaxcl.data.chosen.thinned`.
+      si_blurry: the task of a stream without clean boundaries, options of `jaxcl.data.blurred.Part`.
       limit: at most that many training rows, drawn by `seed`.
-      seed: of what is held out of a file, and of `limit`; the same rows in every task.
+      seed: of what is held out of a file, of `imbalance` and of `limit`; the same rows in every task.
       image, label: names of the arrays of an `.npz`, otherwise looked for; features of a dataset, see `load`.
-      data_dir, download: of a dataset, see `load`.
-      licence: recorded in the run.
+      data_dir, download: of a dataset, see `load`. `licence` is recorded in the run.
 
     Raises:
       UserError: files or a dataset that cannot be read, or options that do not fit them.
@@ -74,8 +76,8 @@ def make(
     for key, value in (("path", path), ("held_out_path", held_out_path), ("dataset", dataset)):
         if value == "":
             raise UserError(f"config.sources: {key}='': is empty; give a file, a folder or a name, or leave it out")
-    view = pixels.View(classes, relabel, pad, rotation, permutation, standardise)
-    pixels.check(view, limit)
+    choice = chosen.checked(chosen.Choice(classes, relabel, imbalance, si_blurry, limit, seed))
+    view = pixels.checked(pixels.View(pad, rotation, permutation, standardise))
     if (path is None) == (dataset is None):
         raise UserError(f"config.sources: path={path!r}, dataset={dataset!r}: images need one of them")
     if path is not None:
@@ -86,7 +88,7 @@ def make(
         told = {"dataset": dataset, "split": split or "train", "held_out": held_out or "test"}
         parts = _of_dataset(told, data_dir, image=image or "image", label=label or "label", download=download)
     told |= {"held_out_path": held_out_path, "seed": seed or None}
-    return pixels.table("images", told, *parts, view, limit=limit, seed=seed, licence=licence)
+    return pixels.table("images", told, *parts, view, choice, licence=licence)
 
 
 def _refuse(reason: str, **options: object) -> None:

@@ -36,8 +36,10 @@ class Pieces(NamedTuple):
     rest: jax.Array
 
 
-def of(value: jax.Array | np.ndarray | float) -> Pair:
+def of(value: Pair | jax.Array | np.ndarray | float) -> Pair:
     """Returns a number or array as a pair; the low part is zero for what JAX already holds in float32."""
+    if isinstance(value, Pair):
+        return value
     if isinstance(value, jax.Array):
         return Pair(value.astype(jnp.float32), jnp.zeros(value.shape, jnp.float32))
     wide = np.asarray(value, np.float64)

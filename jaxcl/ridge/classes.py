@@ -1,0 +1,96 @@
+"""Mean and variance of every feature in every class, row by row and without cancellation, in pairs of float32.
+
+    delta = mean_b - mean,   n' = n + n_b
+    mean <- mean + delta n_b / n',   M2 <- M2 + M2_b + delta^2 n n_b / n'
+
+with mean_b and M2_b of the rows of a class in one block (Chan, Golub & LeVeque 1979; for one row Welford 1962). The sum
+of squares minus the square of the sum loses as many digits as mean^2 / variance has: with float32 features at 1000 of
+deviation 0.001 it has none left, where this has ten. Memory: 16 C D bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.kernels.ridge import pair
+from jaxcl.kernels.ridge.pair import Pair
+from jaxcl.ridge import learner, moments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What is known of the classes.
+
+    Attributes:
+      mean: [C, D].
+      squares: [C, D], M2: weighted sum of squares around the mean.
+      counts: [C], sums of weights.
+    """
+
+    mean: Pair
+    squares: Pair
+    counts: Pair
+
+
+def empty(features: int, classes: int) -> Spread:
+    """Returns what is known of no rows."""
+    return Spread(pair.zeros(classes, features), pair.zeros(classes, features), pair.zeros(classes))
+
+
+def add(s: Spread, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Spread:
+    """Returns the spread with a batch of rows added.
+
+    Args:
+      s: that of the rows so far.
+      x: float32 [b, D] features.
+      labels: int32 [b]; a row of a label that there is not is padding.
+      weights: float32 [b] >= 0; a row of weight 0 is padding, whatever its features are.
+    """
+    x, weights = moments.prepare(x, labels, weights, s.counts.high.shape[0])
+    return pair.in_blocks(_add_block, s, (x, labels, weights))
+
+
+def variance(s: Spread) -> jax.Array:
+    """Returns the unbiased variance M2 / (n - 1), float32 [C, D]; 0 for a class of one row or none."""
+    spare = pair.plus(s.counts, -jnp.ones_like(s.counts.high))
+    share = learner.inverse_of(Pair(*(jnp.where(spare.high > 0, part, 0.0) for part in spare)))
+    return pair.times(s.squares, _columns(share, s.squares)).high
+
+
+def _add_block(s: Spread, rows: tuple[jax.Array, ...]) -> Spread:
+    x, labels, weights = rows
+    classes = s.counts.high.shape[0]
+
+    def by_class(values: Pair) -> Pair:
+        """Sums [b, D] of weighted rows by class, [C, D]; the sums of slices are exact."""
+        found = pair.zeros(classes, x.shape[1])
+        for piece in pair.pieces(values, 0):
+            found = pair.plus(found, jax.ops.segment_sum(piece, labels, classes))
+        return found
+
+    counts = pair.of(jax.ops.segment_sum(weights, labels, classes))
+    share = learner.inverse_of(counts)
+    mean = pair.times(by_class(pair.product(x, weights[:, None])), _columns(share, s.mean))
+    place = jnp.clip(labels, 0, classes - 1)
+    away = pair.add(pair.of(x), pair.negative(Pair(*(part[place] for part in mean))))
+    column = Pair(*(jnp.broadcast_to(w, x.shape) for w in (weights[:, None], jnp.zeros((1, 1)))))
+    squares = by_class(pair.times(pair.times(away, away), column))
+    return _merged(s, Spread(mean, squares, counts))
+
+
+def _merged(a: Spread, b: Spread) -> Spread:
+    counts = pair.add(a.counts, b.counts)
+    new = _columns(pair.times(b.counts, learner.inverse_of(counts)), a.mean)  # n_b / n'
+    delta = pair.add(b.mean, pair.negative(a.mean))
+    between = pair.times(pair.times(delta, delta), pair.times(new, _columns(a.counts, a.mean)))
+    mean = pair.add(a.mean, pair.times(delta, new))
+    return Spread(mean, pair.add(pair.add(a.squares, b.squares), between), counts)
+
+
+def _columns(values: Pair, like: Pair) -> Pair:
+    """Returns one value for each class, [C], as [C, D]."""
+    return Pair(*(jnp.broadcast_to(part[:, None], like.high.shape) for part in values))
