@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # What the scripts of this folder share: flags, their checks, quoting, and a way to show a command in place of running it.
 #
 # It is sourced. `settings "ACCEPTED FLAGS" "$@"` sets opt_FLAG for each of them, and job_args to what follows `--`.
@@ -61,7 +61,7 @@ settings() {
       -h) flag=help ;;
       *) die "$(printf %q "$1"): not a flag; what the job is given follows --" ;;
     esac
-    case $accepted in *" $flag "*) ;; *) die "--$flag: not a flag of this command; they are$(printf ' --%s' $accepted)" ;; esac
+    case $accepted in *" $flag "*) ;; *) die "--$flag: not a flag of this command; choose from:$accepted" ;; esac
     [ "$flag" != help ] || { sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0; }
     case $switches in
       *" $flag "*)

@@ -59,7 +59,7 @@ setup() {
       python3 -m uv venv --quiet --seed --python 3.12 "$venv"
     fi
   fi
-  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --editable "$tree[tpu]"
+  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --editable "${tree}[tpu]"
   printf 'jaxcl host=%s state=ready\n' "$(hostname)"
 }
 
