@@ -45,10 +45,11 @@ check_if_given() {
 
 # settings "FLAGS" ARG...
 settings() {
-  local accepted=" $1 help " flag value variable
+  local accepted=" $1 help " flag value variable variables
   shift
+  variables=$(printf %s "$accepted" | tr 'a-z-' 'A-Z_')
   for flag in $accepted; do
-    variable=$(printf %s "JAXCL_TPU_${flag//-/_}" | tr '[:lower:]' '[:upper:]')
+    variables=${variables# } && variable=JAXCL_TPU_${variables%% *} && variables=${variables#* }
     case $switches in *" $flag "*) value= ;; *) value=${!variable:-} ;; esac
     printf -v "opt_${flag//-/_}" %s "$value"
   done

@@ -1,7 +1,7 @@
 """Stands in for gcloud, kubectl, srun and other tools that the scripts of tpu/ call: fake_tools.py TOOL ARG...
 
 It appends {"tool", "argv", "worker"} to $FAKE/calls.jsonl and plays $FAKE/scenario.json: for a kind of call a list of
-answers, of which the last one stays; `slices` and `workers` (of each), `silent` ones, and whether `python` is "old" there.
+answers, of which the last one stays; `slices`, `workers` of each, `silent` ones, and whether `python` is "old" there.
 `ssh` runs the command for real, in a home for each worker, by `sh`: what only bash understands fails.
 """
 

@@ -1,8 +1,8 @@
 """Machines that are none: runs the scripts of tpu/ against `tests/workers/fake_tools.py`, with no other tools around.
 
-cloud = Cloud(tmp_path, slices=2, states=["ACTIVE"])       see `tests/workers/fake_tools.py` for what a scenario says
-done = cloud.run("status.sh", *NAMED)                      exit status, stdout, stderr
-cloud.calls("gcloud")                                      what was called, in order
+with Cloud(tmp_path, slices=2, states=["ACTIVE"]) as cloud:    `tests/workers/fake_tools.py` knows what a scenario says
+    done = cloud.run("status.sh", *NAMED)                      exit status, stdout, stderr
+    cloud.calls("gcloud")                                      what was called, in order
 """
 
 import contextlib
@@ -12,15 +12,41 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+KIND = ("--accelerator=v5litepod-16", "--runtime=v2-alpha-tpuv5-lite", "--capacity=spot")
+JOB = ("--", "--config=configs/pod.py:1b", "--workdir=/mnt/jaxcl/1b")
 NAMED = ("--name=mine", "--zone=us-east5-b", "--project=my-project")
 FAKES = ("gcloud", "kubectl", "srun", "scontrol")
 ON_WORKERS = {"sudo": "sudo", "mount": "mount", "python3": "python", "python3.13": "python"}
 TOOLS = [
     *("awk", "basename", "bash", "cat", "chmod", "date", "dirname", "env", "flock", "grep", "gzip", "id", "mkdir"),
-    *("mktemp", "mv", "nohup", "python3", "rm", "sed", "setsid", "sh", "sleep", "sort", "tail", "tar", "tr", "true"),
+    *("mktemp", "mv", "nohup", "rm", "sed", "setsid", "sh", "sleep", "sort", "tail", "tar", "tr", "true"),
+]
+
+HOSTILE = [
+    "plain",
+    "",
+    "two words",
+    "  edges  ",
+    "it's",
+    "''",
+    'say "so"',
+    "$HOME $(touch owned) `touch owned` ${PATH}",
+    "a\nb\n\nc\n",
+    "tab\there",
+    "back\\slash \\n \\' end\\",
+    "; touch owned; #",
+    "&& touch owned | cat > owned",
+    "*?[a-z]~!{a,b}",
+    "--config.stream.stages=[{'name': 'a', \"mixture\": {'old': 1.0}}]",
+    "$(NAME) $$ $",
+    "-n",
+    "--",
+    "ümläut 日本 \u202e",
+    "%s %n",
 ]
 
 
@@ -38,6 +64,7 @@ class Cloud:
             (self.tree / name).touch()
         for name in TOOLS:
             (self.bin / name).symlink_to(shutil.which(name))
+        (self.bin / "python3").symlink_to(os.path.realpath(sys.executable))
         for name in FAKES:
             self.fake(self.bin / name, name)
         for name, tool in ON_WORKERS.items():
@@ -46,6 +73,12 @@ class Cloud:
         self.script(self.place / "worker_bin" / "mountpoint", "exit 1")
         self.script(self.place / "worker_bin" / "mount.nfs", "exit 1")
         self.says(**scenario)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.clear()
 
     def says(self, **scenario):
         """Sets the scenario anew."""
@@ -95,3 +128,19 @@ class Cloud:
         for path in self.place.glob("homes/*/jaxcl-jobs/*/pid"):
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def line(done, status=2):
+    """Returns the one line that a script failed with; nothing else was written."""
+    assert done.returncode == status, done
+    assert done.stdout == ""
+    (text,) = done.stderr.splitlines()
+    return text
+
+
+def wait_until(condition, seconds=60):
+    """Blocks until `condition()` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
