@@ -149,6 +149,29 @@ def test_stopping_by_hand_ends_the_babysitter_and_a_new_one_takes_over(cloud):
     assert cloud.verbs().count("create") == 1
 
 
+def test_how_a_job_ended_before_is_not_how_this_one_ends(cloud):
+    """The machines remember it; whoever starts the babysitter again has mended something, or asks for another job."""
+    assert babysit(cloud, grants=[["ACTIVE"]], jobs=[2, 0]).returncode == 2
+    done = cloud.run("babysit.sh", *SEEN, *JOB)
+    assert done.returncode == 0, done
+    assert len(cloud.calls("job")) == 2
+    assert cloud.run("babysit.sh", *SEEN, *JOB).returncode == 0
+    assert len(cloud.calls("job")) == 2  # it has finished, and is the same
+    other = ("--", "--config=other.py", "--workdir=/mnt/jaxcl/other")
+    assert cloud.run("babysit.sh", *SEEN, *other).returncode == 0
+    assert cloud.calls("job")[-1]["argv"] == list(other[1:])
+    assert cloud.verbs().count("scp") == 1
+
+
+def test_another_job_of_the_name_is_left_alone(cloud):
+    cloud.says(states=["ACTIVE"], jobs=["save"])
+    assert cloud.run("setup.sh", *NAMED).returncode == 0
+    assert cloud.run("run.sh", *NAMED, *JOB).returncode == 0
+    done = cloud.run("babysit.sh", *SEEN, "--", "--config=other.py", "--workdir=/mnt/jaxcl/other")
+    assert "job main of mine runs with other arguments; stop it" in line(done)
+    assert len(cloud.calls("job")) == 1
+
+
 def test_the_babysitter_asks_before_it_may_delete(cloud):
     rest = [flag for flag in SEEN if flag != "--yes"]
     assert "deleting and requesting mine again" in line(cloud.run("babysit.sh", *rest, *JOB))

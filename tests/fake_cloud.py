@@ -20,9 +20,24 @@ KIND = ("--accelerator=v5litepod-16", "--runtime=v2-alpha-tpuv5-lite", "--capaci
 JOB = ("--", "--config=configs/pod.py:1b", "--workdir=/mnt/jaxcl/1b")
 NAMED = ("--name=mine", "--zone=us-east5-b", "--project=my-project")
 FAKES = ("gcloud", "kubectl", "srun", "scontrol")
-ON_WORKERS = {"sudo": "sudo", "mount": "mount", "python3": "python", "python3.13": "python"}
+ON_WORKERS = {"sudo": "sudo", "python3": "python", "python3.13": "python"}
 TOOLS = [
-    *("awk", "basename", "bash", "cat", "chmod", "date", "dirname", "env", "flock", "grep", "gzip", "id", "mkdir"),
+    *(
+        "awk",
+        "basename",
+        "bash",
+        "cat",
+        "chmod",
+        "cksum",
+        "date",
+        "dirname",
+        "env",
+        "flock",
+        "grep",
+        "gzip",
+        "id",
+        "mkdir",
+    ),
     *("mktemp", "mv", "nohup", "rm", "sed", "setsid", "sh", "sleep", "sort", "tail", "tar", "tr", "true"),
 ]
 
@@ -70,8 +85,9 @@ class Cloud:
         for name, tool in ON_WORKERS.items():
             self.fake(self.place / "worker_bin" / name, tool)
         self.script(self.bin / "hostname", 'echo "host-${FAKE_WORKER:-none}"')
-        self.script(self.place / "worker_bin" / "mountpoint", "exit 1")
+        self.script(self.place / "worker_bin" / "mountpoint", 'test -e "$HOME/mounted"')
         self.script(self.place / "worker_bin" / "mount.nfs", "exit 1")
+        self.script(self.place / "worker_bin" / "mount", ': >"$HOME/mounted"')
         self.says(**scenario)
 
     def __enter__(self):

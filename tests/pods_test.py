@@ -178,6 +178,10 @@ def test_a_job_must_outlive_its_machine(cloud):
     assert "not known here; start it with run.sh" in line(cloud.run("resume.sh", *NAMED))
 
 
+def mounts(cloud):
+    return [call["argv"][-1] for call in cloud.calls("sudo") if call["argv"][0] == "mount"]
+
+
 def test_setup_installs_and_mounts_once(cloud):
     cloud.says(states=["ACTIVE"], workers=2)
     (cloud.tree / "jaxcl" / "mark").write_text("first")
@@ -188,17 +192,30 @@ def test_setup_installs_and_mounts_once(cloud):
     venv = [call["argv"] for call in cloud.calls("python") if call["argv"][1] == "venv"]
     assert len(venv) == 2  # one a worker
     home = cloud.place / "homes" / "0.0"
-    assert [*("mount", "-t", "nfs", "-o", "hard,nolock", "10.0.0.2:/runs"), f"{home}/mnt"] in [
-        call["argv"] for call in cloud.calls("sudo")
-    ]
-    assert next(call["argv"][-2:] for call in cloud.calls("python") if "pip" in call["argv"]) == [
-        "--editable",
-        f"{home}/jaxcl[tpu]",
-    ]
+    nfs = ["mount", "-t", "nfs", "-o", "hard,nolock", "10.0.0.2:/runs", f"{home}/mnt"]
+    assert next(call["argv"] for call in cloud.calls("sudo") if call["argv"][0] == "mount") == nfs
+    assert len(mounts(cloud)) == 2
+    installed = next(call["argv"] for call in cloud.calls("python") if "pip" in call["argv"])
+    assert installed[-2:] == ["--editable", f"{home}/jaxcl[tpu]"]
     assert (home / "jaxcl" / "jaxcl" / "mark").read_text() == "first"
     (cloud.tree / "jaxcl" / "mark").write_text("second")
     assert cloud.run("setup.sh", *NAMED).returncode == 0
     assert (home / "jaxcl" / "jaxcl" / "mark").read_text() == "second"
+
+
+def test_storage_is_mounted_again_after_the_machine_was_started_again(cloud):
+    """A run that found an empty folder in its place would begin anew, on a disk that goes with the machine."""
+    cloud.says(states=["ACTIVE"])
+    assert cloud.run("setup.sh", *NAMED, "--share=10.0.0.2:/runs").returncode == 0
+    assert cloud.run("setup.sh", *NAMED).returncode == 0  # remembers
+    (cloud.place / "homes" / "0.0" / "mounted").unlink()
+    assert cloud.run("run.sh", *NAMED, *JOB).returncode == 0
+    assert len(mounts(cloud)) == 2
+    cloud.script(cloud.place / "worker_bin" / "mount", "exit 32")
+    (cloud.place / "homes" / "0.0" / "mounted").unlink()
+    wait_until(lambda: "running" not in status_lines(cloud))
+    assert cloud.run("run.sh", *NAMED, *JOB).returncode == 32
+    assert len(cloud.calls("job")) == 1
 
 
 def test_an_old_python_on_the_machine_is_not_used(cloud):

@@ -54,7 +54,8 @@ fi
 
 failures=0 # in a row
 uneven=0   # looks in a row at workers that do not agree
-since=     # when the job was started, or was first seen running
+since=     # when the job was started, or was first seen running; before that, how it ended is from another time
+args=$(printf '%s\0' "${job_args[@]}" | cksum | tr ' ' -)
 
 pause() { [ "$1" = 0 ] || sleep "$1"; }
 
@@ -85,7 +86,6 @@ finish() {
 
 request() {
   local said
-  since=
   say "requests $opt_name"
   if said=$(create 2>&1); then return; fi
   said=$(printf '%s' "$said" | tail -n 3 | tr '\n' ' ')
@@ -102,7 +102,6 @@ request() {
 # again WHY: deletes the request, so that the next look finds none.
 again() {
   say "$1; deletes $opt_name and requests it again"
-  since=
   delete || trouble "$opt_name could not be deleted"
 }
 
@@ -132,14 +131,21 @@ judge() {
     trouble "not all of the $count workers answer"
     return
   fi
-  case " $codes" in
-    *' 2 '*) finish 2 'the job ends with 2: bad input; its log says which (logs.sh)' ;;
-    *' 130 '*) finish 130 'the job was interrupted by hand; resume.sh goes on with it' ;;
-    *' 3 '*) finish 3 'the job ends with 3: training cannot go on; its log says why (logs.sh)' ;;
-  esac
-  case $reported in
-    *state=stopped*) [ "$running" != 0 ] || finish 130 'the job was stopped by hand; resume.sh goes on with it' ;;
-  esac
+  if printf '%s\n' "$reported" | grep -v 'state=bare' | grep -v -e "args=$args " -e 'args=none ' >/dev/null; then
+    [ "$running" = 0 ] || die "job $opt_job of $opt_name runs with other arguments; stop it (stop.sh), or choose another --job"
+    launch
+    return
+  fi
+  if [ -n "$since" ]; then
+    case " $codes" in
+      *' 2 '*) finish 2 'the job ends with 2: bad input; its log says which (logs.sh)' ;;
+      *' 3 '*) finish 3 'the job ends with 3: training cannot go on; its log says why (logs.sh)' ;;
+      *' 130 '*) finish 130 'the job was interrupted by hand; resume.sh goes on with it' ;;
+    esac
+    case $reported in
+      *state=stopped*) [ "$running" != 0 ] || finish 130 'the job was stopped by hand; resume.sh goes on with it' ;;
+    esac
+  fi
   if [ "$running" = "$count" ]; then
     uneven=0
     since=${since:-$SECONDS}
@@ -162,17 +168,17 @@ judge() {
 # settle CODES: no worker runs the job.
 settle() {
   local code bad=
-  for code in $1; do
+  for code in ${since:+$1}; do
     case $code in
       0 | "$STOPPED" | 143) ;; # 143: SIGTERM before the run could listen to it
       *) bad="$bad $code" ;;
     esac
   done
-  case $reported in
+  case ${since:+$reported} in
     *state=lost*) trouble 'a machine was started again under the job' ;;
     *) if [ -n "$bad" ]; then
       trouble "the job failed, exit status$bad"
-    elif [ "$1" = '0 ' ] && ! printf '%s\n' "$reported" | grep -qv 'state=exit'; then
+    elif [ "$1" = '0 ' ] && ! printf '%s\n' "$reported" | grep -v 'state=exit' >/dev/null; then
       finish 0 'the job has finished'
     fi ;;
   esac
@@ -194,7 +200,7 @@ while :; do
       case $nodes in
         *PREEMPTED* | *TERMINATED* | *STOPPED* | *STOPPING* | *DELETING*) again 'a slice was taken back' && continue ;;
       esac
-      if printf '%s\n' "$nodes" | grep -qv '^READY'; then
+      if printf '%s\n' "$nodes" | grep -v '^READY' >/dev/null; then
         pause "$opt_poll"
         continue
       fi

@@ -135,7 +135,7 @@ on_workers() {
 # worker VERB ARG...: the command line that runs worker.sh there.
 worker() { printf 'bash jaxcl/tpu/worker.sh %s' "$(quoted "$@")"; }
 
-# report: a line of every worker about the job, `jaxcl job=JOB host=HOST state=STATE [code=CODE]`.
+# report: a line of every worker about the job, `jaxcl job=JOB host=HOST args=SUM state=STATE [code=CODE]`.
 report() {
   on_workers "if [ -f jaxcl/tpu/worker.sh ]; then $(worker status "$opt_job"); else echo jaxcl state=bare; fi"
 }

@@ -2,7 +2,8 @@
 # Runs on every worker of a slice; the other scripts call it there.
 #   worker.sh setup [HOST:/FOLDER]    puts this tree at ~/jaxcl, makes ~/jaxcl-venv, mounts the folder at /mnt/jaxcl
 #   worker.sh start JOB ARG...        starts `python -m jaxcl.main ARG...`, detached
-#   worker.sh status JOB              a line: state=running, exit (with code=), stopped (by hand), lost or absent
+#   worker.sh status JOB              a line: state=running, exit (with code=), stopped (by hand), lost, absent, or bare:
+#                                     not set up; args= is a checksum of what the job was started with
 #   worker.sh halt JOB [SECONDS]      SIGTERM, after which the run saves and leaves; SIGKILL when SECONDS are over
 #   worker.sh stop JOB [SECONDS]      the same, and the babysitter does not start it again
 #   worker.sh log JOB [LINES [follow]]
@@ -32,24 +33,33 @@ python() {
   done
 }
 
+# mounted: the folder is there, also after the machine was started again. A run that found it empty would begin anew.
+mounted() {
+  local share
+  [ -f "$tree/.share" ] || return 0
+  share=$(cat "$tree/.share")
+  if [ -z "$share" ] || mountpoint -q "$mount"; then return; fi
+  command -v mount.nfs >/dev/null 2>&1 || sudo apt-get install -y -qq nfs-common
+  sudo mkdir -p "$mount"
+  # nolock: the lock of a machine that was taken away would stay, and keep the next one out of the workdir.
+  sudo mount -t nfs -o hard,nolock "$share" "$mount"
+  [ -w "$mount" ] || sudo chown "$(id -u)" "$mount"
+}
+
 setup() {
   local fresh one
   fresh=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   for one in "$jobs"/*/; do
     [ ! -d "$one" ] || ! running "$one" || die "job $(basename "$one") is running; stop it first" 5
   done
-  if [ $# -gt 0 ] && ! mountpoint -q "$mount"; then
-    command -v mount.nfs >/dev/null 2>&1 || sudo apt-get install -y -qq nfs-common
-    sudo mkdir -p "$mount"
-    # nolock: the lock of a machine that was taken away would stay, and keep the next one out of the workdir.
-    sudo mount -t nfs -o hard,nolock "$1" "$mount"
-    [ -w "$mount" ] || sudo chown "$(id -u)" "$mount"
-  fi
+  printf '%s\n' "${1-$(cat "$tree/.share" 2>/dev/null || true)}" >"$fresh/.share"
+  rm -f "$fresh/.ready"
   if [ "$fresh" != "$tree" ]; then
     rm -rf "$tree.old"
     [ ! -d "$tree" ] || mv "$tree" "$tree.old"
     mv "$fresh" "$tree"
   fi
+  mounted
   if [ ! -x "$venv/bin/python" ]; then
     one=$(python)
     if [ -n "$one" ]; then
@@ -60,6 +70,7 @@ setup() {
     fi
   fi
   "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --editable "${tree}[tpu]"
+  : >"$tree/.ready"
   printf 'jaxcl host=%s state=ready\n' "$(hostname)"
 }
 
@@ -69,7 +80,8 @@ running() { [ -f "$1/lock" ] && ! flock -n "$1/lock" true; }
 start() {
   local job=$1 folder=$jobs/$1 i
   shift
-  [ -x "$venv/bin/python" ] || die 'not set up; run setup.sh'
+  [ -f "$tree/.ready" ] || die 'not set up; run setup.sh'
+  mounted
   mkdir -p "$folder"
   exec 9>>"$folder/lock"
   flock -n 9 || die "job $job is running; resume.sh stops it and goes on" 5
@@ -102,8 +114,10 @@ attend() {
 }
 
 status() {
-  local folder=$jobs/$1 state
-  if [ ! -f "$folder/args" ]; then
+  local folder=$jobs/$1 state args=none
+  if [ ! -f "$tree/.ready" ]; then
+    state=bare
+  elif [ ! -f "$folder/args" ]; then
     state=absent
   elif running "$folder"; then
     state=running
@@ -114,7 +128,8 @@ status() {
   else
     state=lost # the machine was started again, or attend was killed
   fi
-  printf 'jaxcl job=%s host=%s state=%s\n' "$1" "$(hostname)" "$state"
+  [ ! -f "$folder/args" ] || args=$(cksum <"$folder/args" | tr ' ' -)
+  printf 'jaxcl job=%s host=%s args=%s state=%s\n' "$1" "$(hostname)" "$args" "$state"
 }
 
 # halt JOB [SECONDS]
