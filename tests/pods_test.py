@@ -1,5 +1,6 @@
 """The scripts of tpu/ for Cloud TPU, against tools that record what they are called with; nothing here is a cloud."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -277,13 +278,15 @@ def test_deleting_asks_and_says_what(cloud):
     assert cloud.calls("gcloud")[0]["argv"][3:6] == ["delete", "mine", "--force"]
 
 
-def test_the_readme_names_every_script_and_every_flag():
+def test_the_readme_names_every_script_and_what_it_names_exists():
     text = (ROOT / "tpu" / "README.md").read_text()
     for name in SCRIPTS:
         assert name in text, name
     main = (ROOT / "README.md").read_text()
-    assert "tpu/babysit.sh" in main
     assert "JAXCL_STOPPED" in main
-    for word in text.split("`"):
-        if word.startswith("tpu/") and " " not in word:
-            assert (ROOT / word).exists(), word
+    assert "tpu/babysit.sh" in main
+    for name in re.findall(r"(?<![\w/])tpu/[\w./]+", text + main):
+        assert (ROOT / name.rstrip(".")).exists(), name
+    for flag in re.findall(r"`(--[a-z-]+)[=`]", text):
+        known = "".join((ROOT / "tpu" / name).read_text() for name in (*SCRIPTS, "jobset.py"))
+        assert flag in known or f" {flag[2:]} " in known.replace("'", " "), flag

@@ -255,7 +255,7 @@ def test_a_launcher_names_the_status_of_a_run_that_it_stopped(straight, folder, 
 @pytest.mark.parametrize("value", ["", "-1", "126", "one", "²", "1e1"])
 def test_a_status_that_is_none_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch, value):
     monkeypatch.setenv("JAXCL_STOPPED", value)
-    with pytest.raises(UserError, match="JAXCL_STOPPED=.*: must be an exit status, 0 to 125"):
+    with pytest.raises(UserError, match=r"JAXCL_STOPPED=.*: must be an exit status, 0 to 125"):
         train.run(small.config(folder), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

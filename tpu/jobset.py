@@ -161,7 +161,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--service-account")
     parser.add_argument("--spot", action="store_true")
     parser.add_argument("--restarts", type=int, default=100)
-    parser.add_argument("--grace", type=int, default=300, help="seconds from SIGTERM to SIGKILL; Spot gives 25 at most")
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=300,
+        help="seconds from SIGTERM to SIGKILL; Spot nodes give 15, unless set otherwise",
+    )
     parser.add_argument("--python", default="python", help="the interpreter in the image")
     return parser.parse_args(own), job
 

@@ -166,14 +166,13 @@ def python(argv):
 
 
 def srun(argv):
-    """Runs a task for each number of `tasks`, as srun does with what it is given."""
+    """Ends with its answer, or with what comes into $FAKE/release if that is "wait". A signal kills its tasks."""
     record("srun", argv, env={name: os.environ.get(name) for name in ("JAXCL_STOPPED", "SRUN_CPUS_PER_TASK")})
     found = answer("srun", 0)
     if isinstance(found, str):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(found)))
-        with open(f"{FAKE}/listening", "w"):
-            pass
-        while True:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(137))
+        keep("listening", True)
+        while (found := recall("release", None)) is None:
             time.sleep(0.02)
     sys.exit(found)
 
