@@ -157,7 +157,7 @@ def test_how_a_job_ended_before_is_not_how_this_one_ends(cloud):
     assert len(cloud.calls("job")) == 2
     assert cloud.run("babysit.sh", *SEEN, *JOB).returncode == 0
     assert len(cloud.calls("job")) == 2  # it has finished, and is the same
-    other = ("--", "--config=other.py", "--workdir=/mnt/jaxcl/other")
+    other = ("--", "--config=other.py", "--workdir=/mnt/runs/other")
     assert cloud.run("babysit.sh", *SEEN, *other).returncode == 0
     assert cloud.calls("job")[-1]["argv"] == list(other[1:])
     assert cloud.verbs().count("scp") == 1
@@ -167,7 +167,7 @@ def test_another_job_of_the_name_is_left_alone(cloud):
     cloud.says(states=["ACTIVE"], jobs=["save"])
     assert cloud.run("setup.sh", *NAMED).returncode == 0
     assert cloud.run("run.sh", *NAMED, *JOB).returncode == 0
-    done = cloud.run("babysit.sh", *SEEN, "--", "--config=other.py", "--workdir=/mnt/jaxcl/other")
+    done = cloud.run("babysit.sh", *SEEN, "--", "--config=other.py", "--workdir=/mnt/runs/other")
     assert "job main of mine runs with other arguments; stop it" in line(done)
     assert len(cloud.calls("job")) == 1
 

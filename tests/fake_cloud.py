@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 KIND = ("--accelerator=v5litepod-16", "--runtime=v2-alpha-tpuv5-lite", "--capacity=spot")
-JOB = ("--", "--config=configs/pod.py:1b", "--workdir=/mnt/jaxcl/1b")
+JOB = ("--", "--config=configs/pod.py:1b", "--workdir=/mnt/runs/1b")
 NAMED = ("--name=mine", "--zone=us-east5-b", "--project=my-project")
 FAKES = ("gcloud", "kubectl", "srun", "scontrol")
 ON_WORKERS = {"sudo": "sudo", "python3": "python", "python3.13": "python"}

@@ -9,7 +9,7 @@ from fake_cloud import HOSTILE, ROOT, Cloud, line
 
 SET = ("--name=mine", "--image=us-docker.pkg.dev/p/runs/jaxcl@sha256:0f", "--claim=runs")
 KIND = ("--accelerator=tpu-v5-lite-podslice", "--topology=4x4")
-JOB = ("--", *HOSTILE, "--workdir=/mnt/jaxcl/it's mine")
+JOB = ("--", *HOSTILE, "--workdir=/mnt/runs/it's mine")
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +137,12 @@ def test_the_run_is_on_the_claim(jobset):
         (("--color=red",), "--color"),
         (("--", "--config=x"), "has no --workdir"),
         (("--", "--workdir=/tmp/x"), "--workdir=/tmp/x: not on the claim"),
-        (("--", "--workdir=/mnt/jaxclx"), "not on the claim"),
-        (("--", "--workdir=/mnt/jaxcl/x", "\udcff"), "not UTF-8"),
+        (("--", "--workdir=/mnt/runsx"), "not on the claim"),
+        (("--", "--workdir=/mnt/runs/x", "\udcff"), "not UTF-8"),
     ],
 )
 def test_mistakes_are_one_line(jobset, capsys, given, words):
-    job = () if given[0] == "--" else ("--", "--workdir=/mnt/jaxcl/x")
+    job = () if given[0] == "--" else ("--", "--workdir=/mnt/runs/x")
     with pytest.raises(SystemExit) as ended:
         jobset.main([*SET, *KIND, *given, *job])
     assert ended.value.code == 2

@@ -149,7 +149,7 @@ def start_job(cloud, *args, **scenario):
 
 
 def test_arguments_reach_the_job_byte_for_byte_and_again_when_it_resumes(cloud):
-    args = [*HOSTILE, "--workdir=/mnt/jaxcl/it's mine"]
+    args = [*HOSTILE, "--workdir=/mnt/runs/it's mine"]
     done = start_job(cloud, *args, slices=2, workers=2)
     assert done.returncode == 0, done
     wait_until(lambda: len(cloud.calls("job")) == 4)

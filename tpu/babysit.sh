@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sees a job through, whatever is taken back on the way:
 #   babysit.sh --yes --name=NAME --zone=ZONE --project=PROJECT --accelerator=TYPE --runtime=VERSION --capacity=KIND \
-#     --share=HOST:/FOLDER -- --config=FILE --workdir=/mnt/jaxcl/NAME
+#     --share=HOST:/FOLDER -- --config=FILE --workdir=/mnt/runs/NAME
 # It requests the slices, installs, starts the job, and looks every --poll seconds. Slices that were preempted or failed are
 # deleted and requested again, and the run continues from its last checkpoint. All it knows is in the cloud: it can be
 # interrupted and started again at any time, and Ctrl-C leaves the job as it is. Without -- it takes the arguments of run.sh.

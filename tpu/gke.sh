@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a job on the TPU slices of a GKE cluster (JobSet installed):
 #   gke.sh apply --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x4 --claim=runs \
-#     [--context=CONTEXT] [FLAGS of jobset.py] -- --config=FILE --workdir=/mnt/jaxcl/NAME
+#     [--context=CONTEXT] [FLAGS of jobset.py] -- --config=FILE --workdir=/mnt/runs/NAME
 #   gke.sh status|logs|delete --name=NAME [--namespace=default] [--context=CONTEXT] [--yes]
 # The same apply after delete continues the run. --dry-run shows the manifest, or the command. delete asks, unless --yes.
 

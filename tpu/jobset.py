@@ -1,7 +1,7 @@
 """Writes a GKE JobSet for a run on TPU slices, as JSON, which is YAML: `python3 tpu/jobset.py FLAGS -- ARGS`.
 
     python3 tpu/jobset.py --name=mine --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x4 --claim=runs \\
-        -- --config=configs/pod.py:1b --workdir=/mnt/jaxcl/1b
+        -- --config=configs/pod.py:1b --workdir=/mnt/runs/1b
 
 What the manifest says: a Job per slice, a pod per machine, on a node pool of its own; the headless service is JobSet's.
 A job that ends with 2 (bad input) or 3 (training cannot go on) fails the set; whatever else ends a pod, preemption too,
@@ -157,7 +157,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--chips", type=int, default=4, help="of a machine (default 4)")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--claim", required=True, help="ReadWriteMany PersistentVolumeClaim, where runs outlive pods")
-    parser.add_argument("--mount", default="/mnt/jaxcl", help="where the claim is mounted (default /mnt/jaxcl)")
+    parser.add_argument("--mount", default="/mnt/runs", help="where the claim is mounted (default /mnt/runs)")
     parser.add_argument("--service-account")
     parser.add_argument("--spot", action="store_true")
     parser.add_argument("--restarts", type=int, default=100)

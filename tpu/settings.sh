@@ -195,7 +195,7 @@ check_job() {
   for word in ${job_args[@]+"${job_args[@]}"}; do
     case $word in --workdir=*) workdir=${word#*=} ;; esac
   done
-  [ -n "$workdir" ] || die 'the job: has no --workdir; write -- --config=FILE --workdir=/mnt/jaxcl/NAME'
+  [ -n "$workdir" ] || die 'the job: has no --workdir; write -- --config=FILE --workdir=/mnt/runs/NAME'
   case $workdir in
     *://*) die "--workdir=$workdir: a run is kept in a folder; mount the storage (setup.sh --share) and name the folder" ;;
     /*) ;;

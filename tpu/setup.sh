@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs this tree on every worker: setup.sh --name=NAME --zone=ZONE --project=PROJECT [--share=HOST:/FOLDER]
-#   --share     NFS folder (Filestore) that all workers mount at /mnt/jaxcl: where runs outlive the machines
+#   --share     NFS folder (Filestore) that all workers mount at /mnt/runs: where runs outlive the machines
 #   --nodes, --internal as in create.sh; --dry-run shows the commands only
 # With several workers the ssh key must be in an agent: ssh-add ~/.ssh/google_compute_engine
 

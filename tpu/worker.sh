@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on every worker of a slice; the other scripts call it there.
-#   worker.sh setup [HOST:/FOLDER]    puts this tree at ~/jaxcl, makes ~/jaxcl-venv, mounts the folder at /mnt/jaxcl
+#   worker.sh setup [HOST:/FOLDER]    puts this tree at ~/jaxcl, makes ~/jaxcl-venv, mounts the folder at /mnt/runs
 #   worker.sh start JOB ARG...        starts `python -m jaxcl.main ARG...`, detached
 #   worker.sh status JOB              a line: state=running, exit (with code=), stopped (by hand), lost, absent, or bare:
 #                                     not set up; args= is a checksum of what the job was started with
@@ -15,7 +15,7 @@ set -euo pipefail
 jobs=$HOME/jaxcl-jobs
 tree=$HOME/jaxcl
 venv=$HOME/jaxcl-venv
-mount=${JAXCL_MOUNT:-/mnt/jaxcl}
+mount=${JAXCL_MOUNT:-/mnt/runs}
 
 die() {
   printf 'worker.sh on %s: error: %s\n' "$(hostname)" "$1" >&2
