@@ -1,5 +1,7 @@
 """The babysitter of tpu/: jobs that are queued, taken back, fail, and end; nothing here is a cloud."""
 
+import shlex
+
 import pytest
 from fake_cloud import HOSTILE, JOB, KIND, NAMED, Cloud, line, wait_until
 
@@ -170,6 +172,17 @@ def test_another_job_of_the_name_is_left_alone(cloud):
     done = cloud.run("babysit.sh", *SEEN, "--", "--config=other.py", "--workdir=/mnt/runs/other")
     assert "job main of mine runs with other arguments; stop it" in line(done)
     assert len(cloud.calls("job")) == 1
+
+
+def test_a_dry_run_shows_what_an_undisturbed_job_takes_and_does_nothing(cloud):
+    done = cloud.run("babysit.sh", *SEEN[1:], "--nodes=2", "--delete", "--dry-run", *JOB)
+    assert done.returncode == 0, done
+    shown = [shlex.split(text) for text in done.stdout.splitlines()]
+    verbs = [words[4] for words in shown if words[0] == "gcloud"]
+    assert verbs == ["create", "describe", "scp", "ssh", "ssh", "describe", "describe", "ssh", "delete"]
+    assert [words[5] for words in shown if words[3] == "tpu-vm"] == ["mine-0", "mine-1"]
+    assert cloud.calls("gcloud") == []
+    assert not (cloud.place / "home" / ".jaxcl").exists()
 
 
 def test_the_babysitter_asks_before_it_may_delete(cloud):
