@@ -16,6 +16,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck tpu/*.sh tpu/slurm.sbatch
 
 # PEER=PYTHON, an interpreter that has torch and transformers, adds the comparison with them.
 bench: $(VENV)/test.stamp

@@ -1,7 +1,8 @@
 """Continual pre-training of 1, 8 and 70 billion parameters on a pod: new text with 5 % replay of old.
 
 Claim:    the whole train step compiles, fits and donates its state on the machines of experiments/aot/README.md.
-Command:  python -m jaxcl.main --config=configs/pod.py:8b --config.tokenizer.path=FOLDER --workdir=gs://... (every host)
+Command:  python -m jaxcl.main --config=configs/pod.py:8b --config.tokenizer.path=FOLDER --workdir=/mnt/... (every host)
+          tpu/babysit.sh ... -- --config=configs/pod.py:8b ...     (gives it on all hosts of a slice: tpu/README.md)
           python -m jaxcl.aot --topology=v5p:8x8x4 --config=configs/pod.py:8b     (on any machine, before there is one)
 Expected: loss curves of a run; for the second command the tables in experiments/aot/README.md.
 

@@ -7,6 +7,7 @@ with distributed.stop_on_signal() as stopped:
     if reason := stopped(step):             the same answer on every process, so all of them save and leave
         break
 distributed.together(action)                fails on all processes if it fails on one
+distributed.stopped_status()                exit status of a run that SIGTERM stopped
 distributed.shutdown()                      last: a process that leaves early makes the others abort
 distributed.abandon(status)                 instead, if another process is gone
 """
@@ -112,6 +113,21 @@ def together(action: Callable[[], object]) -> None:
         raise error
     if any(failed):
         raise UserError(f"process {failed.index(True)} cannot go on; its own message says why")
+
+
+def stopped_status() -> int:
+    """Returns the exit status of a run that SIGTERM stopped: JAXCL_STOPPED, or 0.
+
+    To a scheduler 0 means that the work is done. One that sends SIGTERM when it takes a machine back, and starts again
+    what did not succeed, sets JAXCL_STOPPED to a status that it knows; those in `tpu/` set 75 (EX_TEMPFAIL).
+
+    Raises:
+      UserError: JAXCL_STOPPED is no exit status.
+    """
+    text = os.environ.get("JAXCL_STOPPED", "0")
+    if not (text.isascii() and text.isdecimal() and int(text) < 126):
+        raise UserError(f"JAXCL_STOPPED={text!r}: must be an exit status, 0 to 125")
+    return int(text)
 
 
 @contextlib.contextmanager

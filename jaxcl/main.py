@@ -59,6 +59,8 @@ def read(argv: list[str], usage: str = USAGE) -> tuple[dict[str, Any], str]:
         raise UserError(f"--config: missing; {usage}")
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(f"--config: get_config() must return a ConfigDict, not {type(config).__name__}")
+    if WORKDIR.value and "://" in WORKDIR.value:
+        raise UserError(f"--workdir={WORKDIR.value}: a run is kept in a folder; mount the storage and name that folder")
     whole = plain(config)
     for arg in given:
         override(whole, arg)

@@ -64,6 +64,8 @@ def verify(path: epath.Path, *, everything: bool = False) -> tuple[str | None, d
             return f"{MANIFEST} was altered", None
         manifest = json.loads(line)
         names = list(manifest["files"])
+        if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
+            return f"{MANIFEST} names {outside[0]!r}, no file of its folder", None
         for name in names if everything else names[jax.process_index() :: jax.process_count()]:
             if not (path / name).exists():
                 return f"{name} is missing", None

@@ -28,6 +28,16 @@ def test_a_config_that_fails_is_one_line_without_its_traceback(tmp_path):
     assert "Traceback" not in text
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the loader of ml_collections
+def test_an_address_is_no_folder(tmp_path):
+    """As a path it would be a folder of that name on the disk of a machine that goes away."""
+    path = tmp_path / "plain.py"
+    path.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'label': 'x'})\n")
+    with pytest.raises(UserError, match=r"--workdir=gs://bucket/run: a run is kept in a folder; mount the storage"):
+        main.read(["x", f"--config={path}", "--workdir=gs://bucket/run"])
+    assert main.read(["x", f"--config={path}", f"--workdir={tmp_path}"])[1] == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "words"),
     [

@@ -78,9 +78,11 @@ def test_rows_do_not_depend_on_the_processes_or_the_mesh(folder, runs, tmp_path)
     assert hosts == [stream.fingerprint()] * 3
 
 
-def test_a_signal_to_one_of_two_stops_both_and_one_continues(folder, runs, tmp_path):
+def test_a_signal_to_one_of_two_stops_both_and_one_continues(folder, runs, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
-    command(folder, workdir, 2, 2, PAIRS, point="SIGTERM:step:5@1")
+    with monkeypatch.context() as launched:
+        launched.setenv("JAXCL_STOPPED", "75")  # the one that was not sent the signal ends with it as well
+        command(folder, workdir, 2, 2, PAIRS, point="SIGTERM:step:5@1", codes=(75,))
     step = small.checkpoint(workdir)[0]
     assert 5 <= step < TOTAL
     assert not (workdir / "report.json").exists()

@@ -244,6 +244,22 @@ def test_a_signal_saves_and_the_same_command_continues(straight, folder, tmp_pat
     assert small.outcome(workdir) == small.outcome(straight)
 
 
+def test_a_launcher_names_the_status_of_a_run_that_it_stopped(straight, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCL_STOPPED", "75")
+    assert stopped_at(folder, tmp_path / "run", 2) == 75
+    assert go_on(folder, tmp_path / "run") == 0
+    assert small.outcome(tmp_path / "run") == small.outcome(straight)
+    assert stopped_at(folder, tmp_path / "by hand", 2, name="SIGINT") == 130
+
+
+@pytest.mark.parametrize("value", ["", "-1", "126", "one", "²", "1e1"])
+def test_a_status_that_is_none_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch, value):
+    monkeypatch.setenv("JAXCL_STOPPED", value)
+    with pytest.raises(UserError, match=r"JAXCL_STOPPED=.*: must be an exit status, 0 to 125"):
+        train.run(small.config(folder), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_signal_in_the_last_step_finishes_the_run(straight, folder, tmp_path):
     assert stopped_at(folder, tmp_path / "run", small.TOTAL - 1) == 0
     assert small.outcome(tmp_path / "run") == small.outcome(straight)

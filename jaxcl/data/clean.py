@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.data import shingles
-from jaxcl.data.sources import Source, files, listing, text_of_document
+from jaxcl.data.sources import Source, files, jsonl, listing, text_of_document
 from jaxcl.schema import UserError, nearest
 
 _DOCUMENTS, _CHARACTERS = 1024, 1 << 19  # examined together, at the most (one document may be longer)
@@ -263,7 +263,7 @@ def _records(path: str, columns: list[str] | None) -> Iterator[list[str]]:
             yield from (_strings(_chosen(row, columns, path)) for row in rows)
         elif path.endswith((".txt", ".jsonl", ".jsonl.gz")):
             with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as stream:
-                for number, line in enumerate(stream, 1):
+                for number, line in enumerate(jsonl.lines(stream, path), 1):
                     if line.strip():
                         place = f"{path}:{number}"
                         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -11,6 +12,8 @@ from typing import IO, Any
 
 from jaxcl.data.sources import Source, files, records
 from jaxcl.schema import UserError
+
+LONGEST = 2**27  # characters of a line; a megabyte of gzip can hold a gigabyte of zeros
 
 
 def make(
@@ -47,11 +50,23 @@ def read(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, records.
     """Yields place and object of every line that is not blank; all columns are there."""
     try:
         with _open(name) as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(lines(stream, name), 1):
                 if line.strip():
                     yield f"{name}:{number}", parse(line, f"{name}:{number}")
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise records.broken(name, error) from error
+
+
+def lines(stream: IO[str], name: str) -> Iterator[str]:
+    """Yields the lines of a file, which may unpack to far more than its size.
+
+    Raises:
+      UserError: a line of more than `LONGEST` characters, before it is in memory.
+    """
+    for number, line in enumerate(iter(functools.partial(stream.readline, LONGEST + 1), ""), 1):
+        if len(line) > LONGEST:
+            raise UserError(f"{name}:{number}: a line of more than {LONGEST:,} characters; split it, or leave it out")
+        yield line
 
 
 def _open(name: str) -> IO[str]:
