@@ -9,7 +9,7 @@ with distributed.stop_on_signal() as stopped:
 distributed.together(action)                fails on all processes if it fails on one
 distributed.stopped_status()                exit status of a run that SIGTERM stopped
 distributed.shutdown()                      last: a process that leaves early makes the others abort
-distributed.abandon(status)                 instead, if another process is gone
+distributed.abandon(error, status)          instead, if another process is gone
 """
 
 from __future__ import annotations
@@ -88,8 +88,16 @@ def shutdown() -> None:
         jax.distributed.shutdown()
 
 
-def abandon(status: int) -> NoReturn:
-    """Ends this process at once, without waiting for others: one of them is gone and would never come."""
+def abandon(error: Exception, status: int) -> NoReturn:
+    """Ends this process at once after an error of the runtime, without waiting for others: one of them is gone.
+
+    Raises:
+      Exception: `error`, if there are no others.
+    """
+    if jax.process_count() == 1:
+        raise error
+    text = " ".join(str(error).split())[:200]
+    print(f"error: another process or its machine is gone ({text}); start all of them again", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

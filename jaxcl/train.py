@@ -372,11 +372,7 @@ def supervise(
         print(f"error: {bad}", file=sys.stderr)
         return 3 if isinstance(bad, BadSteps) else watches.MACHINE
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        text = " ".join(str(error).split())[:200]
-        print(f"error: another process or its machine is gone ({text}); start all of them again", file=sys.stderr)
-        distributed.abandon(watches.MACHINE)
+        distributed.abandon(error, watches.MACHINE)
     except checkpoint.NotSaved as error:
         text = " ".join(str(error).split())[:400]
         print(f"error: {text}; mend that, and the same command continues from the checkpoint before", file=sys.stderr)

@@ -73,9 +73,7 @@ def make(
     Raises:
       UserError: files or a dataset that cannot be read, or options that do not fit them.
     """
-    for key, value in (("path", path), ("held_out_path", held_out_path), ("dataset", dataset)):
-        if value == "":
-            raise UserError(f"config.sources: {key}='': is empty; give a file, a folder or a name, or leave it out")
+    _refuse_empty(path=path, held_out_path=held_out_path, dataset=dataset)
     choice = chosen.checked(chosen.Choice(classes, relabel, imbalance, si_blurry, limit, seed))
     view = pixels.checked(pixels.View(pad, rotation, permutation, standardise))
     if (path is None) == (dataset is None):
@@ -89,6 +87,12 @@ def make(
         parts = _of_dataset(told, data_dir, image=image or "image", label=label or "label", download=download)
     told |= {"held_out_path": held_out_path, "seed": seed or None}
     return pixels.table("images", told, *parts, view, choice, licence=licence)
+
+
+def _refuse_empty(**names: str | None) -> None:
+    for key, value in names.items():
+        if value == "":
+            raise UserError(f"config.sources: {key}='': is empty; give a file, a folder or a name, or leave it out")
 
 
 def _refuse(reason: str, **options: object) -> None:
