@@ -276,6 +276,7 @@ PROBLEMS = {path.stem for path in (ROOT / "configs").glob("*rl*.py")}
 IMAGES = {
     "split_digits",
     "analytic",
+    "long_tail",
     "hyperinterval",
     "hyperinterval_compare",
 }  # the last reads files that are not here

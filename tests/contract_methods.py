@@ -334,6 +334,6 @@ def test_discovery_found_the_methods():
     assert {"cpt", "er", "reptile", "ewc", "mer", "cpo", "chord", "reference"} <= set(NAMES)
     assert {"reptile", "ema"} <= set(WRAPPERS)
     assert {"hyperinterval", "intercontinet"} == set(BOXED)
-    assert {"acil", "fecam", "nmc", "ranpac", "slda"} <= set(SOLVED)
+    assert {"acil", "aef_ocl", "air", "ds_al", "fecam", "gkeal", "nmc", "ranpac", "slda"} <= set(SOLVED)
     assert len({entry["name"] for entry in everything()}) >= 8
     assert len(list(itertools.islice(variants(), 9))) == 9
