@@ -273,10 +273,10 @@ def shipped(name, folder):
 
 
 PROBLEMS = {path.stem for path in (ROOT / "configs").glob("*rl*.py")}
-IMAGES = {"split_digits", "hyperinterval", "hyperinterval_compare", "hyperinterval_protocols"}  # some read files
+IMAGES = {"split_digits", "analytic", "long_tail", "hyperinterval", "hyperinterval_compare", "hyperinterval_protocols"}
 
 
-@pytest.mark.parametrize("name", ["split_digits", "hyperinterval", "hyperinterval_protocols"])
+@pytest.mark.parametrize("name", ["split_digits", "analytic", "hyperinterval", "hyperinterval_protocols"])
 def test_the_abstract_step_of_a_classifier_of_images_is_that_of_the_run(name):
     config, _ = abstract.one_run(main.plain(importlib.import_module(f"configs.{name}").get_config()))
     config["sources"] = {key: one | {"count": 64, "held_out": 16} for key, one in config["sources"].items()}

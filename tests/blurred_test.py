@@ -67,7 +67,7 @@ def test_nothing_is_lost_or_comes_twice_and_disjoint_classes_stay_in_their_task(
 
 def test_a_scenario_is_one_pass_over_rows_that_sources_agree_on():
     source = {"name": "digits", "count": 400, "held_out": 60, "size": 8}
-    sources, stages = scenarios.si_blurry(source, [40] * 10, 3, batch=8, disjoint=60, blurry=25, seed=2)
+    sources, stages = scenarios.si_blurry(source, [40] * 10, 3, batch=7, disjoint=60, blurry=25, seed=2)
     tables = {n: schema.make("jaxcl.data.sources", one, field=n) for n, one in sources.items()}
     whole = schema.make("jaxcl.data.sources", source, field="x")
     key = [row.tobytes() for row in whole.train["inputs"]]
@@ -80,10 +80,10 @@ def test_a_scenario_is_one_pass_over_rows_that_sources_agree_on():
     held = [{*table.held_out["targets"].tolist()} for table in tables.values()]
     assert [len(a & b) for a, b in ((held[0], held[1]), (held[0], held[2]), (held[1], held[2]))] == [0, 0, 0]
     assert sum(len(table.held_out["targets"]) for table in tables.values()) == 6 * len(set.union(*held))
-    flow = stream.make({n: tabular.corpus(table).train for n, table in tables.items()}, stages, batch=8)
-    assert [stage.steps for stage in flow.stages] == [len(rows) // 8 for rows in wanted]
+    flow = stream.make({n: tabular.corpus(table).train for n, table in tables.items()}, stages, batch=7)
+    assert [stage.steps for stage in flow.stages] == [len(rows) // 7 for rows in wanted]
     for name, taken in flow.consumed(flow.total_steps).items():  # no row comes twice
-        assert 0 <= len(tables[name].train["targets"]) - taken < 8
+        assert 0 <= len(tables[name].train["targets"]) - taken < 7
 
 
 def test_classes_are_known_to_have_come_at_the_step_of_their_first_row():

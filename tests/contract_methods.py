@@ -101,6 +101,7 @@ def everything():
 CASES = [*NAMES, "everything", "guard"]
 WRAPPERS = [name for name in NAMES if isinstance(made_of(name), compose.Wrapper)]
 BOXED = [name for name in NAMES if toy(name).setting().boxed is not None]
+SOLVED = [name for name in NAMES if toy(name).setting().analytic is not None]
 APART = [name for name in NAMES if name not in {entry["name"] for entry in everything()}]
 
 
@@ -287,7 +288,7 @@ def test_topology_does_not_matter(case, sizes):
     np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["everything", *BOXED])
+@pytest.mark.parametrize("case", ["everything", *BOXED, *SOLVED])
 def test_closing_a_task_does_not_depend_on_the_topology(case):
     """Fisher, path integral, teacher, anchors and ledger are used on rows, parameters and axes that are all cut."""
     mesh = meshes.make(data=2, fsdp=2, tensor=2)
@@ -333,5 +334,6 @@ def test_discovery_found_the_methods():
     assert {"cpt", "er", "reptile", "ewc", "mer", "cpo", "chord", "reference"} <= set(NAMES)
     assert {"reptile", "ema"} <= set(WRAPPERS)
     assert {"hyperinterval", "intercontinet"} == set(BOXED)
+    assert {"acil", "aef_ocl", "air", "ds_al", "fecam", "gkeal", "nmc", "ranpac", "slda"} <= set(SOLVED)
     assert len({entry["name"] for entry in everything()}) >= 8
     assert len(list(itertools.islice(variants(), 9))) == 9

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxcl import metrics, online, program, report, schema, scores
 from jaxcl.data import rows, scenarios, stream, tabular
 from jaxcl.models import mlp
-from jaxcl.report import classified, run, terminal
+from jaxcl.report import classified, compare, figures, many, run, terminal
 
 QUICK = True
 NAN = float("nan")
@@ -98,7 +98,8 @@ def test_accuracies_of_classes_are_counted_over_batches_and_padding():
     table = rows.from_columns(columns)
     held = scores.put({"a": list(rows.batches(table, size=8)), "b": list(rows.batches(table, size=8, limit=3))})
     found = scores.by_class(model)(params, held)
-    guess = np.asarray(x.astype(np.float64) @ params["layer_0"]["kernel"] + params["layer_0"]["bias"]).argmax(1)
+    kernel, offset = (np.asarray(params["layer_0"][name], np.float64) for name in ("kernel", "bias"))
+    guess = (x @ kernel + offset).argmax(1)
     for name, count in (("a", 21), ("b", 3)):
         right = [np.sum((guess == y)[:count] & (y[:count] == c)) for c in range(5)]
         np.testing.assert_array_equal(found[name], [right, np.bincount(y[:count], minlength=5)])
@@ -268,4 +269,10 @@ def test_losses_are_compared_where_no_run_is_a_classifier(tmp_path):
 def test_columns_of_classes_keep_their_places(tmp_path):
     found = run.load(make(tmp_path / "run"))
     np.testing.assert_array_equal(found.classes["second", "2"], RIGHT[:, 2])
+    text = classified.section(found, classified.of(found), [], {"first": 0, "second": 1})
+    assert all(f"</span>{name}</li>" in text for name in ("first", "second", "all classes seen"))
+    (group,) = compare.group([found], [figures.of(found)])
+    line = many._mean_line(group, "first", 0, True)
+    np.testing.assert_allclose(line.y, RIGHT[:, :2].mean(1))
+    np.testing.assert_allclose(many._mean_line(group, "first", 0, False).y, 2 - RIGHT[:, :2].mean(1))
     assert classified.of(found)["figures"]["a_last"] == pytest.approx(59 / 80)

@@ -73,11 +73,9 @@ def make(
     Raises:
       UserError: files or a dataset that cannot be read, or options that do not fit them.
     """
-    _refuse_empty(path=path, held_out_path=held_out_path, dataset=dataset)
+    _check_names(path, held_out_path, dataset)
     choice = chosen.checked(chosen.Choice(classes, relabel, imbalance, si_blurry, limit, seed))
     view = pixels.checked(pixels.View(pad, rotation, permutation, standardise))
-    if (path is None) == (dataset is None):
-        raise UserError(f"config.sources: path={path!r}, dataset={dataset!r}: images need one of them")
     if path is not None:
         _refuse("of a dataset, but path is given", split=split, data_dir=data_dir, download=download or None)
         parts, told = _of_files(path, held_out_path, held_out, seed, image, label), {"path": path, "held_out": held_out}
@@ -89,10 +87,12 @@ def make(
     return pixels.table("images", told, *parts, view, choice, licence=licence)
 
 
-def _refuse_empty(**names: str | None) -> None:
-    for key, value in names.items():
+def _check_names(path: str | None, held_out_path: str | None, dataset: str | None) -> None:
+    for key, value in (("path", path), ("held_out_path", held_out_path), ("dataset", dataset)):
         if value == "":
             raise UserError(f"config.sources: {key}='': is empty; give a file, a folder or a name, or leave it out")
+    if (path is None) == (dataset is None):
+        raise UserError(f"config.sources: path={path!r}, dataset={dataset!r}: images need one of them")
 
 
 def _refuse(reason: str, **options: object) -> None:
