@@ -133,6 +133,7 @@ def test_a_kernel_that_is_not_taken_says_why():
         assert "not one of jaxcl.mesh" in ridge.refused(512, 32)
         assert ridge.refused(512, 32, kernel=True) is None
         assert "tpu_custom_call" not in lowered(ridge.stream, shapes(512, 8, 8))
+        assert "cusolver" not in lowered(ridge.stream, shapes(512, 8, 8), "cuda")
 
 
 def test_batches_in_a_stream_are_batches_one_after_the_other():

@@ -118,9 +118,10 @@ def refused(size: int, rows: int, *, ahead: int = 0, platform: str = "tpu", kern
         return f"there is none for {platform}; the form in plain XLA is taken"
     if kernel is False:
         return "kernel=False takes none; None or True do"
-    if kernel is None and (shared := sharded.strips(size)) and shared.axes:
+    shared = sharded.strips(size)
+    if kernel is None and shared and shared.axes:
         return f"rows are cut over {', '.join(shared.axes)}: every device updates its own in plain XLA"
-    if kernel is None and not _alone():
+    if kernel is None and not shared and not _alone():
         return (
             "the mesh that is set is not one of jaxcl.mesh, so that the matrix may be cut; kernel=True says it is not"
         )
