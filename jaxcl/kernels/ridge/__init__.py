@@ -177,8 +177,8 @@ def _gram_strip(
 
     def sliced(a: Pair, left: Pair, right: Pair) -> list[jax.Array]:
         def block(a: Pair, rows: tuple[Pair, Pair]) -> Pair:
-            pieces = (pair.pieces(part, 0) for part in rows)
-            return Pair(*cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, *pieces))
+            across, down = (pair.pieces(part, 0) for part in rows)
+            return Pair(*cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, across, down))
 
         return list(pair.in_blocks(block, a, (left, right)))
 
