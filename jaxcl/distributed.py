@@ -38,7 +38,9 @@ def initialize() -> bool:
 
     Raises:
       RuntimeError: the other processes did not appear.
+      UserError: see `stopped_status`.
     """
+    stopped_status()  # what is wrong with it is said now, not after days
     if jax.distributed.is_initialized():
         return True
     env = os.environ

@@ -322,9 +322,8 @@ class Session:
 def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     """Trains what `config` describes in `workdir`, from its last checkpoint if there is one, and writes the report.
 
-    Returns the exit status: 0 finished, or stopped by SIGTERM with the state saved, unless JAXCL_STOPPED is set: then
-    that; 130 stopped by Ctrl-C, likewise; 1 a checkpoint could not be written; 3 training cannot go on; 4 a fault of
-    the machine (see `jaxcl.watch`).
+    Returns the exit status: 0 finished; 0 or JAXCL_STOPPED stopped by SIGTERM with the state saved, 130 by Ctrl-C; 1 a
+    checkpoint could not be written; 3 training cannot go on; 4 a fault of the machine (see `jaxcl.watch`).
 
     Args:
       config: the keys of `Loop` and of `jaxcl.program.build`.
@@ -336,7 +335,6 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     """
     loop, pieces = split(config)
     place, began = Path(workdir), time.time()
-    distributed.stopped_status()  # a bad one is said now
     distributed.initialize()
     if jax.default_backend() == "cpu":
         allocator.keep_pages()

@@ -37,7 +37,7 @@ def test_arguments_reach_the_tasks_as_they_are(cloud):
     assert not list(cloud.tree.rglob("owned"))
 
 
-@pytest.mark.parametrize(("status", "back"), [(0, 0), (2, 0), (3, 0), (75, 1), (143, 1), (1, 1), (134, 1)])
+@pytest.mark.parametrize(("status", "back"), [(0, 0), (2, 0), (3, 0), (75, 1), (143, 1), (4, 1), (1, 1), (134, 1)])
 def test_the_exit_status_decides_whether_it_goes_back_into_the_queue(cloud, status, back):
     cloud.says(srun=[status])
     assert batch(cloud).returncode == status
