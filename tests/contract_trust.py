@@ -12,7 +12,7 @@ BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {("os", "system"), ("os", "popen"), ("pandas", "read_pickle"), ("pd", "read_pickle"), ("runpy", "run_path")}
 METHODS = {"extractall", "unpack_archive"}  # they write where the names in an archive say
 # A name from a configuration becomes a module there: one of a package of ours, or the verifier that a user names.
-IMPORTS = {"jaxcl/schema.py", "jaxcl/rl/verify.py"}
+IMPORTS = {"jaxcl/schema.py", "jaxcl/compose.py", "jaxcl/rl/verify.py"}
 
 
 def faults(tree: ast.AST) -> list[str]:
