@@ -59,7 +59,8 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
     guess = jax.jit(functools.partial(_guesses, made))
     whole = jax.jit(lambda params, batch: boxes.zonotope(made, params, batch.task[0]))
     together = jax.jit(functools.partial(_together, made))
-    task_of = {domain: int(fetch(batches[0].task)[0]) for domain, batches in rows.items()}
+    # All rows of a domain are of one task, so that those of this process say which.
+    task_of = {domain: int(batches[0].task.addressable_data(0)[0]) for domain, batches in rows.items()}
 
     def total(function: Callable[..., jax.Array], batches: Sequence[Batch], *arguments: Any) -> list[float]:
         values = fetch([function(*arguments, batch) for batch in batches])
