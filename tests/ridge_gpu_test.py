@@ -19,8 +19,6 @@ from ridge_stream_test import apart, exact, shapes
 from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import hopper
 
-QUICK = True
-
 
 def test_thirds_are_all_of_a_number():
     x = draw(40, 30)
