@@ -50,6 +50,8 @@ CLOCK_STEPS = 20  # several processes ask process 0 for the time only this often
 class NotSaved(RuntimeError):
     """A checkpoint could not be written."""
 
+    cause = "not saved"
+
 
 class Restored(NamedTuple):
     """What `Checkpoints.restore` found."""

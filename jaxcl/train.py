@@ -20,6 +20,8 @@ from jaxcl.data.archive import Archive
 from jaxcl.report import terminal
 from jaxcl.types import Batch, TrainState
 
+Stop = Callable[[int], str | None]  # step -> why to stop after it, or None
+
 
 class Loop(NamedTuple):
     """What the loop itself is told by a config file, besides the keys of `jaxcl.program.build`."""
@@ -115,8 +117,7 @@ class Session:
             message = found.message or f"continues from step {found.step}"
         if self.archive:
             distributed.together(functools.partial(self.archive.check, self.step))
-        wanted = found and found.host.get("records")
-        distributed.together(lambda: self.remember(wanted))
+        distributed.together(functools.partial(self.remember, found and found.host.get("records")))
         if not jax.process_index():
             cut = metrics.truncate(self.place / "metrics.jsonl", self.step if found else -1)
             message = "no checkpoint found: starts from the beginning" if cut and not found else message
@@ -137,7 +138,7 @@ class Session:
         """Returns the batch of a step; called in order, by the feeder."""
         return self.made.place(step, self.archive.at(step)) if self.archive else self.made.place(step)
 
-    def train(self, stopped: Callable[[int], str | None]) -> None:
+    def train(self, stopped: Stop) -> None:
         """Trains to the end of the stream; rolls back once if steps stay bad.
 
         Raises:
@@ -165,7 +166,7 @@ class Session:
         self.out = metrics.Several(self.writers())
         self.event("rollback", f"{why}; back to step {self.step}")
 
-    def run_steps(self, stopped: Callable[[int], str | None]) -> None:
+    def run_steps(self, stopped: Stop) -> None:
         """Trains from the present step to the end of the stream."""
         flow = self.made.stream
         if self.fresh:
@@ -352,14 +353,9 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
 
 
 def supervise(
-    made: program.Program,
-    loop: Loop,
-    place: Path,
-    config: Mapping[str, Any],
-    stopped: Callable[[int], str | None],
-    began: float,
+    made: program.Program, loop: Loop, place: Path, config: Mapping[str, Any], stopped: Stop, began: float
 ) -> int:
-    """Trains to the end and returns the exit status of `run`."""
+    """Trains to the end and returns the exit status."""
     try:
         with contextlib.ExitStack() as stack:
             distributed.together(lambda: stack.enter_context(folder.locked(place)))
@@ -369,12 +365,15 @@ def supervise(
     except Stopped as reason:
         print(f"stopped by {reason}: the state is saved in {place}; the same command continues", flush=True)
         return 130 if str(reason) == "SIGINT" else 0
-    except BadSteps as bad:
+    except (BadSteps, watches.MachineFault) as bad:
         print(f"error: {bad}", file=sys.stderr)
-        return 3
-    except watches.MachineFault as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return watches.MACHINE
+        return 3 if isinstance(bad, BadSteps) else watches.MACHINE
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        text = " ".join(str(error).split())[:200]
+        print(f"error: another process or its machine is gone ({text}); start all of them again", file=sys.stderr)
+        distributed.abandon(watches.MACHINE)
     except checkpoint.NotSaved as error:
         text = " ".join(str(error).split())[:400]
         print(f"error: {text}; mend that, and the same command continues from the checkpoint before", file=sys.stderr)

@@ -131,7 +131,7 @@ class Watcher:
             self.hours.took(step, seconds)
         else:
             self._ready = True
-            self.hours.ready(step)
+            self.hours.ready(step - 1)
         if not self.options.repeat:
             return
         gave = tuple(values[name] for name in ("loss", "grad_norm"))

@@ -123,11 +123,12 @@ def test_a_run_that_is_stopped_and_goes_on_has_two_attempts(folder, tmp_path, mo
         assert train.run(small.config(folder), str(workdir)) == 0
     first, second = goodput.attempts(workdir)
     assert (first.cause, second.cause) == ("SIGTERM", "finished")
-    assert (first.last, second.first, second.last) == (11, 12, small.TOTAL)
+    assert (first.last, second.first, second.last) == (11, 11, small.TOTAL)
     found = goodput.summary(workdir)
     assert found["seconds"]["evaluation"] > 0
     assert found["seconds"]["save"] > 0
     assert 0 < found["utilisation"] < 1
+    assert "Where the time went" in (workdir / "report.html").read_text()
     goodput.main([str(workdir)])
     assert "effective utilisation" in capsys.readouterr().out
     goodput.main([str(workdir), "--json"])

@@ -29,6 +29,8 @@ from jaxcl.kernels import ridge, sharded
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 
+MOST = 1024  # rows that are added at a time
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -113,17 +115,7 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
-    whole, last = divmod(x.shape[0], pair.ROWS)
-
-    def block(m: Moments, rows: tuple[jax.Array, ...]) -> tuple[Moments, None]:
-        return _add_block(m, rows, sign), None
-
-    if whole > 1:
-        cut = [part[: whole * pair.ROWS].reshape(whole, pair.ROWS, *part.shape[1:]) for part in (x, labels, weights)]
-        m, _ = jax.lax.scan(block, m, tuple(cut))
-    elif whole:
-        m = _add_block(m, tuple(part[: pair.ROWS] for part in (x, labels, weights)), sign)
-    return _add_block(m, tuple(part[-last:] for part in (x, labels, weights)), sign) if last else m
+    return ridge.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
 
 
 def _add_block(m: Moments, rows: tuple[jax.Array, ...], sign: float) -> Moments:
@@ -131,9 +123,13 @@ def _add_block(m: Moments, rows: tuple[jax.Array, ...], sign: float) -> Moments:
     root = pair.root(weights)
     scaled = pair.times(pair.of(x), Pair(root.high[:, None], root.low[:, None]))
     weighted = pair.product(x, weights[:, None])
-    cross = m.cross
-    for piece in pair.pieces(weighted, 0):  # the sums of slices are exact
-        cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, labels, m.counts.high.shape[0]).T)
+
+    def summed(cross: Pair, rows: tuple[Pair, jax.Array]) -> Pair:
+        for piece in pair.pieces(rows[0], 0):  # the sums of slices are exact
+            cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, rows[1], m.counts.high.shape[0]).T)
+        return cross
+
+    cross = ridge.in_blocks(summed, m.cross, (weighted, labels))
     counts = pair.plus(m.counts, sign * jax.ops.segment_sum(weights, labels, m.counts.high.shape[0]))
     return Moments(ridge.gram_update(m.gram, scaled, sign), cross, counts, m.features)
 

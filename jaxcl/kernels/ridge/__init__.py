@@ -18,7 +18,9 @@ from jax.sharding import AxisType
 
 from jaxcl.kernels import sharded
 from jaxcl.kernels.ridge import cpu, gpu, hopper, pair, tpu
-from jaxcl.kernels.ridge.pair import Pair
+from jaxcl.kernels.ridge.pair import ROWS, Pair
+
+PyTree = Any
 
 __all__ = ["Pair", "downdate", "gram_update", "refused", "stream"]
 
@@ -33,7 +35,7 @@ def gram_update(a: Pair, x: Pair, sign: float = 1.0, *, kernel: bool | None = No
 
     Args:
       a: float32 pair [d, d], symmetric.
-      x: float32 pair [b, d]; b of at most 128 for that error.
+      x: float32 pair [b, d].
       sign: 1, or -1 to take rows out.
       kernel: whether to use the kernels of all platforms that have some; None = where `refused` has nothing against it.
 
@@ -44,9 +46,13 @@ def gram_update(a: Pair, x: Pair, sign: float = 1.0, *, kernel: bool | None = No
     shared = None if kernel else sharded.strips(a.high.shape[0])
     if shared and shared.axes:
         return Pair(*shared.run(partial(_gram_strip, sign), a, x))
+
+    def in_parts(form: Form) -> Form:  # of 128 rows, for that error
+        return lambda a, x, sign: in_blocks(lambda a, x: form(a, x, sign), a, x)
+
     forms = {
-        "tpu": tpu.gram_update,
-        "slow": cpu.gram_update_sliced,
+        "tpu": in_parts(tpu.gram_update),
+        "slow": in_parts(cpu.gram_update_sliced),
         "cuda": gpu.gram_update,
         "default": cpu.gram_update,
     }
@@ -102,6 +108,17 @@ def stream(
     hopper_or_not = hopper.stream if _refused_by_hopper(r.shape[0], 0, kernel) is None else gpu.stream
     forms = {"tpu": fused, "slow": cpu.stream, "cuda": hopper_or_not, "default": cpu.stream}
     return _whole(forms, refused(r.shape[0], v.shape[0], kernel=kernel), sign, kernel, None, r, v, x)
+
+
+def in_blocks(add: Callable[[PyTree, PyTree], PyTree], into: PyTree, rows: PyTree, most: int = ROWS) -> PyTree:
+    """Returns `into` with blocks of at most `most` rows added one after the other; every leaf of `rows` is [b, ...]."""
+    whole, last = divmod(jax.tree.leaves(rows)[0].shape[0], most)
+    if whole > 1:
+        cut = jax.tree.map(lambda x: x[: whole * most].reshape(whole, most, *x.shape[1:]), rows)
+        into, _ = jax.lax.scan(lambda one, part: (add(one, part), None), into, cut)
+    elif whole:
+        into = add(into, jax.tree.map(lambda x: x[:most], rows))
+    return add(into, jax.tree.map(lambda x: x[-last:], rows)) if last else into
 
 
 def refused(size: int, rows: int, *, ahead: int = 0, platform: str = "tpu", kernel: bool | None = None) -> str | None:
@@ -171,8 +188,11 @@ def _gram_strip(
         return cpu.strip(cpu.wide_products, partial(cpu.wide_sums, sign), a, left, right)
 
     def sliced(a: Pair, left: Pair, right: Pair) -> list[jax.Array]:
-        pieces = pair.pieces(left, 0), pair.pieces(right, 0)
-        return cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, *pieces)
+        def add(a: Sequence[jax.Array], rows: tuple[Pair, Pair]) -> list[jax.Array]:
+            pieces = (pair.pieces(part, 0) for part in rows)
+            return cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, *pieces)
+
+        return in_blocks(add, list(a), (left, right))
 
     return jax.lax.platform_dependent(Pair(*matrices), Pair(*left), Pair(*right), tpu=sliced, default=wide)
 
