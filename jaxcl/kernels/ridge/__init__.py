@@ -189,8 +189,8 @@ def _gram_strip(
 
     def sliced(a: Pair, left: Pair, right: Pair) -> list[jax.Array]:
         def add(a: Sequence[jax.Array], rows: tuple[Pair, Pair]) -> list[jax.Array]:
-            pieces = (pair.pieces(part, 0) for part in rows)
-            return cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, *pieces)
+            left, right = (pair.pieces(part, 0) for part in rows)
+            return cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, left, right)
 
         return in_blocks(add, list(a), (left, right))
 
