@@ -74,4 +74,4 @@ def test_on_a_mesh_of_tpus_a_device_has_its_rows_and_rows_travel():
     whole, rows = 4 * 16384 * 16384, 4 * 512 * 16384
     assert sent <= rows
     assert 3 * whole / 4 <= alias <= 3.2 * whole / 4
-    assert temporary < 2 * rows
+    assert temporary < 6 * rows

@@ -44,9 +44,13 @@ def gram_update(a: Pair, x: Pair, sign: float = 1.0, *, kernel: bool | None = No
     shared = None if kernel else sharded.strips(a.high.shape[0])
     if shared and shared.axes:
         return Pair(*shared.run(partial(_gram_strip, sign), a, x))
+
+    def in_parts(form: Form) -> Form:  # of 128 rows, for that error
+        return lambda a, x, sign: pair.in_blocks(lambda a, x: form(a, x, sign), a, x)
+
     forms = {
-        "tpu": partial(_gram_blocks, tpu.gram_update),
-        "slow": partial(_gram_blocks, cpu.gram_update_sliced),
+        "tpu": in_parts(tpu.gram_update),
+        "slow": in_parts(cpu.gram_update_sliced),
         "cuda": gpu.gram_update,
         "default": cpu.gram_update,
     }
@@ -162,11 +166,6 @@ def _in_turn(r: jax.Array, v: jax.Array, x: jax.Array, sign: float) -> tuple[jax
     return new, pair.contract(x, new, 1, 1)
 
 
-def _gram_blocks(form: Form, a: Pair, x: Pair, sign: float) -> Pair:
-    """Returns `form` of as many rows at a time as can be summed without rounding."""
-    return pair.in_blocks(lambda a, x: form(a, x, sign), a, x)
-
-
 def _gram_strip(
     sign: float, matrices: Sequence[jax.Array], left: Sequence[jax.Array], right: Sequence[jax.Array]
 ) -> Sequence[jax.Array]:
@@ -176,11 +175,11 @@ def _gram_strip(
         return cpu.strip(cpu.wide_products, partial(cpu.wide_sums, sign), a, left, right)
 
     def sliced(a: Pair, left: Pair, right: Pair) -> list[jax.Array]:
-        def block(a: Pair, rows: tuple[Pair, Pair]) -> Pair:
-            across, down = (pair.pieces(part, 0) for part in rows)
-            return Pair(*cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, across, down))
+        def add(a: Sequence[jax.Array], rows: tuple[Pair, Pair]) -> list[jax.Array]:
+            left, right = (pair.pieces(part, 0) for part in rows)
+            return cpu.strip(cpu.gram_products, partial(cpu.gram_sums, sign), a, left, right)
 
-        return list(pair.in_blocks(block, a, (left, right)))
+        return pair.in_blocks(add, list(a), (left, right))
 
     return jax.lax.platform_dependent(Pair(*matrices), Pair(*left), Pair(*right), tpu=sliced, default=wide)
 

@@ -46,9 +46,9 @@ def thirds(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns three bfloat16 arrays whose sum is the float32 array x."""
     parts = []
     for _ in range(3):
-        # Without the barrier XLA may drop the rounding that all of this is about.
-        parts.append(lax.optimization_barrier(x.astype(jnp.bfloat16)))
-        x = x - parts[-1].astype(jnp.float32)
+        near = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # XLA may drop a cast there and back
+        parts.append(near.astype(jnp.bfloat16))
+        x = x - near
     return parts[0], parts[1], parts[2]
 
 
