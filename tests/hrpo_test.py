@@ -280,9 +280,9 @@ def test_meshes_agree_with_a_gate_that_is_cut():
     given = settings(guard=None, optim={"name": "sgd", "clip": None, "momentum": 0.0}, rollout__modes=[])
     found = []
     for mesh in ({}, {"devices": 4, "fsdp": 2, "tensor": 2}):
-        program_ = rl_small.build(given, **mesh)
-        state = program_.create()
-        params = opened(jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, jax.device_get(state.params)))
+        built = rl_small.build(given, **mesh)
+        state = built.create()
+        params = jax.device_get(opened(jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, state.params)))
         state = dataclasses.replace(
             state, params=jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), params, state.params)
         )
@@ -291,9 +291,9 @@ def test_meshes_agree_with_a_gate_that_is_cut():
         assert [x.addressable_shards[0].data.shape for x in (kernel, bias)] == [(D // cut, D), (D // cut,)]
         told = []
         for step in (0, 1):
-            prompts, _ = program_.rollouts.prompts(step, {})
-            rows, values = program_.rollouts.now(state, prompts, step, {})
-            state, metrics = program_.step(state, rows)
+            prompts, _ = built.rollouts.prompts(step, {})
+            rows, values = built.rollouts.now(state, prompts, step, {})
+            state, metrics = built.step(state, rows)
             told.append([values["reward"], float(metrics["loss"]), float(metrics["grad_norm"])])
         moved = jax.tree.map(lambda a, b: (a - np.asarray(b)) / 1e-4, params, jax.device_get(state.params))
         found.append((np.asarray(rows.targets), told, moved))

@@ -92,9 +92,6 @@ def test_figures_are_those_of_forward_passes(monkeypatch):
         assert quick["accuracy"][domain] == found["inference"][domain]["soft"]["greedy"]
         assert quick["inference"][domain] == {"soft": found["inference"][domain]["soft"]}
     assert differ
-    chunk = bench.chunks["three"][0]  # of one chunk and another the draws are others
-    some = [bench.modes["hard"].sample(params, chunk.prompts, chunk.segments, bench.whole(np.int32(k))) for k in (0, 1)]
-    assert not np.array_equal(some[0][1], some[1][1])
 
 
 def test_entropy_is_that_after_what_was_fed_and_of_thoughts_alone(monkeypatch):
@@ -117,6 +114,8 @@ def test_entropy_is_that_after_what_was_fed_and_of_thoughts_alone(monkeypatch):
     thought = gate.gate(params["gate"], params["embedding"][fed[1]], fed[0])
     log_p = after(model, params, np.repeat(np.asarray(chunk.prompts), 8, 0), thought)
     np.testing.assert_allclose(profile[second, 1], -(np.exp(log_p) * log_p).sum(1)[second], rtol=1e-4)
+    other = bench.modes[bench.own].sample(params, chunk.prompts, chunk.segments, bench.whole(np.int32(4)))
+    assert not np.array_equal(other[1], found[1])  # the next problems are not thought about with the same draws
 
 
 class Called(Exception):
@@ -158,7 +157,7 @@ def test_rows_are_filled_up_to_what_a_mesh_divides():
 
 @pytest.mark.parametrize("long", ["three", "four"])
 def test_longer_answers_of_one_domain_make_room_in_all(long, monkeypatch):
-    own, model, _, held, _ = parts()
+    own, model, params, held, _ = parts()
     mesh = meshes.make(devices=jax.devices()[:1])
     monkeypatch.setattr(
         inference, "_golds", lambda problems, count, words: [[1, 2] if problems is held[long] else [1]] * count
@@ -167,6 +166,8 @@ def test_longer_answers_of_one_domain_make_room_in_all(long, monkeypatch):
     for name, chunks in made.chunks.items():
         for chunk in chunks:
             assert np.array_equal(chunk.used, np.tile([True, name == long], (len(chunk.used), 1)))
+    nll = made.modes["soft"].greedy(params, *made.chunks[long][0][1:], made.whole(np.int32(0)))[2]
+    assert np.all(np.asarray(nll)[:, 1] == 2)
 
 
 def test_right_answers_take_the_place_of_those_drawn():
@@ -209,6 +210,18 @@ def test_summaries_count_problems_tokens_and_live_thoughts_alike():
     assert made["drift"] == pytest.approx(12 / 6)
     assert made["failed"] == 3
     assert made["entropy"] == pytest.approx([3.0, 2.0])
+
+
+def test_an_evaluation_tells_what_the_mode_of_the_run_does(monkeypatch):
+    one = {"drift": 2.0, "greedy": 0.5, "sample": {"1": 0.25}, "failed": 3, "entropy": []}
+    found = {"a": {"own": one}, "b": {"own": one | {"failed": 0}}}
+    monkeypatch.setattr(inference.Bench, "measure", lambda self, params, modes: found if modes == ["own"] else {})
+    told = bench_of(4).evaluate(None)
+    assert told["loss"] == {"a": 2.0, "b": 2.0}
+    assert told["accuracy"] == {"a": 0.5, "b": 0.5}
+    assert told["failed"] == {"a": 3}
+    found["a"]["own"] = found["b"]["own"]
+    assert "failed" not in bench_of(4).evaluate(None)
 
 
 def test_samples_belong_to_their_problems_and_filled_rows_count_for_nothing():

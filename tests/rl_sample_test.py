@@ -70,6 +70,8 @@ def test_a_forward_pass_over_what_was_fed_gives_the_log_probabilities_of_the_sam
     score = teaching.log_probs(thoughts.make(name))
     shown = inference._inputs(rows)  # all columns that a model reads
     log_prob = jax.jit(lambda params: score(model.apply(params, shown), rows))(params)
+    for used, places in zip(np.asarray(rows.segments) > 0, np.asarray(rows.positions), strict=True):
+        assert np.array_equal(places[used], np.arange(np.sum(used)))  # counted from the first token of the prompt
     scale = np.maximum(1, np.abs(rows.extra["behaviour"]))
     assert float(np.max(np.abs(log_prob - rows.extra["behaviour"]) / scale)) < 1e-5
     assert np.any(found.kind == THOUGHT)
