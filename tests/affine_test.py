@@ -163,6 +163,25 @@ def test_values_of_functions_are_bounded(name):
         assert np.isfinite(high).all()
 
 
+@pytest.mark.parametrize("name", ["mlp", "max", "patches"])
+def test_rounding_is_covered_and_little_more(name):
+    """Without any unknown the bounds are those of one network, which float32 does not hit."""
+    rng, (both, plain) = np.random.default_rng(5), bounded(name)
+    params = jax.device_get(MODELS[name].init(jax.random.key(1)))
+    params.pop("filters", None)
+    rows = toys.points(rng.normal(size=(ROWS, 16)).astype("f"), np.array([0, 1, 2, 0], "i"))
+    generators = np.zeros((S, K), "f")
+    forms = jax.tree.map(lambda c: of(c, np.ones((*c.shape, K), "f"), generators), params)
+    low, high = jax.device_get(both(forms, generators, rows)[0])
+    with jax.enable_x64(True):
+        every = np.asarray(plain(jax.tree.map(lambda c: c.astype("d")[None], params), rows))[0]
+    assert (low <= every).all()
+    assert (every <= high).all()
+    assert (high - low).max() < 3e-3
+    middle = np.float32(low / 2 + high / 2)
+    assert (middle != every).any()
+
+
 def test_what_has_no_rule_is_refused():
     generators = np.ones((S, K), "f")
     one = of(*drawn((2,), np.random.default_rng(0), 0.1), generators)

@@ -141,25 +141,39 @@ def test_no_network_of_the_box_is_worse_than_certified(universal):
     assert told["task 0"]["promised"] is None
 
 
-@pytest.mark.parametrize("universal", [False, True])
-def test_affine_forms_through_the_target_certify_more_and_never_too_much(universal):
+def test_affine_forms_through_the_target_certify_more_and_never_too_much():
     """What the hypernetwork makes of an embedding, of which some rows are right everywhere."""
-    _, params, rows = toy(universal)
-    wider = toys.boxed(universal=universal, gamma=0.6).boxed
-    told = certify.make(wider, rows)(params)["certificate"]
+    _, params, rows = toy(False)
+    wider = toys.boxed(gamma=0.6).boxed
+    params = {**params, LEDGER: wider.model.init(jax.random.key(0))[LEDGER]}
+    close = toys.quick(lambda params, task: boxes.close(wider, params, task))
+    for t in range(2):
+        params = close({**params, LEDGER: {**params[LEDGER], "current": jnp.float32(t)}}, t)
+    run = certify.make(wider, rows)
+    told = run(params)["certificate"]
     generator, rng, shares = oracle.wide(params["generator"]), np.random.default_rng(2), []
     for t, (domain, (batch,)) in enumerate(rows.items()):
-        current = 1 if universal else t
-        centre, radius = oracle.embedded(generator, current, 0.6, universal)
+        centre, radius = oracle.embedded(generator, t, 0.6, False)
         networks = oracle.point(generator, oracle.sampled(rng, centre, radius, 400))
         logits = np.stack([oracle.logits(one, np.asarray(batch.inputs, np.float64), (4, 8, 4)) for one in networks])
         always = (logits.argmax(-1) == np.asarray(batch.targets)[None]).all(0).mean()
         assert told[domain]["interval"] <= told[domain]["affine"] <= told[domain]["joint"] <= always
-        shares.append((told[domain]["affine"], told[domain]["joint"], always))
-    affine, joint, always = np.mean(shares, axis=0)
+        assert told[domain]["promised"] == told[domain]["affine"]  # by the box of the ledger
+        shares.append((told[domain]["interval"], told[domain]["affine"], told[domain]["joint"], always))
+    interval, affine, joint, always = np.mean(shares, axis=0)
+    assert interval < affine
     assert affine + 0.1 < joint
     assert joint > 0.5 * always
     assert toys.boxed("weight_boxes").boxed.layer is None  # weights that do not depend on each other
+    bias = params["generator"]["head"]["bias"]
+    head = {**params["generator"]["head"], "bias": bias + 0.4 * jnp.sin(9 * jnp.arange(bias.size))}
+    moved = {**params, "generator": {**params["generator"], "head": head}}
+    for t, (domain, one) in enumerate(run(moved)["certificate"].items()):
+        low, high = jax.device_get(boxes.limits(wider, moved, jnp.int32(t)))
+        centre, _ = wider.boxes(moved["generator"], jnp.array([t]), jnp.zeros(1))
+        below, above = np.mean(np.asarray(centre[0]) < low), np.mean(np.asarray(centre[0]) > high)
+        assert min(below, above) > 0.02
+        np.testing.assert_allclose(one["clipped"], below + above, rtol=1e-5, err_msg=domain)
 
 
 def test_what_all_boxes_have_in_common():

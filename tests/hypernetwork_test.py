@@ -70,6 +70,7 @@ def many(universal):
             "ends": ends,
             "tight": (tight[0] - tight[1], tight[0] + tight[1]),
             "tight_radius": tight[1],
+            "layer": made.layer(generator, task)[2:],
             "logits": [(bound.lower, bound.upper) for bound in seen],
             "certain": [boxes.certain(bound, rows) for bound in seen],
             "gradients": (ours, theirs),
@@ -114,6 +115,23 @@ def test_boxes_hold_corners_and_interiors(universal, form):
         assert (networks <= ends[1] + slack(ends)).all()
         filled.append(np.mean((networks.max(0) - networks.min(0)) / (ends[1] - ends[0] + 1e-9)))
     assert np.mean(filled) > (0.2 if form == "tight" else 0.05)  # and are not boundless
+
+
+@pytest.mark.parametrize("universal", KINDS)
+def test_what_enters_the_last_layer_lies_in_a_zonotope(universal):
+    """In every direction as far as its symbols reach; undecided ReLUs have symbols of their own."""
+    rng, fresh = np.random.default_rng(4), 0
+    for one, generator, _ in each(universal):
+        centre, generators = (np.asarray(part, np.float64) for part in one["layer"])
+        place, radius = oracle.embedded(generator, 1, GAMMA, universal)
+        inside = {**generator, "head": {"weight": np.eye(5), "bias": np.zeros(5)}}
+        found = oracle.point(inside, oracle.sampled(rng, place, radius, 40))
+        ways = np.concatenate([np.eye(5), rng.normal(size=(30, 5))])
+        far = np.abs(generators @ ways.T).sum(0)
+        assert (np.abs((found - centre) @ ways.T) <= far * (1 + 1e-5) + 1e-5).all()
+        fresh += np.any(generators[-5:])
+        assert generators.shape == (4 + 6 + 5, 5)
+    assert fresh > CONFIGS / 4
 
 
 @pytest.mark.parametrize("universal", KINDS)
