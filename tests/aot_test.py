@@ -273,13 +273,8 @@ def shipped(name, folder):
 
 
 PROBLEMS = {path.stem for path in (ROOT / "configs").glob("*rl*.py")}
-IMAGES = {
-    "split_digits",
-    "analytic",
-    "long_tail",
-    "hyperinterval",
-    "hyperinterval_compare",
-}  # the last reads files that are not here
+# The last reads files that are not here.
+IMAGES = {"split_digits", "analytic", "long_tail", "hyperinterval", "hyperinterval_compare"}
 
 
 @pytest.mark.parametrize("name", ["split_digits", "analytic", "hyperinterval"])
