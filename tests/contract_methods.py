@@ -22,7 +22,7 @@ from jaxcl.guard import guard
 from jaxcl.schema import UserError
 
 # Sizes at which an option does something within a few steps of the toy, by the name of the option.
-SMALL = {"every": 2, "capacity": 8, "batch": 2, "chunk": 4, "steps": 2}
+SMALL = {"every": 2, "slots": 2, "capacity": 8, "batch": 2, "chunk": 4, "steps": 2}
 NAMES = sorted(module.name for module in pkgutil.iter_modules(jaxcl.methods.__path__))
 MAKE = {name: importlib.import_module(f"jaxcl.methods.{name}").make for name in NAMES}
 
@@ -288,7 +288,7 @@ def test_topology_does_not_matter(case, sizes):
     np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["everything", *BOXED, "acil", "fecam"])
+@pytest.mark.parametrize("case", ["everything", *BOXED, "acil", "fecam", "air", "aef_ocl"])
 def test_closing_a_task_does_not_depend_on_the_topology(case):
     """Fisher, path integral, teacher, anchors and ledger are used on rows, parameters and axes that are all cut."""
     mesh = meshes.make(data=2, fsdp=2, tensor=2)
