@@ -8,7 +8,9 @@ Command:  python -m jaxcl.main --config=configs/long_tail.py --workdir=runs/long
 Parts:    air (the default), aef_ocl, expect (AEF-OCL without draws), acil, ds_al, gkeal
           blurry     AIR on a Si-Blurry stream: half of the digits in one task each, 10 % of the rest in any task
           compare    acil, air and aef_ocl, three seeds
-Expected: report.html in the workdir; "mean class" is the accuracy in which every digit counts the same.
+Expected: report.html in the workdir; "mean class" is the accuracy in which every digit counts the same. At the end,
+          three seeds: acil 0.60 ± 0.02, aef_ocl 0.73 ± 0.04, air 0.78 ± 0.02; blurry, one seed, 0.87; the others not
+          measured. A run takes 20 CPU-seconds, most of them to compile.
 """
 
 from ml_collections import ConfigDict
@@ -22,13 +24,13 @@ RELU = {"name": "analytic", "expansion": "relu", "width": 256}
 GAUSSIAN = RELU | {"expansion": "gaussian", "sigma": 10.0}
 # part -> method, adapter
 PARTS = {
-    "air": ("air(gamma=1.0, slots=2)", RELU),
-    "aef_ocl": ("aef_ocl(gamma=1.0)", RELU),
+    "air": ("air(gamma=1.0, slots=2, every=10)", RELU),
+    "aef_ocl": ("aef_ocl(gamma=1.0, every=10)", RELU),
     "expect": ("aef_ocl(gamma=1.0, how='expect')", GAUSSIAN),
     "acil": ("acil(gamma=1.0)", RELU),
     "ds_al": ("ds_al(gamma=1.0, gamma_comp=1.0)", RELU | {"expansion": "dual"}),
     "gkeal": ("gkeal(gamma=1.0)", GAUSSIAN),
-    "blurry": ("air(gamma=1.0)", RELU),
+    "blurry": ("air(gamma=1.0, every=10)", RELU),
 }
 COMPARED = ("acil", "air", "aef_ocl")
 

@@ -82,7 +82,7 @@ def build(
 
     Args:
       model: `name` of a module of jaxcl.models, and the options of its `make`. `vocab` defaults to the tokenizer's.
-      adapter: a name, or a dict with a `name` and options: 'lora' (`jaxcl.network.make`), those of `jaxcl.adapters`.
+      adapter: a name or a dict with a `name` and options, see `jaxcl.network.make`; of a classifier `jaxcl.adapters`.
       sources: domain -> `name` of a source of documents, its options, and `clean`: options of `jaxcl.data.clean.make`;
         or `name` of a task of jaxcl.rl.tasks and its options.
       stream: see `jaxcl.plan.stream_of`.

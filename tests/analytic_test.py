@@ -237,7 +237,7 @@ def test_a_model_that_tells_no_features_is_refused():
 @pytest.mark.parametrize("part", ["compare", "backbone"])
 def test_every_part_of_the_config_can_run(part):
     whole = main.plain(importlib.import_module("configs.analytic").get_config(part))
-    whole["sources"] = {k: one | {"count": 20, "held_out": 10} for k, one in whole["sources"].items()}
+    whole["sources"] = {k: one | {"count": 40, "held_out": 10} for k, one in whole["sources"].items()}
     whole["mesh"] = {"devices": jax.devices()[:1]}
     for entry in whole.pop("variants", [{"set": ()}]):
         sections = {**{k: v for k, v in whole.items() if k not in ("seeds", "control")}, **dict(entry["set"])}

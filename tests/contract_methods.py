@@ -22,7 +22,7 @@ from jaxcl.guard import guard
 from jaxcl.schema import UserError
 
 # Sizes at which an option does something within a few steps of the toy, by the name of the option.
-SMALL = {"every": 2, "capacity": 8, "batch": 2, "chunk": 4, "steps": 2}
+SMALL = {"every": 2, "slots": 2, "capacity": 8, "batch": 2, "chunk": 4, "steps": 2}
 NAMES = sorted(module.name for module in pkgutil.iter_modules(jaxcl.methods.__path__))
 MAKE = {name: importlib.import_module(f"jaxcl.methods.{name}").make for name in NAMES}
 
@@ -288,7 +288,7 @@ def test_topology_does_not_matter(case, sizes):
     np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["everything", *BOXED, *SOLVED])
+@pytest.mark.parametrize("case", ["everything", *BOXED, "acil", "fecam", "air", "aef_ocl"])
 def test_closing_a_task_does_not_depend_on_the_topology(case):
     """Fisher, path integral, teacher, anchors and ledger are used on rows, parameters and axes that are all cut."""
     mesh = meshes.make(data=2, fsdp=2, tensor=2)
@@ -308,10 +308,16 @@ def test_closing_a_task_does_not_depend_on_the_topology(case):
             reference = built(case)[3](reference, stacked, key(i))
     terms = ("ewc", "si", "lwf", "l2", "cpo", "chord") if case == "everything" else {"drift"} & set(pairs[0][0])
     for cut, alone in pairs:
-        np.testing.assert_allclose(cut["loss"], alone["loss"], rtol=1e-5)
+        # Logits of a head in closed form reach 100 and a loss may be nearly 0: the parameters are what must agree.
+        np.testing.assert_allclose(cut["loss"], alone["loss"], rtol=1e-5, atol=1e-4 if case in SOLVED else 0)
         for name in terms:  # squares of small differences, so fewer digits agree
             np.testing.assert_allclose(cut[name], alone[name], rtol=1e-3, atol=1e-9, err_msg=name)
             assert alone is not pairs[-1][1] or alone[name] > 1e-6
+    for name in ("head", "seen", "precision"):
+        if case in SOLVED and name in state.params:
+            cut, alone = (np.asarray(one.params[name], np.float64) for one in (state, reference))
+            assert np.linalg.norm(cut - alone) <= 1e-5 * np.linalg.norm(alone), name
+            assert np.any(alone)
 
 
 @functools.cache

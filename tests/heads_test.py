@@ -9,6 +9,8 @@ import toys
 
 from jaxcl import compose
 from jaxcl.methods import fecam, slda
+from jaxcl.ridge import learner as learners
+from jaxcl.ridge import moments
 from jaxcl.schema import UserError
 
 QUICK = True
@@ -214,6 +216,27 @@ def test_ranpac_without_a_choice_is_ridge():
     learner, (x, y) = Learner("ranpac(gamma=2.0)"), rows(32)
     features = learner.learn(x, y).features(x, y)
     close(learner.params["head"], np.linalg.solve(features.T @ features + 2 * np.eye(D), features.T @ np.eye(C)[y]))
+
+
+def test_means_and_scatter_have_the_digits_of_the_sums():
+    """Means 100 times as large as the spread: the scatter within the classes is a small difference of large sums."""
+    rng = np.random.default_rng(2)
+    y, x = rng.integers(0, C - 1, 90).astype(np.int32), rng.normal(size=(90, D)).astype(np.float32) + 100
+
+    def found(x, y, w):
+        m = moments.add(moments.empty(D, C), x, y, w)
+        return learners.means_of(m.cross, m.counts), learners.scatter_within(m)
+
+    means, scatter = (wide(pair) for pair in toys.quick(found)(x, y, np.ones(90, np.float32)))
+    exact = means_of(np.float64(x), y)
+    away = np.float64(x) - exact[y]
+    close(means, exact.T, 1e-12)
+    close(scatter, away.T @ away, 1e-7)
+    assert not np.any(means[:, C - 1])
+
+
+def wide(pair):
+    return np.asarray(pair.high, np.float64) + np.asarray(pair.low, np.float64)
 
 
 def test_options_that_do_not_fit_are_refused():

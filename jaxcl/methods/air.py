@@ -49,8 +49,13 @@ def make(setting: Setting, *, gamma: float = 0.1, slots: int | None = None, ever
     learner.check_every("air", every)
     if slots is not None and slots < 1:
         raise UserError(f"config.method air.slots={slots}: must be at least 1; None has one for each class")
-    d, classes = made.width, made.classes
-    count = classes if slots is None else min(slots, classes)
+    count = made.classes if slots is None else min(slots, made.classes)
+    return _method(setting, gamma, count, every)
+
+
+def _method(setting: Setting, gamma: float, count: int, every: int | None) -> Method:
+    """Returns the method of options that were checked; `count` is the number of slots."""
+    d, classes = setting.analytic.width, setting.analytic.classes
     folds = count < classes
 
     def init(params: Params) -> TrainState:

@@ -18,7 +18,7 @@ of (x, z). Sums are kept in pairs and not their inverses.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,15 @@ from jaxcl.ridge import learner, moments, solve
 from jaxcl.ridge.moments import Moments
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Method, Metrics, Params, TrainState
+
+
+class Options(NamedTuple):
+    """The options of `make`."""
+
+    gamma: float
+    gamma_comp: float
+    ratio: float
+    every: int | None
 
 
 def make(
@@ -64,7 +73,12 @@ def make(
     if not 0 <= ratio < float("inf"):
         raise UserError(f"config.method ds_al.ratio={ratio}: must not be negative, and finite; try 0.6")
     learner.check_every("ds_al", every)
-    d, classes = made.width // 2, made.classes
+    return _method(setting, Options(gamma, gamma_comp, ratio, every))
+
+
+def _method(setting: Setting, options: Options) -> Method:
+    """Returns the method of options that were checked."""
+    d, classes = setting.analytic.width // 2, setting.analytic.classes
 
     def init(params: Params) -> TrainState:
         memory: dict[str, Any] = {"moments": moments.empty(2 * d, classes), "age": jnp.zeros((), jnp.int32)}
@@ -75,7 +89,7 @@ def make(
         return TrainState(jnp.zeros((), jnp.int32), params, (), memory)
 
     def settled(params: Params, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
-        params, residue, bound = _solved(params, memory, gamma, gamma_comp, ratio)
+        params, residue, bound = _solved(params, memory, options)
         del residue  # of a task that goes on
         return params, {**memory, "bound": bound}
 
@@ -84,14 +98,14 @@ def make(
         rows, params, memory = learner.rows_of(setting, state.params, batch), state.params, dict(state.memory)
         metrics = learner.told(setting, params, batch, rows)
         memory |= {"moments": moments.add(memory["moments"], *rows.counted), "age": memory["age"] + 1}
-        params, memory = learner.when_due(every, settled, params, memory)
+        params, memory = learner.when_due(options.every, settled, params, memory)
         metrics |= {"bound": memory["bound"], "rows": memory["moments"].total}
         return TrainState(state.step + 1, params, (), memory), metrics
 
     def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
         del batch, key
         m, memory = state.memory["moments"], dict(state.memory)
-        params, memory["residue"], memory["bound"] = _solved(state.params, memory, gamma, gamma_comp, ratio)
+        params, memory["residue"], memory["bound"] = _solved(state.params, memory, options)
         x, z = slice(0, d), slice(d, 2 * d)
         memory["before"] = {"mixed": _block(m.gram, z, x), "cross": _block(m.cross, z), "counts": m.counts}
         return TrainState(state.step, params, (), memory)
@@ -104,22 +118,20 @@ def _block(x: Pair, row: slice, column: slice = slice(None)) -> Pair:
     return Pair(*(part[row, column] for part in x))
 
 
-def _solved(
-    params: Params, memory: dict[str, Any], gamma: float, gamma_comp: float, ratio: float
-) -> tuple[Params, Pair, jax.Array]:
+def _solved(params: Params, memory: dict[str, Any], options: Options) -> tuple[Params, Pair, jax.Array]:
     """Returns the parameters with both heads, sum_k Z_k^T R_k with the present task, and a bound on both errors."""
     m, before = memory["moments"], memory["before"]
     d = before["mixed"].high.shape[0]
     x, z = slice(0, d), slice(d, 2 * d)
     own = Moments(_block(m.gram, x, x), _block(m.cross, x), m.counts, m.features)
-    main = solve.weights(own, gamma)
+    main = solve.weights(own, options.gamma)
     mixed = pair.add(_block(m.gram, z, x), pair.negative(before["mixed"]))  # Z_k^T X_k
     cross = pair.add(_block(m.cross, z), pair.negative(before["cross"]))  # Z_k^T Y_k
     left = pair.add(cross, pair.negative(pair.dot(mixed, Pair(main.weights, main.low))))
     new = (before["counts"].high == 0)[None]
     residue = pair.add(memory["residue"], Pair(*(jnp.where(new, part, 0.0) for part in left)))
-    side = solve.normal(_block(m.gram, z, z), residue, gamma_comp)
-    head = jnp.concatenate([main.weights, ratio * side.weights])
+    side = solve.normal(_block(m.gram, z, z), residue, options.gamma_comp)
+    head = jnp.concatenate([main.weights, options.ratio * side.weights])
     bound = jnp.maximum(learner.bound_of(main), learner.bound_of(side))
-    scale = learner.sharpness(own, main.weights, gamma)  # of the main stream, whose errors are the larger
+    scale = learner.sharpness(own, main.weights, options.gamma)  # of the main stream, whose errors are the larger
     return learner.written(params, head, m.counts, scale=scale), residue, bound
