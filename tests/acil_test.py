@@ -20,7 +20,7 @@ D, C, GAMMA = 24, 6, 0.1
 
 @functools.cache
 def compiled(options, labels, adapter):
-    """Returns setting, method, its jitted step and end of a task, and how often the step was traced."""
+    """Returns setting, method, its jitted step and end of a task, features, and how often the step was traced."""
     setting = toys.solved(labels=labels, **{"width": D, "hidden": 10} | dict(adapter))
     made, traces = compose.make(options, setting), []
 
@@ -28,14 +28,15 @@ def compiled(options, labels, adapter):
         traces.append("step")
         return made.step(*args)
 
-    return setting, made, jax.jit(step), jax.jit(made.end_task), traces
+    return setting, made, jax.jit(step), jax.jit(made.end_task), jax.jit(setting.analytic.features), traces
 
 
 class Learner:
     """A run of a method on a frozen perceptron; `rows` are (inputs, labels)."""
 
     def __init__(self, options="acil", *, labels=C, **adapter):
-        self.setting, made, self.run, self.end, self.traces = compiled(options, labels, tuple(adapter.items()))
+        self.setting, made, *rest = compiled(options, labels, tuple(adapter.items()))
+        self.run, self.end, self.read, self.traces = rest
         self.state, self.before = made.init(self.setting.model.init(jax.random.key(0))), len(self.traces)
 
     def step(self, inputs, labels, weights=None):
@@ -49,8 +50,10 @@ class Learner:
         return self
 
     def features(self, inputs, labels):
-        batch = toys.points(inputs, labels)
-        return np.asarray(self.setting.analytic.features(self.state.params, batch), np.float64)
+        """Returns float64 features, computed in one shape whatever the number of rows."""
+        spare = -len(labels) % 128
+        batch = toys.points(np.pad(inputs, ((0, spare), (0, 0))), np.pad(labels, (0, spare)))
+        return np.asarray(self.read(self.state.params, batch), np.float64)[: len(labels)]
 
     def exact(self, gamma=GAMMA):
         """Returns the float64 weights of the sums in memory."""

@@ -22,14 +22,14 @@ PLAIN = {"expansion": "none", "width": None, "labels": C, "hidden": D}
 def compiled(options, adapter):
     setting = toys.solved(**PLAIN | dict(adapter))
     made = compose.make(options, setting)
-    return setting, made, jax.jit(made.step), jax.jit(made.end_task)
+    return setting, made, jax.jit(made.step), jax.jit(made.end_task), jax.jit(setting.analytic.features)
 
 
 class Learner:
     """A run of a method on the features of a frozen perceptron."""
 
     def __init__(self, options, **adapter):
-        self.setting, made, self.run, self.end = compiled(options, tuple(adapter.items()))
+        self.setting, made, self.run, self.end, self.read = compiled(options, tuple(adapter.items()))
         self.state = made.init(self.setting.model.init(jax.random.key(1)))
 
     def learn(self, x, y, size=8, *, over=True):
@@ -40,9 +40,11 @@ class Learner:
             self.state = self.end(self.state, toys.stack([batch]), jax.random.key(0))
         return self
 
-    def features(self, x, y):
-        batch = toys.points(x, y)
-        return np.asarray(self.setting.analytic.features(self.state.params, batch), np.float64)
+    def features(self, inputs, labels):
+        """Returns float64 features, computed in one shape whatever the number of rows."""
+        spare = -len(labels) % 128
+        batch = toys.points(np.pad(inputs, ((0, spare), (0, 0))), np.pad(labels, (0, spare)))
+        return np.asarray(self.read(self.state.params, batch), np.float64)[: len(labels)]
 
     def logits(self, x, y):
         return np.asarray(self.setting.model.apply(self.state.params, toys.points(x, y)).logits, np.float64)
