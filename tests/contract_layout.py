@@ -30,7 +30,8 @@ LAYERS = (
     {"methods"},
     {"data", "rl"},
     {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console", "certify"},
-    {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
+    {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"}
+    | {"goodput", "watch"},
     {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
@@ -38,6 +39,7 @@ LAYERS = (
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
 IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}
+IO_LAYERS |= {"goodput", "watch"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 
