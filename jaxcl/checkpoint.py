@@ -50,6 +50,8 @@ CLOCK_STEPS = 20  # several processes ask process 0 for the time only this often
 class NotSaved(RuntimeError):
     """A checkpoint could not be written."""
 
+    cause = "not saved"
+
 
 class Restored(NamedTuple):
     """What `Checkpoints.restore` found."""
@@ -72,6 +74,7 @@ class Checkpoints:
         every_minutes: float | None = 10.0,
         keep: int = 2,
         keep_every: int | None = None,
+        second: str | None = None,
     ):
         """Prepares a directory; nothing is created before the first save.
 
@@ -82,6 +85,8 @@ class Checkpoints:
           every_minutes: `due` when this much time has passed since the last save; None = never.
           keep: how many of the latest checkpoints stay.
           keep_every: those at multiples of it stay as well; None = none.
+          second: another place, best on another file system: every checkpoint is copied there once it is whole, and
+            read there if it is damaged or gone in the first. None = none. A copy that fails is told by `warnings`.
         """
         for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes), ("keep_every", keep_every)):
             if value is not None and value <= 0:
@@ -89,13 +94,19 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f"config.checkpoint.keep={keep!r}: must be at least 1, to have one to resume from")
         logging.getLogger("absl").addFilter(_not_orbax)
-        self._directory = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
+        self._directory = _place(directory)
+        self._second = None if second is None else _place(second)
+        if self._second is not None and self._second in (self._directory, *self._directory.parents):
+            raise UserError(f"config.checkpoint.second={second!r}: holds the first place; name a folder of its own")
+        if self._second is not None and self._second.exists() and not self._second.is_dir():
+            raise UserError(f"config.checkpoint.second={second!r}: is a file; name a folder")
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._keep, self._keep_every, self._base = keep, keep_every, base
         self._last = time.monotonic()
         self._pending: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saves = 0
+        self._warnings: list[str] = []
 
     def __enter__(self) -> Checkpoints:
         """Returns itself; leaving the block waits for the save under way."""
@@ -119,6 +130,11 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints that were completed, in increasing order."""
         return manifests.completed(self._directory)
+
+    def warnings(self) -> list[str]:
+        """Returns what went wrong since the last call without harm to the checkpoints in the first place."""
+        found, self._warnings = self._warnings, []
+        return found
 
     @jax.transfer_guard("allow")
     def save(self, step: int, state: TrainState, host: Mapping[str, Any]) -> float:
@@ -192,8 +208,8 @@ class Checkpoints:
         self.wait()
         reasons: list[str] = []
         whole = False
-        for number in [step] if step is not None else _from_first(manifests.steps(self._directory)[::-1]):
-            path = self._directory / str(number)
+        for number, second in self._candidates(step):
+            path = (self._second if second and self._second is not None else self._directory) / str(number)
             exists = _all_agree((path / MANIFEST).exists())
             whole |= exists
             cut_short = f"{MANIFEST} is missing: its save was cut short"
@@ -202,10 +218,15 @@ class Checkpoints:
                 state = _load(path, manifest, abstract_state, self._base)
                 if state is not None:
                     host = json.loads((path / "host.json").read_text())
-                    message = "; ".join([*reasons, f"resuming from step {number}"]) if reasons else None
+                    place = f" in {self._second}" if second else ""
+                    message = (
+                        "; ".join([*reasons, f"resuming from step {number}{place}"]) if reasons or second else None
+                    )
                     return Restored(number, state, host, message)
                 reason = "an array differs from the one that was saved"
-            reasons.append(f"checkpoint {number} is unusable ({reason or 'another process found a damaged file'})")
+            where = f" in {self._second}" if second else ""
+            reason = reason or "another process found a damaged file"
+            reasons.append(f"checkpoint {number}{where} is unusable ({reason})")
         if step is not None:
             raise UserError(f"{self._directory}: {'; '.join(reasons)}; the whole ones are {self.steps()}")
         if whole:
@@ -215,12 +236,32 @@ class Checkpoints:
             )
         return None
 
+    def _candidates(self, step: int | None) -> list[tuple[int, bool]]:
+        """Returns (step, whether in the second place) of what may be a checkpoint, the best first."""
+        if step is not None:
+            return [(step, False)] + ([(step, True)] if self._second is not None else [])
+        first = manifests.steps(self._directory)
+        try:
+            second = [] if self._second is None else manifests.completed(self._second)
+        except OSError:  # it may be away
+            second = []
+        ranks = sorted([2 * n + 1 for n in first] + [2 * n for n in second], reverse=True)
+        return [(rank // 2, rank % 2 == 0) for rank in _from_first(ranks)]
+
     def _discard(self, since: int) -> None:
         """Moves checkpoints at `since` and later out of the way: they belong to an attempt that was given up."""
-        for step in manifests.steps(self._directory):
+        self._discard_in(self._directory, since)
+        if self._second is not None:
+            try:
+                self._discard_in(self._second, since)
+            except OSError as error:
+                self._warnings.append(f"{self._second}: {' '.join(str(error).split())}")
+
+    def _discard_in(self, directory: epath.Path, since: int) -> None:
+        for step in manifests.steps(directory):
             if step >= since:
-                path = self._directory / str(step)
-                aside = self._directory / f"{step}.discarded"
+                path = directory / str(step)
+                aside = directory / f"{step}.discarded"
                 if (path / MANIFEST).exists():
                     if aside.exists():
                         aside.rmtree()
@@ -243,16 +284,23 @@ class Checkpoints:
             leaves = {name: [*shape_type, total] for (name, shape_type), total in zip(table.items(), sums, strict=True)}
             line = json.dumps({"step": step, "files": mine, "leaves": leaves, "base": self._base is None})
             manifests.write(target / MANIFEST, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
-            self._prune()
+            if self._second is not None:
+                try:
+                    manifests.copy(target, self._second / str(step))
+                    self._prune(self._second)
+                except OSError as error:
+                    text = " ".join(str(error).split())
+                    self._warnings.append(f"checkpoint {step} was not copied to {self._second}: {text}")
+            self._prune(self._directory)
         self._barrier(step, "committed")
 
-    def _prune(self) -> None:
+    def _prune(self, directory: epath.Path) -> None:
         """Removes what the keep options do not name, and what was cut short before the newest."""
-        steps = self.steps()
+        steps = manifests.completed(directory)
         kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0)}
-        for step in manifests.steps(self._directory):
+        for step in manifests.steps(directory):
             if step not in kept and step < steps[-1]:
-                path = self._directory / str(step)
+                path = directory / str(step)
                 (path / MANIFEST).unlink(missing_ok=True)  # first, so that no half of one is taken for whole
                 path.rmtree()
 
@@ -260,6 +308,10 @@ class Checkpoints:
         """Waits for all processes, through the coordination service: no device takes part."""
         if jax.process_count() > 1:
             asyncio.run(ocp.multihost.sync_global_processes(phase, operation_id=f"jaxcl-{step}-{self._saves}"))
+
+
+def _place(directory: str | os.PathLike[str]) -> epath.Path:
+    return epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
 
 
 def _load(path: epath.Path, manifest: dict[str, Any], abstract_state: PyTree, base: Base | None) -> PyTree | None:

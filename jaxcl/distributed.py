@@ -1,5 +1,6 @@
 """Several processes: joining them, stopping them together, leaving together.
 
+distributed.cache_compilations()            so that a second start need not compile
 distributed.initialize()                    before anything else touches JAX; nothing happens without a cluster
 with distributed.stop_on_signal() as stopped:
     ...
@@ -7,6 +8,7 @@ with distributed.stop_on_signal() as stopped:
         break
 distributed.together(action)                fails on all processes if it fails on one
 distributed.shutdown()                      last: a process that leaves early makes the others abort
+distributed.abandon(status)                 instead, if another process is gone
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -55,10 +59,39 @@ def initialize() -> bool:
     return True
 
 
+def cache_compilations() -> str | None:
+    """Keeps compiled programs in ~/.cache/jaxcl/compiled, so that a run that starts again does not compile again.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false or a home that cannot be written
+    leaves it out. Returns the folder, None if there is none.
+    """
+    known, wanted = (
+        getattr(jax.config, f"jax_{name}") for name in ("compilation_cache_dir", "enable_compilation_cache")
+    )
+    if known or not wanted:
+        return known
+    place = os.path.join(os.path.expanduser("~"), ".cache", "jaxcl", "compiled")
+    try:
+        os.makedirs(place, mode=0o700, exist_ok=True)  # what lies there will be executed
+    except OSError:
+        return None
+    if not os.access(place, os.W_OK) or os.stat(place).st_uid != os.getuid():
+        return None
+    jax.config.update("jax_compilation_cache_dir", place)
+    return place
+
+
 def shutdown() -> None:
     """Waits for the other processes and leaves; harmless without a cluster."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def abandon(status: int) -> NoReturn:
+    """Ends this process at once, without waiting for others: one of them is gone and would never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def together(action: Callable[[], object]) -> None:

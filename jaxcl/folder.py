@@ -20,7 +20,7 @@ from jaxcl.schema import UserError
 # What may differ between two starts of one run. The rows of past stages are checked against the checkpoint itself; the
 # implementations of attention compute the same, and the machine that a run goes on with may need another.
 FREE = (
-    *("label", "checkpoint", "rollback", "tensorboard", "wandb"),
+    *("label", "checkpoint", "rollback", "tensorboard", "wandb", "watch"),
     *("stream.stages", "stream.steps", "packing.directory", "model.attention"),
 )
 LOCK = "lock"  # held by the process that trains in the folder; the operating system frees it when that ends
@@ -119,6 +119,24 @@ def claim(place: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> N
         record["branch"] = _read(place / BRANCH)
     write(place / "config.json", config)
     write(place / "run.json", record)
+
+
+def check_data(place: Path, step: int, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compares the fingerprints `stream` and `held_out` with those of a checkpoint; None there = no longer known.
+
+    Raises:
+      UserError: the run would go on with other data.
+    """
+    if then["stream"] not in (None, now["stream"]):
+        raise UserError(
+            f"config.sources: the rows before step {step} are not those that {place} was trained "
+            "on (another corpus, seed or past stage); restore them, or start a new --workdir"
+        )
+    if then["held_out"] not in (None, now["held_out"]):
+        raise UserError(
+            f"config.sources: the held-out rows are not those that {place} was evaluated on; restore "
+            "the corpus, or start a new --workdir"
+        )
 
 
 def finish(place: Path) -> None:

@@ -89,8 +89,10 @@ def override(config: dict[str, Any], arg: str) -> None:
 def main(argv: list[str]) -> int:
     """Runs what the command line asks for and returns the exit status."""
     config, workdir = read(argv)
-    from jaxcl import sweep, train  # noqa: PLC0415  after the flags: a mistake in them should not cost an import of jax
+    # After the flags: a mistake in them should not cost an import of jax.
+    from jaxcl import distributed, sweep, train  # noqa: PLC0415
 
+    distributed.cache_compilations()
     return (sweep.run if "variants" in config else train.run)(config, workdir)
 
 

@@ -74,6 +74,24 @@ def verify(path: epath.Path, *, everything: bool = False) -> tuple[str | None, d
     return None, manifest
 
 
+def copy(source: epath.Path, target: epath.Path) -> None:
+    """Copies a whole checkpoint; the manifest comes last, so that a copy that was cut short is none.
+
+    Raises:
+      OSError: the place cannot be written, or a file differs once it is there.
+    """
+    manifest = json.loads((source / MANIFEST).read_bytes().split(b"\n")[0])
+    if target.exists():
+        (target / MANIFEST).unlink(missing_ok=True)
+        target.rmtree()
+    for name, wanted in manifest["files"].items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).copy(target / name)
+        if fingerprint(target / name) != wanted:
+            raise OSError(f"{target / name}: differs from what was written")
+    write(target / MANIFEST, (source / MANIFEST).read_text())
+
+
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns nested dicts for names such as a/b/c: what other tools see when they open the checkpoint."""
     root: dict[str, Any] = {}

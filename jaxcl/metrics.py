@@ -183,6 +183,24 @@ def count(path: str | os.PathLike[str], step: int) -> tuple[int, int | None]:
     return len(steps), max(steps, default=None)
 
 
+def history(path: Path, step: int, wanted: int | None) -> int:
+    """Returns the number of records up to `step`; `wanted` is their number when the checkpoint there was saved.
+
+    Raises:
+      UserError: some of them are gone.
+    """
+    records, last = count(path, step) if step >= 0 else (0, None)
+    if wanted is not None and records < wanted:
+        ends = "has no records" if last is None else f"ends at step {last}"
+        if last == step:
+            ends = f"lacks {wanted - records} of the first {wanted} records"
+        raise UserError(
+            f"{path}: {ends}, but the checkpoint is at step {step}; restore the file from a copy, or start a "
+            "new --workdir"
+        )
+    return records
+
+
 def truncate(path: str | os.PathLike[str], step: int) -> int:
     """Removes the records after `step` and a torn last line; returns how many lines went.
 

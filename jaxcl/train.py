@@ -15,9 +15,12 @@ import jax
 
 from jaxcl import allocator, checkpoint, distributed, folder, frozen, mesh, metrics, program, progress, report, schema
 from jaxcl import feed as feeds
+from jaxcl import watch as watches
 from jaxcl.data.archive import Archive
 from jaxcl.report import terminal
 from jaxcl.types import Batch, TrainState
+
+Stop = Callable[[int], str | None]  # step -> why to stop after it, or None
 
 
 class Loop(NamedTuple):
@@ -28,14 +31,22 @@ class Loop(NamedTuple):
     rollback: int = 8  # bad steps in a row after which the last checkpoint is restored
     tensorboard: bool = True
     wandb: str | None = None  # project
+    watch: dict[str, Any] | None = None  # see `jaxcl.watch.Watch`
 
 
 class Stopped(Exception):
     """A signal asked the run to stop; the state is saved. The argument names the signal."""
 
+    @property
+    def cause(self) -> str:
+        """The signal."""
+        return str(self)
+
 
 class BadSteps(Exception):
     """Too many bad steps in a row."""
+
+    cause = "bad steps"
 
 
 class Session:
@@ -47,6 +58,7 @@ class Session:
         self.checkpoints = schema.call(
             checkpoint.Checkpoints, loop.checkpoint or {}, place / "checkpoints", made.base, field="checkpoint"
         )
+        self.watch = watches.Watcher(schema.call(watches.Watch, loop.watch or {}, field="watch"), place)
         self.state: TrainState
         self.step = 0
         self.ledger: dict[str, dict[str, int]] = {}
@@ -97,48 +109,25 @@ class Session:
             self.ledger = {source: dict(zero) for source in self.made.stream.sources}
             message = None
         else:
-            past, held = found.host["stream"], found.host["held_out"]  # None: grown, the rows had other tokens
-            if past not in (None, self.made.stream.fingerprint(found.step)):
-                raise schema.UserError(
-                    f"config.sources: the rows before step {found.step} are not those that {self.place} was trained "
-                    "on (another corpus, seed or past stage); restore them, or start a new --workdir"
-                )
-            if held not in (None, self.made.held_out):
-                raise schema.UserError(
-                    f"config.sources: the held-out rows are not those that {self.place} was evaluated on; restore "
-                    "the corpus, or start a new --workdir"
-                )
+            now = {"stream": self.made.stream.fingerprint(found.step), "held_out": self.made.held_out}
+            folder.check_data(self.place, found.step, found.host, now)
             self.step, self.ledger = found.step, found.host["ledger"]
             self.state, self.held = feeds.unpacked(found.state, found.host.get("feed"))
             self.saved = found.step
             message = found.message or f"continues from step {found.step}"
         if self.archive:
             distributed.together(functools.partial(self.archive.check, self.step))
-        distributed.together(functools.partial(self.check_history, found and found.host.get("records")))
+        distributed.together(functools.partial(self.remember, found and found.host.get("records")))
         if not jax.process_index():
             cut = metrics.truncate(self.place / "metrics.jsonl", self.step if found else -1)
             message = "no checkpoint found: starts from the beginning" if cut and not found else message
         self.clock = time.perf_counter()
         return message
 
-    def check_history(self, wanted: int | None) -> None:
-        """Counts the records up to the present step; `wanted` is their number when the checkpoint was saved.
-
-        Raises:
-          UserError: some of them are gone.
-        """
-        if jax.process_index():
-            return
-        path = self.place / "metrics.jsonl"
-        self.records, last = (0, None) if self.fresh else metrics.count(path, self.step)
-        if wanted is not None and self.records < wanted:
-            ends = "has no records" if last is None else f"ends at step {last}"
-            if last == self.step:
-                ends = f"lacks {wanted - self.records} of the first {wanted} records"
-            raise schema.UserError(
-                f"{path}: {ends}, but the checkpoint is at step {self.step}; restore the file from a copy, or start a "
-                "new --workdir"
-            )
+    def remember(self, wanted: int | None) -> None:
+        """Counts the records up to the present step; `wanted` is their number when the checkpoint was saved."""
+        if not jax.process_index():
+            self.records = metrics.history(self.place / "metrics.jsonl", -1 if self.fresh else self.step, wanted)
 
     def rewind(self) -> None:
         """Brings the reservoir back to the present step."""
@@ -149,7 +138,7 @@ class Session:
         """Returns the batch of a step; called in order, by the feeder."""
         return self.made.place(step, self.archive.at(step)) if self.archive else self.made.place(step)
 
-    def train(self, stopped: Callable[[int], str | None]) -> None:
+    def train(self, stopped: Stop) -> None:
         """Trains to the end of the stream; rolls back once if steps stay bad.
 
         Raises:
@@ -159,17 +148,25 @@ class Session:
         while True:
             try:
                 return self.run_steps(stopped)
+            except watches.Repeat as again:
+                self.back(f"{again}: is it the machine or the data?")
             except BadSteps as bad:
                 if self.rolled_back:
                     raise
-                self.rolled_back, self.pending = True, None
-                self.out.close()  # before the records after the checkpoint are cut off
-                self.restore()
-                self.rewind()
-                self.out = metrics.Several(self.writers())
-                self.event("rollback", f"{bad}; back to step {self.step}")
+                self.rolled_back = True
+                self.back(str(bad))
 
-    def run_steps(self, stopped: Callable[[int], str | None]) -> None:
+    def back(self, why: str) -> None:
+        """Goes on from the last checkpoint."""
+        self.pending = None
+        self.out.close()  # before the records after the checkpoint are cut off
+        self.restore()
+        self.rewind()
+        self.watch.back()
+        self.out = metrics.Several(self.writers())
+        self.event("rollback", f"{why}; back to step {self.step}")
+
+    def run_steps(self, stopped: Stop) -> None:
         """Trains from the present step to the end of the stream."""
         flow = self.made.stream
         if self.fresh:
@@ -184,11 +181,13 @@ class Session:
                     self.event("stopped", f"by {reason}")
                     self.save()
                     raise Stopped(reason)
+                self.watch.profile(self.step)
                 rows, told = self.feed.get(self.state)
                 self.state, values = self.made.step(self.state, rows)
                 self.account(self.step)
                 self.step += 1
                 self.flush()  # the step before: by now its metrics are there, and the device is busy with this one
+                self.watch.compare(self.step, self.state)
                 self.feed.settle()
                 if (note := told.pop("note", None)) and not self.noted:
                     self.noted = True
@@ -234,10 +233,11 @@ class Session:
             return
         step, values = self.pending
         self.pending = None
+        dispatched = time.perf_counter()
         fetched = {name: float(value) for name, value in mesh.fetch(values).items()}
         times = {name[5:]: fetched.pop(name) for name in list(fetched) if name.startswith("time/")}
         now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        seconds, busy, self.clock = now - self.clock, dispatched - self.clock, now
         stage = self.made.stream.stage_of(step - 1)
         # Targets trained on, replayed ones too, or tokens drawn; not padding or context.
         tokens = fetched.get("drawn", fetched["weight"]) / seconds
@@ -246,7 +246,11 @@ class Session:
         about = {"task": stage, "stage": self.made.stream.stages[stage].name}
         self.write({"kind": "train", "step": step, **about, **fetched, "time": speed})
         if fetched.get("guard/consecutive", 0) >= 1:
-            self.event("skipped", f"loss {fetched['loss']:.3g}, gradient norm {fetched['grad_norm']:.3g}", step)
+            gave = f"loss {fetched['loss']:.3g}, gradient norm {fetched['grad_norm']:.3g}"
+            self.event("skipped", gave, step, rows=self.made.stream.named_rows(step - 1))
+        self.watch.took(step, seconds, busy, fetched)
+        for where, message in self.watch.told():
+            self.event("repeated", message, where)
         if fetched.get("guard/consecutive", 0) >= self.loop.rollback:
             raise BadSteps(
                 f"steps {step - self.loop.rollback + 1} to {step} were all skipped (loss {fetched['loss']:.3g}); "
@@ -258,14 +262,16 @@ class Session:
         self.flush()
         began = time.perf_counter()
         params = frozen.whole(self.state)
-        scores = self.made.evaluate(params)
-        spent = {"seconds": time.perf_counter() - began}
+        with self.watch.spending("evaluation"):
+            scores = self.made.evaluate(params)
+        spent = {"seconds": time.perf_counter() - began} | self.watch.busiest()
         if boundary == -1 and (bad := [name for name, loss in scores["loss"].items() if not math.isfinite(loss)]):
             raise BadSteps(
                 f"the loss on {bad[0]} is not finite before the first step; look at config.model and its checkpoint"
             )
         if boundary is not None and self.made.compare:
-            scores = scores | self.made.compare(params)
+            with self.watch.spending("evaluation"):
+                scores = scores | self.made.compare(params)
             name = "alignment_s" if "alignment" in scores else "modes_s"
             spent[name] = time.perf_counter() - began - spent["seconds"]
         task = self.made.stream.stage_of(self.step - 1) if self.step else -1
@@ -279,14 +285,19 @@ class Session:
         self.flush()
         if self.saved == self.step:
             return
+        self.watch.compare(self.step, self.state, now=True)
         self.out.sync()
         past = self.made.stream.fingerprint(self.step)
         host = {"ledger": self.ledger, "stream": past, "held_out": self.made.held_out, "records": self.records}
         state, own = feeds.packed(self.state, self.made.rollouts, self.feed.held if self.feed else self.held)
-        self.checkpoints.save(self.step, state, host | own)
+        with self.watch.spending("save"):
+            self.checkpoints.save(self.step, state, host | own)
         if self.archive:
             self.archive.release(min(self.checkpoints.steps(), default=0))
         self.saved = self.step
+        self.watch.saved(self.step)
+        for text in self.checkpoints.warnings():
+            self.event("checkpoint", text)
         self.clock = time.perf_counter()
 
     def write(self, record: metrics.Record) -> None:
@@ -294,10 +305,10 @@ class Session:
         self.out.write(record)
         self.records += 1
 
-    def event(self, name: str, message: str, step: int | None = None) -> None:
+    def event(self, name: str, message: str, step: int | None = None, **more: Any) -> None:
         """Writes an event."""
         where = self.step if step is None else step
-        self.out.write({"kind": "event", "step": where, "event": name, "message": message})
+        self.out.write({"kind": "event", "step": where, "event": name, "message": message, **more})
 
     def close(self) -> None:
         """Waits for the last checkpoint and closes the files."""
@@ -311,7 +322,7 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     """Trains what `config` describes in `workdir`, from its last checkpoint if there is one, and writes the report.
 
     Returns the exit status: 0 finished, or stopped by SIGTERM with the state saved; 130 stopped by Ctrl-C, likewise;
-    1 a checkpoint could not be written; 3 training cannot go on.
+    1 a checkpoint could not be written; 3 training cannot go on; 4 a fault of the machine (see `jaxcl.watch`).
 
     Args:
       config: the keys of `Loop` and of `jaxcl.program.build`.
@@ -322,7 +333,7 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
       UserError: bad input, before anything is written.
     """
     loop, pieces = split(config)
-    place = Path(workdir)
+    place, began = Path(workdir), time.time()
     distributed.initialize()
     if jax.default_backend() == "cpu":
         allocator.keep_pages()
@@ -332,7 +343,7 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     else:
         with distributed.stop_on_signal() as stopped:
             made = program.build(**pieces)
-            status = supervise(made, loop, place, config, stopped)
+            status = supervise(made, loop, place, config, stopped, began)
     if status == 0 and folder.about(place)["finished"] and jax.process_index() == 0:
         results = report.write([str(place)])
         if final:
@@ -342,20 +353,27 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
 
 
 def supervise(
-    made: program.Program, loop: Loop, place: Path, config: Mapping[str, Any], stopped: Callable[[int], str | None]
+    made: program.Program, loop: Loop, place: Path, config: Mapping[str, Any], stopped: Stop, began: float
 ) -> int:
-    """Trains to the end and returns the exit status of `run`."""
+    """Trains to the end and returns the exit status."""
     try:
         with contextlib.ExitStack() as stack:
             distributed.together(lambda: stack.enter_context(folder.locked(place)))
             session = stack.enter_context(contextlib.closing(Session(made, loop, place, config)))
-            session.train(stopped)
+            with session.watch.attempt(began, lambda: session.step):
+                session.train(stopped)
     except Stopped as reason:
         print(f"stopped by {reason}: the state is saved in {place}; the same command continues", flush=True)
         return 130 if str(reason) == "SIGINT" else 0
-    except BadSteps as bad:
+    except (BadSteps, watches.MachineFault) as bad:
         print(f"error: {bad}", file=sys.stderr)
-        return 3
+        return 3 if isinstance(bad, BadSteps) else watches.MACHINE
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        text = " ".join(str(error).split())[:200]
+        print(f"error: another process or its machine is gone ({text}); start all of them again", file=sys.stderr)
+        distributed.abandon(watches.MACHINE)
     except checkpoint.NotSaved as error:
         text = " ".join(str(error).split())[:400]
         print(f"error: {text}; mend that, and the same command continues from the checkpoint before", file=sys.stderr)

@@ -337,3 +337,68 @@ def test_checksums_equal_numpy_on_any_mesh_and_change_with_any_element():
         y = x.copy()
         y.view(np.uint32).ravel()[i] ^= 1
         assert int(checksums([jnp.asarray(y)])[0]) != wanted
+
+
+def test_a_second_place_holds_copies_that_are_read_when_the_first_is_damaged(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    write(first, 1, 2, 3, keep=2, second=str(second))
+    assert [sorted(p.name for p in place.iterdir()) for place in (first, second)] == [["2", "3"]] * 2
+    (first / "3" / "host.json").write_text("{}")
+    with Checkpoints(first, second=str(second)) as checkpoints:
+        found = checkpoints.restore(abstract())
+    assert found.step == 3
+    assert f"resuming from step 3 in {second}" in found.message
+    assert "host.json was altered" in found.message
+    assert_same(found.state, make_state(3))
+    shutil.rmtree(first)
+    with Checkpoints(first, second=str(second)) as checkpoints:
+        found = checkpoints.restore(abstract())
+        assert_same(found.state, make_state(3))
+        assert_same(checkpoints.restore(abstract(), step=2).state, make_state(2))
+    with Checkpoints(first) as checkpoints:
+        assert checkpoints.restore(abstract()) is None
+
+
+def test_a_copy_that_was_cut_short_is_none(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    write(first, 1, 2, second=str(second))
+    (second / "2" / MANIFEST).unlink()
+    (first / "2" / MANIFEST).write_text("no")
+    with Checkpoints(first, second=str(second)) as checkpoints:
+        found = checkpoints.restore(abstract())
+    assert found.step == 1
+    assert found.message.endswith("resuming from step 1")  # in the first place, which is asked before the second
+
+
+def test_a_second_place_that_cannot_be_written_is_told_and_costs_nothing(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    with Checkpoints(first, second=str(second)) as checkpoints:
+        second.write_text("a file")  # where a folder is to be made
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.wait()
+        about, told = checkpoints.warnings()
+        assert str(second) in about
+        assert told.startswith(f"checkpoint 1 was not copied to {second}")
+        assert checkpoints.warnings() == []
+        assert checkpoints.steps() == [1]
+
+
+def test_what_another_attempt_left_in_the_second_place_is_moved_away(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    write(first, 1, 2, second=str(second))
+    (first / "2" / "host.json").write_text("{}")
+    (second / "2" / "host.json").write_text("{}")
+    with Checkpoints(first, keep=9, second=str(second)) as checkpoints:
+        assert checkpoints.restore(abstract()).step == 1
+        checkpoints.save(2, make_state(2), {"position": 2})
+    assert (second / "2.discarded").exists()
+    with Checkpoints(first, second=str(second)) as checkpoints:
+        assert checkpoints.restore(abstract()).step == 2
+
+
+def test_the_second_place_is_another_one(tmp_path):
+    with pytest.raises(UserError, match=r"config.checkpoint.second='.*': holds the first place"):
+        Checkpoints(tmp_path / "run" / "checkpoints", second=str(tmp_path / "run"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"config.checkpoint.second='.*file': is a file"):
+        Checkpoints(tmp_path / "run" / "checkpoints", second=str(tmp_path / "file"))

@@ -29,20 +29,10 @@ LAYERS = (
     {"models"},
     {"methods"},
     {"data", "rl"},
-    {
-        "forgetting",
-        "stability",
-        "online",
-        "seeds",
-        "flops",
-        "scores",
-        "generate",
-        "metrics",
-        "progress",
-        "console",
-        "certify",
-    },
-    {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"},
+    {"forgetting", "stability", "seeds", "flops", "scores", "generate", "metrics", "progress", "console", "certify"}
+    | {"online"},
+    {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"}
+    | {"goodput", "watch"},
     {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
@@ -50,6 +40,7 @@ LAYERS = (
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
 IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}
+IO_LAYERS |= {"goodput", "watch"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 

@@ -75,3 +75,20 @@ def test_one_process_stops_on_a_signal_and_on_the_second_interrupt_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopped(0) == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is old
+
+
+def test_compiled_programs_are_kept_unless_they_are_told_to_be_elsewhere(tmp_path, monkeypatch):
+    set_ = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: set_.append((name, value)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = str(tmp_path / ".cache" / "jaxcl" / "compiled")
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
+    monkeypatch.setattr(type(jax.config), "jax_enable_compilation_cache", True, raising=False)
+    assert distributed.cache_compilations() == place
+    assert set_ == [("jax_compilation_cache_dir", place)]
+    assert os.stat(place).st_mode & 0o077 == 0
+    monkeypatch.setenv("HOME", "/proc/none")
+    assert distributed.cache_compilations() is None
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", "elsewhere", raising=False)
+    assert distributed.cache_compilations() == "elsewhere"
+    assert len(set_) == 1

@@ -22,14 +22,14 @@ PLAIN = {"expansion": "none", "width": None, "labels": C, "hidden": D}
 def compiled(options, adapter):
     setting = toys.solved(**PLAIN | dict(adapter))
     made = compose.make(options, setting)
-    return setting, made, jax.jit(made.step), jax.jit(made.end_task)
+    return setting, made, jax.jit(made.step), jax.jit(made.end_task), jax.jit(setting.analytic.features)
 
 
 class Learner:
     """A run of a method on the features of a frozen perceptron."""
 
     def __init__(self, options, **adapter):
-        self.setting, made, self.run, self.end = compiled(options, tuple(adapter.items()))
+        self.setting, made, self.run, self.end, self.read = compiled(options, tuple(adapter.items()))
         self.state = made.init(self.setting.model.init(jax.random.key(1)))
 
     def learn(self, x, y, size=8, *, over=True):
@@ -40,9 +40,11 @@ class Learner:
             self.state = self.end(self.state, toys.stack([batch]), jax.random.key(0))
         return self
 
-    def features(self, x, y):
-        batch = toys.points(x, y)
-        return np.asarray(self.setting.analytic.features(self.state.params, batch), np.float64)
+    def features(self, inputs, labels):
+        """Returns float64 features, computed in one shape whatever the number of rows."""
+        spare = -len(labels) % 128
+        batch = toys.points(np.pad(inputs, ((0, spare), (0, 0))), np.pad(labels, (0, spare)))
+        return np.asarray(self.read(self.state.params, batch), np.float64)[: len(labels)]
 
     def logits(self, x, y):
         return np.asarray(self.setting.model.apply(self.state.params, toys.points(x, y)).logits, np.float64)
@@ -127,7 +129,7 @@ def test_discriminants_are_those_of_one_covariance(epsilon):
 
 def test_the_published_running_covariance_is_that_of_the_sums_for_one_class():
     """N S <- N S + N / (N + 1) (x - mean)(x - mean)^T, as `slda` says of what it leaves out."""
-    learner, (x, y) = Learner("slda(epsilon=0.5)"), rows(24, known=(1,))
+    learner, (x, y) = Learner("slda(epsilon=0.5, every=4)", bias=False), rows(24, known=(1,))
     features = learner.learn(x, y).features(x, y)
     total, mean = np.zeros((D, D)), np.zeros(D)
     for n, row in enumerate(features):
@@ -162,9 +164,9 @@ def precision_of(c, gamma1, gamma2, correlation):
 def test_distances_are_those_of_shrunk_correlations(shared, correlation):
     adapter = {"head": "mahalanobis", "power": 0.5, "shared": shared}
     learner = Learner(f"fecam(correlation={correlation}, gamma2=0.5)", **adapter)
-    x, y = (np.concatenate(part) for part in zip(rows(48), rows(48, 1, (0, 3)), strict=True))
+    x, y = (np.concatenate(part) for part in zip(rows(49), rows(48, 1, (0, 3)), strict=True))
     x, y = np.concatenate([x, x[:1]]), np.concatenate([y, np.int32([4])])  # a class of one row
-    learner.learn(x[:48], y[:48]).learn(x[48:], y[48:], size=7)
+    learner.learn(x[:49], y[:49], size=7).learn(x[49:], y[49:], size=7)
     features = learner.features(x, y)
     turned, means = np.sqrt(features), np.sqrt(means_of(features, y))
     own = [precision_of(c, 1.0, 0.5, correlation) for c in covariances(turned, y, shared)]
@@ -214,8 +216,11 @@ def test_ranpac_chooses_the_regularisation_on_rows_it_has_not_seen(by):
 
 def test_ranpac_without_a_choice_is_ridge():
     learner, (x, y) = Learner("ranpac(gamma=2.0)"), rows(32)
-    features = learner.learn(x, y).features(x, y)
-    close(learner.params["head"], np.linalg.solve(features.T @ features + 2 * np.eye(D), features.T @ np.eye(C)[y]))
+    features, targets = learner.learn(x, y).features(x, y), np.eye(C)[y]
+    head = np.linalg.solve(features.T @ features + 2 * np.eye(D), features.T @ targets)
+    close(learner.params["head"], head)
+    errors = np.sum((targets - features @ head) ** 2)
+    np.testing.assert_allclose(learner.params["scale"], 32 * len(set(y)) / errors, rtol=1e-4)
 
 
 def test_means_and_scatter_have_the_digits_of_the_sums():
@@ -258,7 +263,7 @@ def test_options_that_do_not_fit_are_refused():
 
 
 def test_a_discriminant_of_no_rows_is_zero():
-    learner = Learner("slda(epsilon=0.5)")
+    learner = Learner("slda(epsilon=0.5, every=4)", bias=False)
     head, bias, bound = toys.quick(slda.discriminant)(learner.state.memory["moments"], 0.5)
     assert not np.any(head)
     assert not np.any(bias)

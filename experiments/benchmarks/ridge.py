@@ -1,9 +1,12 @@
-"""One recursive ridge update: jaxcl in float32 against the published order in float64 on torch, CPU-seconds.
+"""One ridge update: jaxcl in float32 and pairs of it against torch in float64, CPU-seconds.
+
+Forms: jaxcl's recursion (R and W) and its moments (A and B in pairs of float32, without weights); torch's recursion as
+it was published, the same in the best order of products, and plain sums of products.
 
 python -m experiments.benchmarks.ridge --peer_python=PYTHON_WITH_TORCH [--cases 2048x64 5000x256]
 
-Both sides are processes of their own that wait for a line and then take one update, so that whatever else the machine
-does falls on both alike. Memory is the peak of the process above what it held with state and inputs. Raw results go to
+All are processes of their own that wait for a line and then take one update, so that whatever else the machine does
+falls on all alike. Memory is the peak of the process above what it held with state and inputs. Raw results go to
 results/ridge_cpu.json.
 """
 
@@ -22,6 +25,13 @@ from pathlib import Path
 from experiments.benchmarks import train_step
 
 HERE = Path(__file__).resolve().parent
+OWN, PEER = ("recursion", "gram"), ("published", "ordered", "gram")
+RATIOS = (
+    ("torch published", "jaxcl recursion"),
+    ("torch ordered", "jaxcl recursion"),
+    ("torch published", "jaxcl gram"),
+    ("torch gram", "jaxcl gram"),
+)
 
 
 def serve(case):
@@ -29,13 +39,16 @@ def serve(case):
     import jax
     import jax.numpy as jnp
 
-    from jaxcl.ridge import recursion
+    from jaxcl.ridge import moments, recursion
 
     d, b, c = case["features"], case["rows"], case["classes"]
-    state = recursion.Inverse(jnp.eye(d) / case["gamma"], jnp.zeros((d, c)))
+    if case["form"] == "gram":
+        state, update = moments.empty(d, c), moments.add
+    else:
+        state, update = recursion.Inverse(jnp.eye(d) / case["gamma"], jnp.zeros((d, c))), recursion.update
     x = jax.nn.relu(jax.random.normal(jax.random.key(0), (b, d)))
     batch = x, jnp.arange(b, dtype=jnp.int32) % c, jnp.ones(b)
-    step = jax.jit(recursion.update, donate_argnums=0).lower(state, *batch).compile()
+    step = jax.jit(update, donate_argnums=0).lower(state, *batch).compile()
     jax.block_until_ready((state, batch))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     temporary = step.memory_analysis().temp_size_in_bytes
@@ -50,10 +63,12 @@ def serve(case):
 
 def compare(case, peer_python, repeats):
     """Returns side -> figures of the updates that both sides took in turn, after one that is not counted."""
-    argument = json.dumps(case)
+    own = [sys.executable, "-m", "experiments.benchmarks.ridge", "--worker"]
+    peer = [peer_python, str(HERE / "torch_ridge.py")]
     commands = {
-        "jaxcl": [sys.executable, "-m", "experiments.benchmarks.ridge", f"--worker={argument}"],
-        "torch": [peer_python, str(HERE / "torch_ridge.py"), argument],
+        f"{side} {form}": [*program, json.dumps(case | {"form": form})]
+        for side, program, forms in (("jaxcl", own, OWN), ("torch", peer, PEER))
+        for form in forms
     }
     sides = {
         name: subprocess.Popen(
@@ -107,12 +122,15 @@ def main():
     for name in options.cases:
         d, b = map(int, name.split("x"))
         table = compare({"features": d, "rows": b, "classes": 100, "gamma": 0.1}, options.peer_python, options.repeats)
-        ratio = table["torch"]["least_cpu_s"] / table["jaxcl"]["least_cpu_s"]
-        record["cases"][name] = table | {"ratio": ratio}
+        ratios = {
+            f"{over} / {under}": table[over]["least_cpu_s"] / table[under]["least_cpu_s"] for over, under in RATIOS
+        }
+        record["cases"][name] = table | {"ratios": ratios}
         for side, row in table.items():
             extra = max(update["extra_bytes"] for update in row["updates"]) / 2**20
-            print(f"d={d} b={b} {side:6s} {row['least_cpu_s']:7.3f} CPU-s, {extra:7.1f} MiB above the state")
-        print(f"d={d} b={b} torch / jaxcl = {ratio:.1f}", flush=True)
+            print(f"d={d} b={b} {side:16s} {row['least_cpu_s']:7.3f} CPU-s, {extra:7.1f} MiB above the state")
+        for over, ratio in ratios.items():
+            print(f"d={d} b={b} {over} = {ratio:.1f}", flush=True)
     Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -137,7 +137,8 @@ def jaxcl_step(shape: Shape, policy: str):
     more = {"compute_dtype": "bfloat16"} if shape.gpu else {"unroll": shape.layers}
     model = transformer.make(**sizes, tied=True, **more)
     own = practice_of(shape, policy)
-    explorer, rows_of = own.explorer(meshes.make(), model, 0), own.corpora()["random"].train
+    mesh = meshes.make()
+    explorer, rows_of = own.explorer(mesh, model, 0), own.corpora()["random"].train
     spent, compiled, draw = {}, [], np.random.default_rng(1)
 
     def explore(params, step):
@@ -148,12 +149,14 @@ def jaxcl_step(shape: Shape, policy: str):
         spent.update(since(before, "sample_"))
         return explorer.judge(rolled, prompts, numbers)
 
-    params = jax.jit(model.init)(jax.random.key(0))
+    whole = meshes.replicated(mesh)
+    params = jax.jit(model.init, out_shardings=whole)(jax.random.key(0))
     rows, _ = explore(params, 0)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
     tx = optim.make(lr=1e-4, weight_decay=0.0)
     method = compose.make("cpt", compose.Setting(model, tx, example, 1, own.loss({})[0]))
-    state, update, taken = jax.jit(method.init)(params), jax.jit(method.step, donate_argnums=0), 0
+    state = jax.jit(method.init, out_shardings=whole)(params)
+    update, taken = jax.jit(method.step, donate_argnums=0), 0
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )

@@ -184,6 +184,12 @@ class Stream(NamedTuple):
             out[name] = counts | {f"{kind}_tokens": int(self.rows[k].tokens[row[kind]].sum()) for kind in _KINDS}
         return out
 
+    def named_rows(self, step: int) -> dict[str, list[int]]:
+        """Returns the numbers of the rows of each source that the batch at `step` has, in their order."""
+        index = self.index(step)
+        rows = {name: index.row[index.source == k].tolist() for k, name in enumerate(self.sources)}
+        return {name: numbers for name, numbers in rows.items() if numbers}
+
     def ledger(self, step: int) -> dict[str, dict[str, int]]:
         """Returns the sum of `account` over the steps before `step`; takes time in proportion to `step`."""
         total: dict[str, dict[str, int]] = {name: {} for name in self.sources}

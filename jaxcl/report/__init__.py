@@ -33,10 +33,18 @@ def write(
       UserError: not a run directory, no metrics or no evaluation yet, an unknown control, or an existing file that
         is not a report.
     """
-    folders = expand([Path(path) for path in paths])
     target = Path(out) if out is not None else default_target(paths)
     _check_target(target)
-    runs = [load(folder) for folder in folders]
+    text, results = build(paths, control=control)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _replace(target, text)
+    _replace(target.with_suffix(".json"), json.dumps(metrics.plain(results), indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def build(paths: Sequence[str | os.PathLike[str]], *, control: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Returns the HTML of a report and what report.json holds; arguments and errors as for `write`."""
+    runs = [load(folder) for folder in expand([Path(path) for path in paths])]
     if len(runs) == 1:
         if control is not None:
             raise UserError(f"--control={control}: there is only one run to report on; give at least two")
@@ -49,10 +57,7 @@ def write(
         content, title = many.body(comparison), f"{len(comparison.groups)} methods, {len(runs)} runs"
         results = {"jaxcl": jaxcl.__version__, "kind": "comparison", **compare.to_json(comparison), "runs": all_figures}
         results["time"] = [_time(run) for run in runs]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _replace(target, page.html(f"{title} · jaxcl report", content))
-    _replace(target.with_suffix(".json"), json.dumps(metrics.plain(results), indent=1, allow_nan=False) + "\n")
-    return results
+    return page.html(f"{title} · jaxcl report", content), results
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
@@ -97,4 +102,4 @@ def _replace(target: Path, text: str) -> None:
 
 def _time(run: Run) -> dict[str, Any]:
     """Returns what depends on the clock and on interruptions."""
-    return {**figures.speed(run), "events": run.events}
+    return {**figures.speed(run), "events": run.events, "goodput": run.goodput}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcl import forgetting, metrics
+from jaxcl import forgetting, goodput, metrics
 from jaxcl.schema import UserError
 
 SCORES = ("bits_per_byte", "accuracy")  # of an evaluation, besides the loss: domain -> value
@@ -45,6 +45,7 @@ class Run:
     steps: int | None  # planned steps, None if the config does not say
     about: dict[str, Any]  # what run.json says of it: facts, versions and branch
     folder: str  # name of its directory
+    goodput: dict[str, Any] | None = None  # see `jaxcl.goodput.summary`; None if no time was recorded
 
     @property
     def step(self) -> int:
@@ -91,7 +92,8 @@ def load(path: Path) -> Run:
     evals = [record for record in records if record["kind"] == "eval" and record.get("loss")]
     if not evals:
         raise UserError(f"{path}: no evaluation recorded yet; wait for the first, or set config.evaluation.every")
-    return _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals, path.resolve().name)
+    run = _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals, path.resolve().name)
+    return replace(run, goodput=goodput.summary(path) if (path / goodput.FILE).exists() else None)
 
 
 def _json(path: Path) -> dict[str, Any]:

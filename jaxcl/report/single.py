@@ -34,6 +34,7 @@ def body(run: Run, figures: dict[str, Any]) -> str:
         machinery(run),
         particulars(run),
         events(run),
+        hours(run),
         appendix(run),
     ]
     return "\n".join(section for section in sections if section)
@@ -263,6 +264,22 @@ def events(run: Run) -> str:
         for event in run.events
     ]  # fmt: skip
     return page.table("Events", ["step", *map(page.text_head, ("event", "message"))], rows)
+
+
+def hours(run: Run) -> str:
+    """Returns where the time went."""
+    if run.goodput is None or not run.goodput["total_s"]:
+        return ""
+    total = run.goodput["total_s"]
+    rows = [
+        [escape(name), f"{value:,.1f}", f"{100 * value / total:.1f}"] for name, value in run.goodput["seconds"].items()
+    ]
+    count = sum(run.goodput["failures"].values())
+    hint = (
+        f"Attempts: {run.goodput['attempts']}, failures: {count}, steps taken again: {run.goodput['repeated_steps']}. "
+        "Productive are training steps whose progress survived; start includes compiling; down lies between attempts."
+    )
+    return page.table("Where the time went", ["class", "seconds", "%"], rows, hint=hint)
 
 
 def appendix(run: Run) -> str:

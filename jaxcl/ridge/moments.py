@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,8 @@ from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 
-_Sums = TypeVar("_Sums")
+MOST = 1024  # rows that are added at a time
+
 _Block = tuple[jax.Array, ...]  # features, labels, weights
 
 
@@ -108,11 +108,16 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
 def add_classes(cross: Pair, counts: Pair, x: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[Pair, Pair]:
     """Returns the sums of classes alone, B and n, with a batch added: b d operations. Arguments as for `add`."""
     x, weights = prepare(x, labels, weights, counts.high.shape[0])
+<<<<<<< HEAD
     return in_blocks(lambda sums, rows: _add_labels(*sums, rows, 1.0), (cross, counts), (x, labels, weights))
+=======
+    return _add_labels(cross, counts, (x, labels, weights), 1.0)
+>>>>>>> learners
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
+<<<<<<< HEAD
     return in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights))
 
 
@@ -125,6 +130,9 @@ def in_blocks(add: Callable[[_Sums, _Block], _Sums], sums: _Sums, rows: _Block) 
     elif whole:
         sums = add(sums, tuple(part[: pair.ROWS] for part in rows))
     return add(sums, tuple(part[-last:] for part in rows)) if last else sums
+=======
+    return ridge.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
+>>>>>>> learners
 
 
 def _add_block(m: Moments, rows: _Block, sign: float) -> Moments:
@@ -138,8 +146,13 @@ def _add_block(m: Moments, rows: _Block, sign: float) -> Moments:
 def _add_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tuple[Pair, Pair]:
     x, labels, weights = rows
     classes = counts.high.shape[0]
-    for piece in pair.pieces(pair.product(x, weights[:, None]), 0):  # the sums of slices are exact
-        cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, labels, classes).T)
+
+    def summed(cross: Pair, rows: tuple[Pair, jax.Array]) -> Pair:
+        for piece in pair.pieces(rows[0], 0):  # the sums of slices are exact
+            cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, rows[1], classes).T)
+        return cross
+
+    cross = ridge.in_blocks(summed, cross, (pair.product(x, weights[:, None]), labels))
     return cross, pair.plus(counts, sign * jax.ops.segment_sum(weights, labels, classes))
 
 

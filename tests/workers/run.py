@@ -1,6 +1,7 @@
 """The command line, which a signal hits at a given point: run.py POINT --config=FILE --workdir=FOLDER ...
 
-POINT is `none`, or SIGNAL:WHERE:STEP, or SIGNAL:WHERE:STEP@PROCESS for one process alone, with WHERE one of
+POINT is `none`, or SIGNAL:WHERE:STEP, or SIGNAL:WHERE:STEP@PROCESS for one process alone; HANG is a signal that never
+ends. WHERE is one of
   step      the step is dispatched, nothing is known of it yet
   end_task  the stage that ends at STEP is closed and evaluated, nothing is saved
   save      the checkpoint is on disk but for its manifest
@@ -32,6 +33,8 @@ def hook(point: str) -> None:
     original = getattr(owner, method)
 
     def strike() -> None:
+        if name == "HANG":
+            time.sleep(10**6)
         os.kill(os.getpid(), getattr(signal, name))
 
     def changed(self, first, *rest, **named):

@@ -101,8 +101,27 @@ def sums(sign: float, old: Sequence[Any], found: Sequence[Any]) -> list[jax.Arra
     return [old[0] + sign * found[0]]
 
 
+def wide_products(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the product of two pairs in float64, which is there whether or not JAX is told to use it."""
+    with jax.enable_x64(True):
+        a, b = (pair.wide(pair.Pair(*part)) for part in (left, right))
+        full = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float64}
+        return [jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), **full)]
+
+
+def wide_sums(sign: float, old: Sequence[jax.Array], found: Sequence[jax.Array]) -> pair.Pair:
+    """Returns the pair `old` with a float64 product added."""
+    with jax.enable_x64(True):
+        return pair.narrow(pair.wide(pair.Pair(*old)) + sign * found[0])
+
+
 def gram_update(a: pair.Pair, x: pair.Pair, sign: float = 1.0, *, side: int = SIDE) -> pair.Pair:
-    """Returns a + sign * x^T x in pairs; see `jaxcl.kernels.ridge.gram_update`."""
+    """Returns a + sign * x^T x in pairs, by way of float64; see `jaxcl.kernels.ridge.gram_update`."""
+    return pair.Pair(*_blocks(wide_products, functools.partial(wide_sums, sign), a, x, side))
+
+
+def gram_update_sliced(a: pair.Pair, x: pair.Pair, sign: float = 1.0, *, side: int = SIDE) -> pair.Pair:
+    """Returns the same without float64: three products of float32, of at most 128 rows for an error of 2^-40."""
     return pair.Pair(*_blocks(gram_products, functools.partial(gram_sums, sign), a, pair.pieces(x, 0), side))
 
 

@@ -52,6 +52,17 @@ def zeros(*shape: int) -> Pair:
     return Pair(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
+def wide(x: Pair) -> jax.Array:
+    """Returns a pair in float64; call it within `jax.enable_x64(True)`."""
+    return x.high.astype(jnp.float64) + x.low.astype(jnp.float64)
+
+
+def narrow(x: jax.Array) -> Pair:
+    """Returns float64 numbers as a pair, to 2^-48; call it within `jax.enable_x64(True)`."""
+    high = x.astype(jnp.float32)
+    return Pair(high, (x - high.astype(jnp.float64)).astype(jnp.float32))
+
+
 def two_sum(a: jax.Array, b: jax.Array) -> Pair:
     """Returns a + b exactly."""
     total = a + b

@@ -1,0 +1,102 @@
+"""The report of runs that are under way, in a browser: rebuilt when their records change, for this machine alone."""
+
+from __future__ import annotations
+
+import html
+import json
+import threading
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from jaxcl import report
+from jaxcl.schema import UserError
+
+HOST = "127.0.0.1"  # reports name files and settings: they are for who may log in here
+REFRESH_S = 5  # seconds between two looks of a page
+# Asks whether the records have changed and loads the page anew only then, where the reader was.
+SCRIPT = """<script>
+let seen = null;
+setInterval(async () => {
+  try {
+    const now = await (await fetch("version")).text();
+    if (seen !== null && now !== seen) location.reload();
+    seen = now;
+  } catch (error) { document.title = "(stopped) " + document.title.replace("(stopped) ", ""); }
+}, %d);
+</script>"""
+
+
+class Live:
+    """Runs and the page about them."""
+
+    def __init__(self, paths: Sequence[str], control: str | None):
+        self._paths, self._control = paths, control
+        self._lock, self._page, self._of = threading.Lock(), "", ""
+
+    def version(self) -> str:
+        """Returns a text that changes when records are added."""
+        files = [folder / "metrics.jsonl" for folder in report.expand([Path(path) for path in self._paths])]
+        return json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.exists()])
+
+    def page(self) -> str:
+        """Returns the report, or why there is none yet; nothing is written to the runs."""
+        with self._lock:
+            version = self.version()
+            if version != self._of or not self._page:
+                try:
+                    text, _ = report.build(self._paths, control=self._control)
+                except UserError as error:
+                    text = f"<!doctype html><title>jaxcl</title><body><p>{html.escape(str(error))}</p></body>"
+                self._page = text.replace("</body>", SCRIPT % (1000 * REFRESH_S) + "</body>")
+                self._of = version
+            return self._page
+
+
+def server(paths: Sequence[str], port: int, control: str | None = None) -> ThreadingHTTPServer:
+    """Returns a server of the report of `paths` on 127.0.0.1; call its `serve_forever`.
+
+    Args:
+      paths: as for `jaxcl.report.write`.
+      port: 0 = any that is free.
+      control: as for `jaxcl.report.write`.
+
+    Raises:
+      UserError: no run there, or the port is taken.
+    """
+    live = Live(paths, control)
+    for folder in report.expand([Path(path) for path in paths]):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give the folder of a run, or one that holds runs")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """Answers with the page or its version; nothing else can be read."""
+            own = {f"{name}:{self.connection.getsockname()[1]}" for name in (HOST, "localhost")}
+            if self.headers.get("Host") not in own:  # a name that a web page has made to point here
+                self.send_error(HTTPStatus.FORBIDDEN)
+                return
+            answers: dict[str, tuple[str, Callable[[], str]]] = {
+                "/": ("text/html", live.page),
+                "/version": ("text/plain", live.version),
+            }
+            if self.path not in answers:
+                self.send_error(HTTPStatus.NOT_FOUND)
+                return
+            kind, make = answers[self.path]
+            body = make().encode()
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keeps requests off the terminal."""
+
+    try:
+        return ThreadingHTTPServer((HOST, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port={port}: {error}; choose another, or 0 for any that is free") from None

@@ -1,0 +1,81 @@
+"""ACIL: the label gain, the choice of the regularisation and of the way to the weights, and what is refused."""
+
+import numpy as np
+import pytest
+import toys
+from closed_form import GAMMA, C, D, Learner, joint, off, rows
+
+from jaxcl import compose
+from jaxcl.methods import acil
+from jaxcl.schema import UserError
+
+QUICK = True
+
+
+def test_the_label_gain_is_measured_and_can_be_left_out():
+    """G-ACIL, equations 10 to 12: W = R [B_(k-1) + X^T Y_old | X^T Y_new], without the second term in the ablation."""
+    tasks = [rows(48, seed=0, known=(0, 1)), rows(48, seed=1, known=(1, 2)), rows(48, seed=2, known=(0, 2, 3))]
+    whole, ablated = Learner("acil(decompose=True)"), Learner("acil(gain=False)")
+    gram, cross, kept = GAMMA * np.eye(D), np.zeros((D, C)), np.zeros((D, C))
+    exposed = np.zeros(C)
+    for x, y in tasks:
+        features, targets = whole.features(x, y), np.eye(C)[y]
+        gram, old = gram + features.T @ features, cross
+        cross = cross + features.T @ targets
+        gained = np.linalg.solve(gram, (cross - old) * exposed)
+        share = np.linalg.norm(gained) / (
+            np.linalg.norm(gained) + np.linalg.norm(np.linalg.solve(gram, cross) - gained)
+        )
+        kept = kept + features.T @ targets * (1 - exposed)
+        for learner in (whole, ablated):
+            learner.step(x, y).over(x, y)
+        assert off(whole.head, np.linalg.solve(gram, cross)) < 1e-6
+        assert off(ablated.head, np.linalg.solve(gram, kept)) < 1e-6
+        np.testing.assert_allclose(whole.state.memory["gain"], share, atol=1e-6)
+        exposed = np.maximum(exposed, targets.max(0))
+    assert share > 0.05
+    assert off(ablated.head, whole.head) > 0.1
+    assert whole.step(x, y).told["gain"] == whole.state.memory["gain"]
+
+
+@pytest.mark.parametrize("by", ["gcv", "loo"])
+def test_the_regularisation_is_chosen_by_what_is_least(by):
+    path = tuple(10.0**n for n in range(-3, 4))
+    learner, (x, y) = Learner(f"acil(gamma={by!r}, gammas={list(path)})"), rows(60, seed=4)
+    x = x + np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    learner.step(x, y).over(x[20:], y[20:])
+    features, targets, score = learner.features(x, y), np.eye(C)[y], []
+    for gamma in path:
+        hat = features @ np.linalg.solve(features.T @ features + gamma * np.eye(D), features.T)
+        errors = targets - hat @ targets
+        if by == "gcv":
+            score.append(np.sum(errors**2) / (1 - np.trace(hat) / len(y)) ** 2)
+        else:
+            score.append(np.sum((errors / (1 - np.diag(hat))[:, None])[20:] ** 2))
+    best = path[int(np.argmin(score))]
+    assert path[0] < best < path[-1]
+    assert learner.state.memory["gamma"] == np.float32(best)
+    assert off(learner.head, joint(features, y, best)) < 1e-6
+
+
+def test_the_choice_is_told_and_options_that_do_not_fit_are_refused():
+    setting = toys.solved(width=2000)
+    assert "cheapest" in compose.explain("acil(every=1)", setting)["acil"]
+    assert acil.plan(setting, 0.1, 1, "auto", True).name == "recursion"
+    assert acil.plan(setting, "gcv", 1, "auto", True).name == "solve"
+    assert acil.plan(setting, 0.1, 1, "refresh", True).why == "refresh: as asked for"
+    for options, words in {
+        "gamma=0.0": "gamma=0.0: must be above 0",
+        "gamma=-1.0": "gamma=-1.0: must be above 0",
+        "gamma='gcv', gammas=[]": "gammas: empty",
+        "gamma='gcv', gammas=[1.0, -1.0]": "gammas=-1.0: must be above 0",
+        "gamma='gcv', how='recursion'": "how='recursion'.*how='solve'",
+        "gain=False, how='refresh'": "how='refresh'.*how='solve'",
+        "every=0": "every=0: must be at least 1",
+        "gamma='best'": r"config\.method\[0\]\.gamma='best': expected",
+    }.items():
+        with pytest.raises(UserError, match=words) as error:
+            compose.make(f"acil({options})", setting)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"config\.adapter='analytic'"):
+        compose.make("acil", toys.setting())

@@ -1,0 +1,200 @@
+"""What watches over a run: hangs end the process, copies are compared, steps repeated, and time is accounted for."""
+
+import json
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcl import goodput, train, watch
+from jaxcl.schema import UserError
+
+QUICK = True
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "small"
+
+
+def watcher(tmp_path, **options):
+    return watch.Watcher(watch.Watch(**options), tmp_path)
+
+
+def values(loss, norm=1.0, bad=0.0):
+    return {"loss": loss, "grad_norm": norm, "guard/consecutive": bad}
+
+
+def copies(mesh, numbers):
+    """Returns an array that claims to be a copy of one thing on every device, made of what each device really has."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    parts = [jax.device_put(jnp.asarray(x), device) for x, device in zip(numbers, mesh.devices.flat, strict=True)]
+    return jax.make_array_from_single_device_arrays(parts[0].shape, sharding, parts)
+
+
+def test_a_flipped_bit_in_one_copy_is_seen():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    right = np.linspace(-1, 1, 1000, dtype=np.float32)
+    flipped = right.copy()
+    flipped.view(np.int32)[321] ^= 1  # the last bit of a mantissa: no norm would show it
+    cut = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("data")))
+    state = {"a": copies(mesh, [right] * 4), "b": copies(mesh, [right, right, flipped, right]), "c": cut}
+    assert watch.differing(state) == ["b"]
+    assert (
+        watch.differing({"a": state["a"], "c": cut, "d": jnp.ones(3), "e": copies(mesh, [np.array(np.nan)] * 4)}) == []
+    )
+
+
+def test_copies_are_compared_when_it_is_time_to(tmp_path):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    state = {"w": copies(mesh, [np.float32([1, 2]), np.float32([1, 3])])}
+    one = watcher(tmp_path, digest_every=5)
+    one.compare(4, state)
+    watcher(tmp_path).compare(5, state, now=True)  # never
+    for now, step in ((False, 5), (True, 4)):
+        with pytest.raises(watch.MachineFault, match=rf"step {step}: devices hold different copies of w"):
+            one.compare(step, state, now=now)
+
+
+def test_a_run_of_which_a_copy_changes_ends_before_it_is_saved(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "differing", lambda state: ["params/embedding"] if int(state.step) == 5 else [])
+    small.reuse(folder, monkeypatch)
+    settings = small.config(folder, watch={"digest_every": 5})
+    assert train.run(settings, str(tmp_path / "run")) == watch.MACHINE
+    assert "step 5: devices hold different copies of params/embedding" in capsys.readouterr().err
+    assert small.checkpoint(tmp_path / "run")[0] == 3
+    assert goodput.attempts(tmp_path / "run")[0].cause == "machine"
+
+
+@pytest.mark.parametrize("again", [2.0, 9.0])
+def test_a_rejected_step_is_repeated_once_and_judged(tmp_path, again):
+    one = watcher(tmp_path, repeat=True)
+    one.took(1, 0.1, 0.1, values(1.5))
+    with pytest.raises(watch.Repeat, match="step 2 was rejected"):
+        one.took(2, 0.1, 0.1, values(9.0, bad=1))
+    one.back()
+    one.took(1, 0.1, 0.1, values(1.5))
+    one.took(2, 0.1, 0.1, values(again, bad=float(again == 9.0)))
+    ((step, text),) = one.told()
+    assert step == 2
+    assert ("fault of the machine" in text) == (again == 2.0)
+    assert ("rows or the settings" in text) == (again == 9.0)
+    assert one.told() == []
+
+
+def test_a_fault_before_the_rejected_step_is_found(tmp_path):
+    one = watcher(tmp_path, repeat=True)
+    one.took(1, 0.1, 0.1, values(1.5))
+    with pytest.raises(watch.Repeat):
+        one.took(2, 0.1, 0.1, values(float("nan"), bad=1))
+    one.took(1, 0.1, 0.1, values(1.25))
+    assert [(step, "machine" in text) for step, text in one.told()] == [(1, True)]
+    one.saved(2)
+    one.took(2, 0.1, 0.1, values(7.0))  # a checkpoint lies between: there is nothing to compare with
+    assert one.told() == []
+
+
+def test_nothing_is_repeated_unless_asked(tmp_path):
+    watcher(tmp_path).took(2, 0.1, 0.1, values(9.0, bad=1))
+
+
+def test_after_a_glitch_the_run_is_that_without_one(folder, tmp_path, monkeypatch):
+    """A step that the machine got wrong once: repeated from the checkpoint, the run ends bit for bit as without."""
+    with monkeypatch.context() as patch:
+        small.reuse(folder, patch)
+        assert train.run(small.config(folder), str(tmp_path / "straight")) == 0
+    broken = []
+
+    def glitch(step, batch):
+        if step == 10 and not broken:
+            broken.append(step)
+            return jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, batch)
+        return batch
+
+    with monkeypatch.context() as patch:
+        small.reuse(folder, patch, poison=glitch)
+        assert train.run(small.config(folder, watch={"repeat": True}), str(tmp_path / "run")) == 0
+    assert broken
+    told = {r["event"]: r["message"] for r in small.records(tmp_path / "run", "event")}
+    assert "back to step 9" in told["rollback"]
+    assert "fault of the machine" in told["repeated"]
+    assert small.outcome(tmp_path / "run") == small.outcome(tmp_path / "straight")
+    (one, two) = goodput.attempts(tmp_path / "run")
+    assert (one.cause, two.cause) == ("rolled back", "finished")
+
+
+def test_rows_at_fault_are_named_and_skipped(folder, tmp_path, monkeypatch):
+    def poison(step, batch):
+        return jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, batch) if step == 10 else batch
+
+    small.reuse(folder, monkeypatch, poison=poison)
+    assert train.run(small.config(folder, watch={"repeat": True}), str(tmp_path / "run")) == 0
+    records = small.records(tmp_path / "run", "event")
+    told = {r["event"]: r for r in records}
+    assert "its rows or the settings" in told["repeated"]["message"]
+    assert [r["event"] for r in records].count("rollback") == 1
+    index = small.stream(small.config(folder)).index(10)
+    assert sum(len(rows) for rows in told["skipped"]["rows"].values()) == (index.source >= 0).sum()
+    assert told["skipped"]["rows"]["d1"] == index.row[index.source == 1].tolist()
+
+
+def test_a_hang_leaves_stacks_and_a_status(tmp_path):
+    left, ready = [], threading.Event()
+
+    def leave(status):
+        left.append(status)
+        ready.set()
+
+    one = watcher(tmp_path, hang_s=0.3)
+    with pytest.MonkeyPatch.context() as patch, one.attempt(time.time(), lambda: 7):
+        patch.setattr(watch.hung, "__defaults__", (leave,))
+        for _ in range(4):
+            time.sleep(0.15)
+            one.alive()
+        assert not left
+        assert ready.wait(5)
+    assert left[0] == watch.MACHINE
+    assert "test_a_hang_leaves_stacks_and_a_status" in (tmp_path / "hang-0.txt").read_text()
+    assert [json.loads(x).get("cause") for x in (tmp_path / goodput.FILE).read_text().splitlines()][1] == "hang"
+
+
+def test_slow_steps_are_no_hang(tmp_path):
+    one = watcher(tmp_path, hang_s=0.2)
+    one.took(1, 100.0, 1.0, values(1.0))
+    one.took(2, 100.0, 1.0, values(1.0))
+    with pytest.MonkeyPatch.context() as patch, one.attempt(time.time(), lambda: 2):
+        patch.setattr(watch.hung, "__defaults__", (lambda status: pytest.fail("ended"),))
+        time.sleep(0.6)
+    assert not (tmp_path / "hang-0.txt").exists()
+
+
+def test_a_trace_covers_the_steps_that_were_asked_for(folder, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda place: calls.append(("start", place)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", None)))
+    one = watcher(tmp_path, trace=[3, 5])
+    for step in range(8):
+        one.profile(step)
+        calls.append(step)
+    trace = str(tmp_path / "trace")
+    assert calls == [0, 1, 2, ("start", trace), 3, 4, ("stop", None), 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"hang_s": 0.0}, "config.watch.hang_s=0.0: must be above 0"),
+        ({"hang_s": float("nan")}, "config.watch.hang_s=nan: must be above 0"),
+        ({"digest_every": 0}, "config.watch.digest_every=0: must be at least 1"),
+        ({"trace": [3]}, r"config.watch.trace=\[3\]: give its first step"),
+        ({"trace": [5, 5]}, r"config.watch.trace=\[5, 5\]: give its first step"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, options, text):
+    with pytest.raises(UserError, match=text):
+        watcher(tmp_path, **options)
