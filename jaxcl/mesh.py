@@ -196,7 +196,8 @@ def state_shardings(
             rows = _divisors(mesh, axes_used, shape[0]) if shape else ()
             return NamedSharding(mesh, PartitionSpec(rows) if rows else PartitionSpec())
         if name in own:
-            return NamedSharding(mesh, spec(mesh, own[name], shape, rules))
+            stacked = (None,) * (len(shape) - len(own[name]))  # one for each class or task
+            return NamedSharding(mesh, spec(mesh, (*stacked, *own[name]), shape, rules))
         for start in range(len(parts)):  # the longest tail first
             found = specs.get("/".join(parts[start:]))
             if found and found[0] == shape:

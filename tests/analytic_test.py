@@ -199,7 +199,7 @@ BAD = {
     "frozen": ({"optim": {"name": "adam", "frozen": ["^base"]}}, ["config.optim.frozen", "leave it out"]),
     "label outside the head": (
         {"model": {"name": "mlp", "inputs": 64, "hidden": (6,), "classes": 3}},
-        ["config.model", "4 classes"],
+        ["config.model.classes=3", "set it to 4"],
     ),
     "rows of another size": (
         {"model": {"name": "mlp", "inputs": 63, "hidden": (6,), "classes": 4}},
