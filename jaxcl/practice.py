@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,12 @@ from jaxcl.types import Batch, Model, Output
 
 WORKED = ("soft", "support", "shares", "goal", "goal_shares")  # columns of csft alone
 EXAMPLES = {"objective": "'rloo' or 'grpo(kl=0.01)', or two, as in 'rloo + dpo(beta=5.0)'"}
+
+
+class Way(NamedTuple):
+    """What a stage says of how it learns."""
+
+    learn: Literal["rl", "sft", "csft", "dpo"] | None = None
 
 
 class Options(NamedTuple):
@@ -123,11 +129,7 @@ def make(
     rollout = schema.call(explore.Rollout, options.rollout or {}, field="rollout")
     policy = policy_of(options.policy or "hard")
     rolled, pairs = objectives_of(options.objective)
-    learns = tuple(stage.get("learn") or ("rl" if rolled else "sft" if pairs is None else "dpo") for stage in stages)
-    if "rl" in learns and not rolled:
-        raise UserError("config.objective: missing, but a stage has learn='rl'; choose one, such as 'rloo'")
-    if pairs is not None and "dpo" not in learns:
-        raise UserError("config.objective dpo: no stage learns from pairs; give one learn='dpo', or leave dpo out")
+    learns = learns_of(stages, rolled, pairs)
     limits = explore.limits_of(rollout, every, words)
     objective = objective_of(rolled or "rloo", limits, rollout.ahead)
     preference = schema.call(supervised.preference, pairs or {}, field="objective")
@@ -215,6 +217,22 @@ def objectives_of(given: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | N
         raise UserError(f"config.objective={given!r}: name one for rollouts and dpo for pairs, as in 'rloo + dpo'")
     options = {key: value for key, value in pairs[0].items() if key != "name"} if pairs else None
     return rolled[0] if rolled else None, options
+
+
+def learns_of(stages: Sequence[Mapping[str, Any]], rolled: Any, pairs: Any) -> tuple[str, ...]:
+    """Returns how each stage learns; `rolled` and `pairs` are those of `objectives_of`.
+
+    Raises:
+      UserError: there is no such way, or the objective is not that of the stages.
+    """
+    for i, stage in enumerate(stages):
+        schema.check(Way, {"learn": stage.get("learn")}, field=f"stream.stages[{i}]")
+    learns = tuple(stage.get("learn") or ("rl" if rolled else "sft" if pairs is None else "dpo") for stage in stages)
+    if "rl" in learns and not rolled:
+        raise UserError("config.objective: missing, but a stage has learn='rl'; choose one, such as 'rloo'")
+    if pairs is not None and "dpo" not in learns:
+        raise UserError("config.objective dpo: no stage learns from pairs; give one learn='dpo', or leave dpo out")
+    return learns
 
 
 def policy_of(given: Any, field: str = "policy") -> Policy:

@@ -17,6 +17,18 @@ def test_a_section_whose_keys_all_have_defaults_may_be_left_out_of_the_file():
         main.override(config, "--config.mehs.data=4")
 
 
+def test_what_an_override_gives_can_be_overridden_and_taken_back():
+    config = {"stream": {}, "objective": "rloo"}
+    main.override(config, "--config.stream.stages=({'name': 'a', 'learn': 'sft'}, {'name': 'b'})")
+    main.override(config, "--config.stream.stages[0].learn=dpo")
+    main.override(config, "--config.objective=None")
+    assert config == {"stream": {"stages": [{"name": "a", "learn": "dpo"}, {"name": "b"}]}, "objective": None}
+    with pytest.raises(UserError, match=r"config\.stream\.stages\.2: no such section; choose from 0, 1"):
+        main.override(config, "--config.stream.stages[2].learn=dpo")
+    with pytest.raises(UserError, match=r"config\.stream\.stages\.0\.name\.x: no such section; before it stands 'a'"):
+        main.override(config, "--config.stream.stages[0].name.x=1")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the loader of ml_collections
 def test_a_config_that_fails_is_one_line_without_its_traceback(tmp_path):
     path = tmp_path / "broken.py"

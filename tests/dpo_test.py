@@ -316,6 +316,12 @@ def test_bad_pairs(tmp_path, record, options, message):
         ),
         ({"objective": "dpo(beta=0)"}, None, r"config\.objective dpo beta=0: must be above 0"),
         ({"objective": "dpo(beta=1e999)"}, None, r"config\.objective dpo beta=inf: must be above 0, and finite"),
+        (
+            {},
+            "sft dpoo",
+            r"config\.stream\.stages\[1\]\.learn='dpoo': expected 'rl' or 'sft' or 'csft' or 'dpo' or None",
+        ),
+        ({"objective": "rloo + dpo(beta=1.0"}, None, r"write one name, as in 'rloo' .* or two, as in 'rloo \+ dpo"),
         ({"objective": "dpo(bta=1.0)"}, None, r"config\.objective\.bta: unknown key; did you mean 'beta'"),
         ({"objective": "dpo(normalise=1)"}, None, r"config\.objective\.normalise=1: expected bool"),
         (
