@@ -15,8 +15,8 @@ settings.load_profile("suite")
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled(request):
-    """Modules that say QUICK = True compile with little optimisation, which is most of their time."""
-    quick = getattr(request.module, "QUICK", False)
+    """Compiles with little optimisation, which saves most of the time, unless a module says QUICK = False."""
+    quick = getattr(request.module, "QUICK", True)
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
