@@ -276,9 +276,11 @@ def together(boxed: Boxed, params: Params, task: jax.Array, found: Zonotope, bat
     slope = boxed.layer(params["generator"], shown(boxed, params, task)).weight
     bare = {**params, "fixed": {}}
     parts = (found.centre, slope, found.reach, found.mass, *found.ends)
-    trees = [boxed.network(bare, part) for part in parts]
-    symbols = len(found.generators)
-    forms = jax.tree.map(lambda *x: Form.of(*x[:4], Interval(*x[4:]), symbols), *trees)
+
+    def form(centre: Any, slope: Any, reach: Any, mass: Any, lower: Any, upper: Any) -> Form:
+        return Form.of(centre, slope, reach, mass, Interval(lower, upper), len(found.generators))
+
+    forms = jax.tree.map(form, *(boxed.network(bare, part) for part in parts))
 
     def margins(params: Params, rows: Batch) -> jax.Array:
         logits = boxed.target.apply(params, rows).logits

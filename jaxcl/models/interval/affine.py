@@ -140,7 +140,7 @@ def _linear(eqn: Any, operands: list[Any], generators: Any) -> list[Form]:
     """Moves the parts of forms through a linear primitive; positions and choices are plain."""
     name = eqn.primitive.name
     numbers = [jnp.issubdtype(x.aval.dtype, jnp.floating) for x in eqn.invars]
-    forms = [_form(x) if is_number else x for x, is_number in zip(operands, numbers, strict=True)]
+    forms: list[Any] = [_form(x) if is_number else x for x, is_number in zip(operands, numbers, strict=True)]
 
     def bind(parts: list[Any]) -> list[Any]:
         given = iter(parts)
