@@ -25,6 +25,7 @@ LAYERS = (
         "frozen",
         "guard",
         "alignment",
+        "selection",
     },
     {"models"},
     {"methods"},

@@ -71,9 +71,7 @@ def make(
     Raises:
       UserError: files or a dataset that cannot be read, or options that do not fit them.
     """
-    for key, value in (("path", path), ("held_out_path", held_out_path), ("dataset", dataset)):
-        if value == "":
-            raise UserError(f"config.sources: {key}='': is empty; give a file, a folder or a name, or leave it out")
+    _refuse_empty(path=path, held_out_path=held_out_path, dataset=dataset)
     view = pixels.View(classes, relabel, pad, rotation, permutation, standardise)
     pixels.check(view, limit)
     if (path is None) == (dataset is None):
@@ -87,6 +85,13 @@ def make(
         parts = _of_dataset(told, data_dir, image=image or "image", label=label or "label", download=download)
     told |= {"held_out_path": held_out_path, "seed": seed or None}
     return pixels.table("images", told, *parts, view, limit=limit, seed=seed, licence=licence)
+
+
+def _refuse_empty(**options: str | None) -> None:
+    """Raises UserError for names that are empty."""
+    for key, value in options.items():
+        if value == "":
+            raise UserError(f"config.sources: {key}='': is empty; give a file, a folder or a name, or leave it out")
 
 
 def _refuse(reason: str, **options: object) -> None:
