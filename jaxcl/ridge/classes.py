@@ -15,6 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge import learner, moments
@@ -51,7 +52,7 @@ def add(s: Spread, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Sprea
       weights: float32 [b] >= 0; a row of weight 0 is padding, whatever its features are.
     """
     x, weights = moments.prepare(x, labels, weights, s.counts.high.shape[0])
-    return moments.in_blocks(_add_block, s, (x, labels, weights))
+    return ridge.in_blocks(_add_block, s, (x, labels, weights))
 
 
 def variance(s: Spread) -> jax.Array:

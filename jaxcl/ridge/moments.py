@@ -108,31 +108,12 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
 def add_classes(cross: Pair, counts: Pair, x: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[Pair, Pair]:
     """Returns the sums of classes alone, B and n, with a batch added: b d operations. Arguments as for `add`."""
     x, weights = prepare(x, labels, weights, counts.high.shape[0])
-<<<<<<< HEAD
-    return in_blocks(lambda sums, rows: _add_labels(*sums, rows, 1.0), (cross, counts), (x, labels, weights))
-=======
     return _add_labels(cross, counts, (x, labels, weights), 1.0)
->>>>>>> learners
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
-<<<<<<< HEAD
-    return in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights))
-
-
-def in_blocks(add: Callable[[_Sums, _Block], _Sums], sums: _Sums, rows: _Block) -> _Sums:
-    """Adds rows in blocks of as many as can be summed without rounding."""
-    whole, last = divmod(rows[0].shape[0], pair.ROWS)
-    if whole > 1:
-        cut = tuple(part[: whole * pair.ROWS].reshape(whole, pair.ROWS, *part.shape[1:]) for part in rows)
-        sums, _ = jax.lax.scan(lambda sums, block: (add(sums, block), None), sums, cut)
-    elif whole:
-        sums = add(sums, tuple(part[: pair.ROWS] for part in rows))
-    return add(sums, tuple(part[-last:] for part in rows)) if last else sums
-=======
     return ridge.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
->>>>>>> learners
 
 
 def _add_block(m: Moments, rows: _Block, sign: float) -> Moments:
