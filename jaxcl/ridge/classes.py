@@ -15,7 +15,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge import learner, moments
