@@ -1,5 +1,8 @@
 """Eight virtual CPU devices, strict JAX settings and reproducible property tests for the whole suite."""
 
+import gc
+from pathlib import Path
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,6 +16,16 @@ settings.register_profile("suite", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("suite")
 
 
+# Every compiled program takes some mappings of memory; Linux allows a process 65,530, and the compiler crashes beyond.
+MAPPINGS = 16_000
+
+
+def mappings():
+    """Returns how many mappings of memory this process has; 0 where that is not told."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled(request):
     """Compiles with little optimisation, which saves most of the time, unless a module says QUICK = False."""
@@ -20,3 +33,6 @@ def quickly_compiled(request):
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    if mappings() > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
