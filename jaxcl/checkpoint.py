@@ -44,6 +44,7 @@ from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
 from jaxcl.types import PyTree, TrainState
 
+OWNER = "OWNER"  # in the second place: whose copies these are
 CLOCK_STEPS = 20  # several processes ask process 0 for the time only this often: each answer is a collective
 
 
@@ -95,11 +96,7 @@ class Checkpoints:
             raise UserError(f"config.checkpoint.keep={keep!r}: must be at least 1, to have one to resume from")
         logging.getLogger("absl").addFilter(_not_orbax)
         self._directory = _place(directory)
-        self._second = None if second is None else _place(second)
-        if self._second is not None and self._second in (self._directory, *self._directory.parents):
-            raise UserError(f"config.checkpoint.second={second!r}: holds the first place; name a folder of its own")
-        if self._second is not None and self._second.exists() and not self._second.is_dir():
-            raise UserError(f"config.checkpoint.second={second!r}: is a file; name a folder")
+        self._second = None if second is None else self._own_second(second)
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._keep, self._keep_every, self._base = keep, keep_every, base
         self._last = time.monotonic()
@@ -107,6 +104,29 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._saves = 0
         self._warnings: list[str] = []
+
+    def _own_second(self, second: str) -> epath.Path:
+        """Returns the second place.
+
+        Raises:
+          UserError: it is no folder, or not of this run.
+        """
+        field = f"config.checkpoint.second={second!r}"
+        if not isinstance(second, str) or not second:
+            raise UserError(f"{field}: name a folder")
+        place = _place(second)
+        if place in (self._directory, *self._directory.parents):
+            raise UserError(f"{field}: holds the first place; name a folder of its own")
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{field}: is a file; name a folder")
+        owner = (place / OWNER).read_text().strip() if (place / OWNER).exists() else None
+        if owner not in (None, str(self._directory)):
+            raise UserError(
+                f"{field}: belongs to {owner}; name another folder, or remove {OWNER} there if that has moved"
+            )
+        if owner is None and place.exists() and any(place.iterdir()):
+            raise UserError(f"{field}: has files that are no copies of this run; name a folder of its own")
+        return place
 
     def __enter__(self) -> Checkpoints:
         """Returns itself; leaving the block waits for the save under way."""
@@ -286,6 +306,8 @@ class Checkpoints:
             manifests.write(target / MANIFEST, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
             if self._second is not None:
                 try:
+                    self._second.mkdir(parents=True, exist_ok=True)
+                    manifests.write(self._second / OWNER, f"{self._directory}\n")
                     manifests.copy(target, self._second / str(step))
                     self._prune(self._second)
                 except OSError as error:

@@ -1,6 +1,6 @@
 """Where the time of a run went: productive steps, and what was lost to starts, saves, faults and repeated steps.
 
-GOODPUT.JSONL in the folder of a run gets a line when a process starts, when it is ready, every few seconds while it
+GOODPUT.JSONL in the folder of a run gets a line when a process starts, when it is ready, every second while it
 trains, and when it ends; none of them is ever removed, however often the run starts again. From these lines:
 
     productive   = time of training steps whose progress survived
@@ -29,7 +29,7 @@ from jaxcl import console
 from jaxcl.schema import UserError
 
 FILE = "goodput.jsonl"
-EVERY_S = 5.0  # between two lines of a process that trains
+EVERY_S = 1.0  # between two lines of a process that trains
 SPENT: tuple[str, ...] = ("step", "evaluation", "save")
 LOST = ("repeated", "start", "evaluation", "save", "other", "down")
 

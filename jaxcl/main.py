@@ -24,7 +24,13 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is found there continues.")
 
 
-SECTIONS = ("mesh", "loss", "evaluation", "checkpoint")  # that a file may leave out: all of their keys have defaults
+SECTIONS = (
+    "mesh",
+    "loss",
+    "evaluation",
+    "checkpoint",
+    "watch",
+)  # that a file may leave out: all of their keys have defaults
 
 
 def plain(value: Any) -> Any:

@@ -34,6 +34,8 @@ def expand(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         one = copy.deepcopy(base) | {"label": label, "seed": seed}
         for key, value in variant.get("set", ()):
             assign(one, key, value)
+        if second := (one.get("checkpoint") or {}).get("second"):  # every run has a place of its own there
+            one["checkpoint"] = {**one["checkpoint"], "second": f"{second}/{name_of(label, seed)}"}
         runs.append(one)
     return runs
 

@@ -232,8 +232,7 @@ class Session:
         """
         if self.pending is None:
             return
-        step, values = self.pending
-        self.pending = None
+        (step, values), self.pending = self.pending, None
         dispatched = time.perf_counter()
         fetched = {name: float(value) for name, value in mesh.fetch(values).items()}
         times = {name[5:]: fetched.pop(name) for name in list(fetched) if name.startswith("time/")}
@@ -297,8 +296,7 @@ class Session:
             self.archive.release(min(self.checkpoints.steps(), default=0))
         self.saved = self.step
         self.watch.saved(self.step)
-        for text in self.checkpoints.warnings():
-            self.event("checkpoint", text)
+        self.warn()
         self.clock = time.perf_counter()
 
     def write(self, record: metrics.Record) -> None:
@@ -311,9 +309,15 @@ class Session:
         where = self.step if step is None else step
         self.out.write({"kind": "event", "step": where, "event": name, "message": message, **more})
 
+    def warn(self) -> None:
+        """Writes what was wrong with copies of checkpoints."""
+        for text in self.checkpoints.warnings():
+            self.event("checkpoint", text)
+
     def close(self) -> None:
         """Waits for the last checkpoint and closes the files."""
         self.checkpoints.wait()
+        self.warn()
         self.out.close()
         if self.archive:
             self.archive.close()

@@ -342,7 +342,7 @@ def test_checksums_equal_numpy_on_any_mesh_and_change_with_any_element():
 def test_a_second_place_holds_copies_that_are_read_when_the_first_is_damaged(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     write(first, 1, 2, 3, keep=2, second=str(second))
-    assert [sorted(p.name for p in place.iterdir()) for place in (first, second)] == [["2", "3"]] * 2
+    assert [sorted(p.name for p in place.iterdir()) for place in (first, second)] == [["2", "3"], ["2", "3", "OWNER"]]
     (first / "3" / "host.json").write_text("{}")
     with Checkpoints(first, second=str(second)) as checkpoints:
         found = checkpoints.restore(abstract())
@@ -402,3 +402,15 @@ def test_the_second_place_is_another_one(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"config.checkpoint.second='.*file': is a file"):
         Checkpoints(tmp_path / "run" / "checkpoints", second=str(tmp_path / "file"))
+
+
+def test_a_second_place_belongs_to_one_run(tmp_path):
+    write(tmp_path / "one", 1, second=str(tmp_path / "second"))
+    with pytest.raises(UserError, match=r"config.checkpoint.second='.*': belongs to .*one; name another folder"):
+        Checkpoints(tmp_path / "two", second=str(tmp_path / "second"))
+    with pytest.raises(UserError, match=r"has files that are no copies of this run"):
+        Checkpoints(tmp_path / "two", second=str(tmp_path / "one"))
+    for bad in (5, ""):
+        with pytest.raises(UserError, match="name a folder"):
+            Checkpoints(tmp_path / "two", second=bad)
+    assert sorted(p.name for p in (tmp_path / "second").iterdir()) == ["1", "OWNER"]

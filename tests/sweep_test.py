@@ -64,6 +64,18 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(folder, tmp_path):
     assert told["groups"][1]["figures"]["forgetting"] == pytest.approx(seeds.interval(found[2:])._asdict())
 
 
+def test_runs_have_second_places_of_their_own():
+    base = {
+        "seeds": [0, 1],
+        "variants": [{"label": "a"}, {"label": "b"}],
+        "checkpoint": {"second": "/copies", "keep": 3},
+    }
+    found = [one["checkpoint"] for one in sweep.expand(base)]
+    assert [one["second"] for one in found] == [f"/copies/{label}-seed{seed}" for label in "ab" for seed in (0, 1)]
+    assert all(one["keep"] == 3 for one in found)
+    assert base["checkpoint"]["second"] == "/copies"
+
+
 def test_a_run_is_the_base_with_the_keys_of_its_variant():
     base = {"seed": 7, "stream": {"steps": 3, "replay": {"fraction": 0.1}}, "method": "cpt"}
     variants = [{"label": "a"}, {"label": "b", "set": [("stream.replay.fraction", 0.5), ("method", "er")]}]
