@@ -169,7 +169,8 @@ def summary(folder: Path) -> dict[str, Any]:
     repeated = 0
     for i, one in enumerate(whole):
         later = whole[i + 1] if i + 1 < len(whole) else None
-        kept = one.last if later is None else min(one.last, later.first if later.ready is not None else one.last)
+        begun = [other.first for other in whole[i + 1 :] if other.ready is not None]
+        kept = max(one.first, min([one.last, *begun]))
         productive = one.at(kept, 2)
         inside = {name: one.spent.get(name, 0.0) for name in SPENT}
         start = (one.over if one.ready is None else one.ready) - one.began

@@ -42,6 +42,19 @@ def test_weights_within_a_task_are_of_the_rows_so_far(how):
             np.testing.assert_array_equal(learner.head, before)
 
 
+def test_between_two_factors_weights_are_refreshed():
+    """Rows are few enough for an older factor from 88 on; before, each step brings a new one."""
+    learner, data, refreshed = Learner("acil(how='refresh', every=1)"), batches(rows(160), 8), 0
+    for i, (x, y) in enumerate(data):
+        before = learner.head
+        learner.step(x, y)
+        if learner.state.memory["factored"] < 8 * (i + 1):
+            refreshed += 1
+            assert off(before, learner.exact()) > 1e-3
+        assert off(learner.head, learner.exact()) <= learner.told["bound"] < 1e-4
+    assert refreshed == 5
+
+
 def test_a_hundred_growing_classes_are_one_compilation():
     learner = Learner("acil(every=1)", labels=100)
     for known in range(0, 100, 20):

@@ -114,6 +114,9 @@ def test_air_is_the_published_solution_without_the_sums_of_all_classes(slots):
     x = features_of(made, x)
     head, balanced = rectified(x, labels, GAMMA)
     np.testing.assert_allclose(state.params["head"], head, rtol=0, atol=2e-6 * np.abs(head).max())
+    errors = ((np.eye(C)[labels] - x @ head) ** 2).sum(1)
+    errors = sum(errors[labels == c].mean() for c in range(C))
+    np.testing.assert_allclose(state.params["scale"], C * C / errors, rtol=1e-4)
     assert float(state.memory["bound"]) < 1e-6
     assert told.get("crowded", 0) == told.get("again", 0) == 0
     found = wide(state.memory["closed"] if slots else air._balanced(state.memory))
@@ -207,10 +210,10 @@ ADAPTERS = {"draw": None, "expect": PLAIN}
 
 @pytest.mark.parametrize("how", ["draw", "expect"])
 def test_what_is_made_up_is_in_the_head_and_not_in_the_sums(how):
-    stream = tasks(UNEQUAL)
-    state, _ = trained(
-        built("aef_ocl", ADAPTERS[how], gamma=GAMMA, **({"how": how} if how == "expect" else {})), stream
-    )
+    stream, noise = tasks(UNEQUAL), 0.5
+    options = {"how": how, "noise": noise, "every": 2} if how == "expect" else {}
+    made = built("aef_ocl", ADAPTERS[how], gamma=GAMMA, **options)
+    state, _ = trained(made, stream)
     before = trained(built("acil", ADAPTERS[how], gamma=GAMMA), stream)[0]
     jax.tree.map(np.testing.assert_array_equal, state.memory["moments"], before.memory["moments"])  # to the bit
     assert float(state.memory["made_up"]) == (37 - 4) + (37 - 11) + (37 - 1)
@@ -220,15 +223,22 @@ def test_what_is_made_up_is_in_the_head_and_not_in_the_sums(how):
     if how == "expect":
         s, missing = state.memory["spread"], np.array([0, 33, 26, 36])
         mean, variance = wide(s.mean), np.asarray(spreads.variance(s), np.float64)
-        gram = wide(before.memory["moments"].gram) + (missing * mean.T) @ mean + np.diag(missing @ variance)
+        gram = wide(before.memory["moments"].gram) + (missing * mean.T) @ mean + np.diag(noise**2 * missing @ variance)
         cross = wide(before.memory["moments"].cross) + missing * mean.T
         head = np.linalg.solve(gram + GAMMA * np.eye(len(gram)), cross)
         np.testing.assert_allclose(state.params["head"], head, rtol=0, atol=1e-5 * np.abs(head).max())
+        state = made.method.init(made.params)  # within a task there are weights every second step
+        for i in range(2):
+            assert not np.any(state.params["head"])
+            rows = slice(i * B, (i + 1) * B)
+            state, _ = made.method.step(state, batch(*(part[rows] for part in stream[0])), jax.random.key(0))
+        assert np.any(state.params["head"])
 
 
 def test_drawn_rows_are_those_of_the_classes_and_make_them_equal():
     """The head is that of float64, with the same random numbers for the made-up rows."""
-    made, stream = built("aef_ocl", gamma=GAMMA), tasks([{0: 150, 1: 4}, {2: 11, 3: 1}])
+    noise = 0.5
+    made, stream = built("aef_ocl", gamma=GAMMA, noise=noise), tasks([{0: 150, 1: 4}, {2: 11, 3: 1}])
     state, _ = trained(made, stream)
     m, s = state.memory["moments"], state.memory["spread"]
     np.testing.assert_array_equal(aef_ocl.lacking(m.counts), [0, 146, 139, 149])
@@ -236,7 +246,7 @@ def test_drawn_rows_are_those_of_the_classes_and_make_them_equal():
     blocks = [jax.random.normal(jax.random.fold_in(key, i), (128, 8)) for i in range(4)]
     label = np.repeat([1, 2, 3], [146, 139, 149])
     drawn = np.concatenate(blocks).astype(np.float64)[: len(label)]
-    rows = wide(s.mean)[label] + np.sqrt(np.asarray(spreads.variance(s), np.float64))[label] * drawn
+    rows = wide(s.mean)[label] + noise * np.sqrt(np.asarray(spreads.variance(s), np.float64))[label] * drawn
     x = np.maximum(rows @ np.asarray(made.params["expansion"]["projection"], np.float64), 0)
     gram, cross = wide(m.gram) + x.T @ x, wide(m.cross) + x.T @ np.eye(C)[label]
     head = np.linalg.solve(gram + GAMMA * np.eye(9), cross)

@@ -105,9 +105,12 @@ def test_both_heads_are_those_of_the_paper_whatever_the_batches(dual, size):
         open_task = trained(method, params, tasks[:count], size, close=False)  # weights of every step
         np.testing.assert_allclose(open_task.params["head"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     assert float(state.memory["bound"]) < 1e-5
+    main, side = both(params)
+    errors = [np.eye(C)[y] - main(f) @ wanted[:WIDTH] for f, y in raw_of(setting, params, tasks)]
+    sharp = C * sum(map(len, errors)) / sum((e**2).sum() for e in errors)
+    np.testing.assert_allclose(state.params["scale"], sharp, rtol=1e-4)
     x, y = tasks[0]
     f = raw_of(setting, params, tasks[:1])[0][0]
-    main, side = both(params)
     logits = float(state.params["scale"]) * (main(f) @ wanted[:WIDTH] + side(f) @ wanted[WIDTH:])
     np.testing.assert_allclose(setting.model.apply(state.params, batch(x, y, y)).logits, logits, rtol=1e-4, atol=1e-4)
 
@@ -128,9 +131,11 @@ def test_residues_are_of_new_classes_alone_and_without_them_it_is_acil(dual):
 
 def test_gkeal_is_ridge_regression_in_the_kernel_of_fixed_centres():
     sigma = 1.7
-    setting, method, params = built("gkeal", {"expansion": "gaussian", "width": WIDTH, "sigma": sigma}, gamma=GAMMA)
+    adapter = {"expansion": "gaussian", "width": WIDTH, "sigma": sigma}
+    setting, method, params = built("gkeal", adapter, gamma=GAMMA, every=1, how="solve")
+    assert "inverse" in built("gkeal", adapter, how="recursion")[1].init(params).memory
     tasks = stream()
-    state = trained(method, params, tasks, 7)
+    state = trained(method, params, tasks, 7, close=False)  # weights of every step
     np.testing.assert_array_equal(state.params["expansion"]["centres"], params["expansion"]["centres"])
     centres = np.asarray(params["expansion"]["centres"], np.float64)
     rows = [np.exp(-((f[:, None] - centres) ** 2).sum(-1) / (2 * sigma**2)) for f, _ in raw_of(setting, params, tasks)]

@@ -104,6 +104,54 @@ def test_a_return_to_a_checkpoint_is_an_attempt(tmp_path):
     assert found["mttr_s"] == pytest.approx(6)
 
 
+def steps(ledger, clock, first, last):
+    """Takes steps of a second each."""
+    ledger.ready(first)
+    for step in range(first + 1, last + 1):
+        clock.now += 1
+        ledger.took(step, 1.0)
+    ledger.beat(last)
+
+
+@pytest.mark.parametrize("back", [10, 4])
+def test_an_attempt_that_was_never_ready_repeats_nothing(tmp_path, back):
+    """What is lost is what the one after it has to take again."""
+    clock = Clock()
+    ledger = goodput.Ledger(tmp_path, clock=clock)
+    ledger.started(1000.0)
+    steps(ledger, clock, 0, 10)
+    ledger.started(clock.now)
+    clock.now += 3
+    ledger.started(clock.now)
+    steps(ledger, clock, back, 20)
+    ledger.ended(20, "finished")
+    found = goodput.summary(tmp_path)
+    assert found["repeated_steps"] == 10 - back
+    assert found["seconds"]["productive"] == pytest.approx(20)
+    assert found["seconds"]["repeated"] == pytest.approx(10 - back)
+
+
+def test_steps_that_two_returns_undo_are_repeated_once_each(tmp_path):
+    clock = Clock()
+    ledger = goodput.Ledger(tmp_path, clock=clock)
+    ledger.started(1000.0)
+    for first, last in ((0, 10), (8, 12), (4, 20)):
+        steps(ledger, clock, first, last)
+    ledger.ended(20, "finished")
+    found = goodput.summary(tmp_path)
+    assert found["repeated_steps"] == 2 + 4 + 4
+    assert found["seconds"]["productive"] == pytest.approx(20)
+    assert found["seconds"]["repeated"] == pytest.approx(10)
+
+
+def test_a_run_that_goes_on_has_not_failed(tmp_path):
+    clock = Clock()
+    ledger = goodput.Ledger(tmp_path, clock=clock)
+    ledger.started(1000.0)
+    steps(ledger, clock, 0, 3)
+    assert goodput.summary(tmp_path)["failures"] == {}
+
+
 def test_a_stop_by_a_signal_is_no_failure(tmp_path):
     ledger = goodput.Ledger(tmp_path, clock=Clock())
     ledger.started(1000.0)

@@ -178,6 +178,25 @@ def test_distances_are_those_of_shrunk_correlations(shared, correlation):
     close(learner.logits(x, y), want, 1e-3)
 
 
+@pytest.mark.parametrize("size", [1, C])
+def test_a_row_counts_as_often_as_its_weight_says(size):
+    """Padding, of weight 0, not at all."""
+    x, y = np.random.default_rng(3).normal(size=(6, D)).astype(np.float32), np.int32([0, 1, 1, 0, 3, 0])
+    w = np.array([1, 2, 1, 0, 3, 0])
+    begun = np.zeros((C, D), np.float32), np.zeros((size, D, D), np.float32), np.zeros(C, np.float32)
+    given = (x, y, w.astype(np.float32)), (x.repeat(w, 0), y.repeat(w), np.ones(w.sum(), np.float32))
+    found, wanted = (fecam.merged(*begun, learners.Rows(*one, np.float32(0))) for one in given)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_end_of_a_task_looks_at_all_of_its_batches():
+    a, b = (toys.points(*rows(8, seed)) for seed in (0, 1))
+    found = learners.flat(toys.stack([a, b]))
+    np.testing.assert_array_equal(found.inputs, np.concatenate([a.inputs, b.inputs]))
+    np.testing.assert_array_equal(found.targets, np.concatenate([a.targets, b.targets]))
+
+
 def test_a_feature_that_never_varies_takes_no_part_in_the_shrinkage():
     rng = np.random.default_rng(0)
     away = rng.normal(size=(30, D)) * (np.arange(D) > 0)

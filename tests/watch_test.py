@@ -99,6 +99,17 @@ def test_a_fault_before_the_rejected_step_is_found(tmp_path):
     assert one.told() == []
 
 
+def test_a_step_after_a_fault_of_the_machine_may_be_repeated_again(tmp_path):
+    """It was rejected for what came before it, so that its second rejection is the first that counts."""
+    one = watcher(tmp_path, repeat=True)
+    one.took(1, 0.1, 0.1, values(1.5))
+    with pytest.raises(watch.Repeat):
+        one.took(2, 0.1, 0.1, values(float("nan"), bad=1))
+    one.took(1, 0.1, 0.1, values(1.25))
+    with pytest.raises(watch.Repeat, match="step 2 was rejected"):
+        one.took(2, 0.1, 0.1, values(float("nan"), bad=1))
+
+
 def test_nothing_is_repeated_unless_asked(tmp_path):
     watcher(tmp_path).took(2, 0.1, 0.1, values(9.0, bad=1))
 
@@ -163,6 +174,16 @@ def test_a_hang_leaves_stacks_and_a_status(tmp_path):
     assert [json.loads(x).get("cause") for x in (tmp_path / goodput.FILE).read_text().splitlines()][1] == "hang"
 
 
+def test_a_hang_is_entered_with_the_step_that_was_reached(tmp_path):
+    ready, one = threading.Event(), watcher(tmp_path, hang_s=0.2)
+    with pytest.MonkeyPatch.context() as patch, one.attempt(time.time(), lambda: 5):
+        patch.setattr(watch.hung, "__defaults__", (lambda status: ready.set(),))
+        one.took(5, 0.01, 0.01, values(1.0))
+        assert ready.wait(20)
+    lines = [json.loads(x) for x in (tmp_path / goodput.FILE).read_text().splitlines()]
+    assert {x["step"] for x in lines if x.get("cause") == "hang"} == {5}
+
+
 def test_slow_steps_are_no_hang(tmp_path):
     one = watcher(tmp_path, hang_s=0.2)
     one.took(1, 100.0, 1.0, values(1.0))
@@ -183,6 +204,10 @@ def test_a_trace_covers_the_steps_that_were_asked_for(folder, tmp_path, monkeypa
         calls.append(step)
     trace = str(tmp_path / "trace")
     assert calls == [0, 1, 2, ("start", trace), 3, 4, ("stop", None), 5, 6, 7]
+    calls.clear()
+    with one.attempt(time.time(), lambda: 4):  # an attempt that ends within it
+        one.profile(4)
+    assert calls == [("start", trace), ("stop", None)]
 
 
 @pytest.mark.parametrize(
