@@ -13,6 +13,8 @@ from scipy import special
 
 from jaxcl.models.interval import Interval, bounds, layer_norm_bounds, standardise
 
+QUICK = False  # radii of the size of rounding depend on it
+
 SAMPLES = 48
 EPSILON = float(np.float32(1e-3))
 
