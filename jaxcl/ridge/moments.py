@@ -7,7 +7,7 @@ error of about 2^-38, so that the order of 10^4 batches does not show in float32
 monoid: `empty`, `add`, `merge`. `remove` is exact unlearning. Classes are preallocated (a head of C columns); a class
 without rows has a column of zeros, and so have its weights.
 
-Memory: 8 d (d + C) bytes. Cost of b rows: 6 d^2 b float32 operations, half of four whole products. On a mesh A and B
+Memory: 8 d (d + C) bytes. Cost of b rows: d^2 b float64 operations, on TPUs 6 d^2 b of float32. On a mesh A and B
 are cut by rows over the batch axes and the rows of a batch are copied to all devices: nothing of the size of A travels.
 Source: RanPAC (McDonnell et al. 2023) keeps A and B; ACIL (Zhuang et al. 2022) keeps (A + gamma I)^-1 instead.
 """
