@@ -26,6 +26,7 @@ LAYERS = (
         "guard",
         "alignment",
         "selection",
+        "slices",
     },
     {"models"},
     {"methods"},
