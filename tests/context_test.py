@@ -14,7 +14,6 @@ from jaxcl.models import transformer
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, TrainState
 
-QUICK = False  # bounds of rounding's size
 SHAPE = {"vocab": 48, "layers": 2, "embed": 32, "heads": 4, "kv_heads": 2, "mlp": 64, "max_length": 1024, "window": 9}
 SHAPE |= {"window_layers": [True, False], "unroll": 1}
 
@@ -92,6 +91,20 @@ def test_activations_shrink_with_the_devices_and_only_keys_and_values_are_gather
     for kind in ("reduce-scatter", "collective-permute"):
         assert f" {kind}(" in text
     assert " all-to-all(" not in text
+
+
+def test_squares_of_the_gradients_of_rows():
+    """What the Fisher information is made of: rows one by one, each cut along its length."""
+    model, batch = transformer.make(**SHAPE | {"layers": 1, "window_layers": None}), rows(4, 16)
+    mesh = meshes.make(data=1, context=2, devices=jax.devices()[:2])
+
+    def squares(params, batch):
+        return grad.squares(lambda p, b: losses.cross_entropy(model.apply(p, b), b), params, batch, 2)
+
+    params = model.init(jax.random.key(0))
+    want = jax.jit(squares)(params, jax.tree.map(jnp.asarray, batch))
+    got = jax.jit(meshes.on(mesh, squares))(jax.device_put(params, meshes.replicated(mesh)), meshes.place(mesh, batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
 
 
 def settings(folder, **changes):
