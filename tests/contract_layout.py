@@ -38,10 +38,22 @@ LAYERS = (
     {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
-    {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands"},
+    {"sweep", "main", "branch", "merge", "bpe", "evaluate", "aot", "commands"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
-IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}
+IO_LAYERS |= {
+    "main",
+    "sweep",
+    "branch",
+    "merge",
+    "bpe",
+    "console",
+    "manifests",
+    "saved",
+    "weights",
+    "evaluate",
+    "commands",
+}
 IO_LAYERS |= {"goodput", "watch"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
