@@ -33,7 +33,7 @@ LAYERS = (
     {"forgetting", "stability", "online", "seeds", "flops", "scores", "generate"}
     | {"metrics", "progress", "console", "certify"},
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"}
-    | {"goodput", "watch"},
+    | {"goodput", "watch", "retry"},
     {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
@@ -41,7 +41,7 @@ LAYERS = (
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
 IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}
-IO_LAYERS |= {"goodput", "watch"}
+IO_LAYERS |= {"goodput", "watch", "retry"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 
