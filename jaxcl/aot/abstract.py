@@ -49,6 +49,11 @@ class Step(NamedTuple):
         found = attention.refused(platform, shape.head_dim, shape.compute_dtype, **how)
         return found and f"config.model: {found}"
 
+    @property
+    def remat(self) -> str | None:
+        """Returns what a language model computes again in the backward pass; None for other models."""
+        return getattr(self.plan.network.shape, "remat", None)
+
     def facts(self) -> dict[str, Any]:
         """Returns the sizes that the program follows from."""
         mesh, params = self.plan.mesh, frozen.whole(self.state)
