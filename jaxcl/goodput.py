@@ -154,6 +154,15 @@ def attempts(folder: Path) -> list[Attempt]:
     return found
 
 
+def last_line(folder: Path) -> dict[str, Any] | None:
+    """Returns the last whole line of a ledger; None if there is none."""
+    path = folder / FILE
+    for text in reversed(path.read_text().splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return None
+
+
 def summary(folder: Path) -> dict[str, Any]:
     """Returns seconds by class, effective utilisation, failures, and mean times between them and to mend them.
 

@@ -228,13 +228,18 @@ def stream_of(
       multiple: of which the number of rows must be one: shards x microbatches.
       batch: B, rows per step.
       stages: dicts with name, mixture (domain -> weight), and optionally steps and replay; one task each.
-      steps: of every stage that does not say.
+      steps: of every stage that does not say; refused if all do.
       replay: fraction, mode, over and capacity; see `jaxcl.data.stream`.
     """
     table = []
     for i, stage in enumerate(stages):
         filled = ({} if steps is None else {"steps": steps}) | dict(stage)
         table.append(schema.call(streams.Stage, filled, field=f"stream.stages[{i}]"))
+    if steps is not None and stages and all(stage.get("steps") is not None for stage in stages):
+        raise UserError(
+            f"config.stream.steps={steps}: every stage has its own; set config.stream.stages[0].steps and so on, "
+            "and leave config.stream.steps out"
+        )
     if batch % multiple:
         raise UserError(f"config.stream.batch={batch}: must be a multiple of {multiple}, shards x microbatches")
     return streams.make(rows, table, batch=batch, seed=seed, replay=replay, multiple=multiple)
