@@ -1,5 +1,6 @@
 """Runs whose rows are cut along their length: the same losses and gradients, less memory, and clear refusals."""
 
+import functools
 import re
 
 import jax
@@ -119,8 +120,13 @@ def test_a_run_trains_and_resumes(tmp_path_factory):
     cut, build = settings(folder, mesh={"data": 4, "context": 2}), program.build
     made = build(**train.split(cut)[1])
     compiled = {name: getattr(made, name) for name in ("create", "step", "end_task", "evaluate")}
+
+    @functools.wraps(build)
+    def again(**pieces):
+        return build(**pieces)._replace(**compiled)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "build", lambda **pieces: build(**pieces)._replace(**compiled))
+        patch.setattr(program, "build", again)
         patch.setattr(train.allocator, "keep_pages", lambda: True)
         with pytest.MonkeyPatch.context() as struck:
             small.strike(struck, "SIGTERM", 3)
