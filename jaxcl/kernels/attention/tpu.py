@@ -84,10 +84,8 @@ def forward(
     Raises:
       ValueError: sizes that do not fit together.
     """
-    (rows, length, heads, width), (_, slots, groups, _) = q.shape, k.shape
-    blocks = _checked(blocks or _blocks(length, slots, width, q.dtype))
-    segments = jnp.ones((rows, slots), jnp.int32) if segments is None else segments
-    part = None if first is None else tiles.Part(first, length)
+    (rows, length, heads, width), groups = q.shape, k.shape[2]
+    blocks, segments, part = _filled(q, k, segments, first, blocks)
     inputs = _inputs(q, k, v, segments, part, blocks)
     column, padded = (blocks.q, LANES), inputs["q"][0].shape
     mixed, lse = _Launch(blocks, causal, scale, soft_cap, window, first, heads, groups, interpret)(
@@ -129,10 +127,8 @@ def backward(
       d_mixed: [B, L, H, K].
       d_lse: float32 [B, H, L] or None.
     """
-    (rows, length, heads, width), (_, slots, groups, _) = q.shape, k.shape
-    blocks = _checked(blocks or _blocks(length, slots, width, q.dtype))
-    segments = jnp.ones((rows, slots), jnp.int32) if segments is None else segments
-    part = None if first is None else tiles.Part(first, length)
+    (_, length, heads, width), (_, slots, groups, _) = q.shape, k.shape
+    blocks, segments, part = _filled(q, k, segments, first, blocks)
     still = frozen if frozen is None or part is None else part.of(frozen)
     d_mixed, delta = _cotangents(mixed, d_mixed, d_lse, still)
     launch = _Launch(blocks, causal, scale, soft_cap, window, first, heads, groups, interpret)
@@ -267,10 +263,16 @@ def _steps(listed: tiles.Tiles, window: jax.Array | None, first: jax.Array | Non
     return steps, jnp.sum(count)
 
 
-def _blocks(length: int, slots: int, width: int, dtype: Any) -> Blocks:
-    """Returns the default tiles of queries and of keys that may be more."""
-    own, blocks = default_blocks(length, width, dtype), default_blocks(slots, width, dtype)
-    return blocks._replace(q=own.q)
+def _filled(
+    q: jax.Array, k: jax.Array, segments: jax.Array | None, first: jax.Array | None, blocks: Blocks | None
+) -> tuple[Blocks, jax.Array, tiles.Part | None]:
+    """Returns tiles and segments, which may have been left out, and which tokens are queries, if not all."""
+    (rows, length, _, width), slots = q.shape, k.shape[1]
+    if blocks is None:
+        own = default_blocks(length, width, q.dtype)
+        blocks = default_blocks(slots, width, q.dtype)._replace(q=own.q)
+    segments = jnp.ones((rows, slots), jnp.int32) if segments is None else segments
+    return _checked(blocks), segments, None if first is None else tiles.Part(first, length)
 
 
 def _checked(blocks: Blocks) -> Blocks:
