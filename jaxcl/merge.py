@@ -100,6 +100,7 @@ def make(runs: Sequence[Path], target: Path, *, gamma: float | str | None = None
     found = _added(opened, names, setting, compose.make(config["method"], setting), compose.merger(config["method"]))
     config = _joined(config, opened, names, found)
     made = _built(config) if evaluate else None
+    setting = setting._replace(steps=found.steps)
     learner = plan.learner_of(config["method"], setting, config.get("guard"))
     state = _settled(learner, setting, config, found)
     part = target.with_name(f".{target.name}.part")  # renamed once it is whole

@@ -13,7 +13,7 @@ from jaxcl import compose
 from jaxcl.models import analytic, mlp
 from jaxcl.ridge import moments, recursion, solve
 
-QUICK = False
+QUICK = True
 add = jax.jit(moments.add)
 
 

@@ -12,13 +12,13 @@ from ridge_mesh_test import wires
 from jaxcl import main, program, train, tree
 
 QUICK = True
-D = 64
+D = 96  # no other array of the run has as many numbers as the matrix
 CUT = ("data", "fsdp")
-PARTS = ("acil", "ranpac", "nmc", "slda", "fecam")
+PARTS = ("acil", "fecam")
 OPTIONS = {"acil": "acil(gamma=1.0, every=3, how='recursion')"}
 
 
-def build(part, **mesh):
+def build(part, method=None, **mesh):
     """Returns a part of configs/analytic.py, made small."""
     config = main.plain(importlib.import_module("configs.analytic").get_config(part))
     config["sources"] = {
@@ -28,7 +28,7 @@ def build(part, **mesh):
     if "width" in config["adapter"]:
         config["adapter"]["width"] = D
     config["stream"] = {"batch": 16, "stages": [{**one, "steps": 3} for one in config["stream"]["stages"][:2]]}
-    config |= {"mesh": mesh, "method": OPTIONS.get(part, config["method"])}
+    config |= {"mesh": mesh, "method": method or OPTIONS.get(part, config["method"])}
     return program.build(**train.split(config)[1])
 
 
@@ -63,14 +63,18 @@ def test_a_run_on_a_mesh_is_that_of_one_device(part):
         assert cut["moments/counts/high"].spec == P()
 
 
-@pytest.mark.parametrize("part", ["acil", "slda"])
-def test_no_matrix_travels_in_a_step_and_what_a_solve_gathers_is_known(part):
-    """A factorisation is not cut: at the end of a task the matrix is gathered, and each device factors all of it."""
-    made = build(part, data=2, fsdp=2, devices=jax.devices()[:4])
-    batch = made.place(0)
-    text = made.step.lower(made.abstract, batch).compile(compiler_options=toys.QUICK).as_text()
-    assert 0 < max(wires(text)) < D * D
-    text = made.end_task.lower(made.abstract, made.place_task(0)).compile(compiler_options=toys.QUICK).as_text()
+@pytest.mark.parametrize("how", ["solve", "recursion"])
+def test_no_matrix_travels_in_a_step_and_what_a_solve_gathers_is_known(how):
+    """A factorisation is not cut: the matrix is gathered when a task is over, or when the recursion starts anew."""
+    made = build("acil", method=f"acil(gamma=1.0, how={how!r})", data=2, fsdp=2, devices=jax.devices()[:4])
+    text = made.step.lower(made.abstract, made.place(0)).compile(compiler_options=toys.QUICK).as_text()
     sent = wires(text)
-    print(part, sent)
-    assert max(sent) == D * D
+    print(how, sent)
+    assert 16 * D in sent  # the features of a batch
+    assert max(sent) < D * D if how == "solve" else max(sent) == D * D
+    if how == "solve":
+        text = made.end_task.lower(made.abstract, made.place_task(0)).compile(compiler_options=toys.QUICK).as_text()
+        sent = wires(text)
+        print("end", sent)
+        assert max(sent) == D * D
+        assert sum(size == D * D for size in sent) == 2

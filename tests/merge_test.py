@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import small
 from closed_form import Learner, batches, off, rows
 
 from jaxcl import branch, compose, folder, merge, saved, train
@@ -24,12 +25,12 @@ def config(*tasks, **overrides):
         "adapter": {"name": "analytic", "width": 12},
         "sources": SOURCES,
         "stream": {"batch": 8, "stages": [STAGES[t] for t in tasks]},
-        "method": "acil(gamma=0.2)",
+        "method": "acil(gamma=0.2, how='recursion')",
         "guard": {"spike": float("inf")},
         "optim": {"name": "adam"},
         "schedule": {"name": "constant", "peak": 1e-3},
         "evaluation": {"every": 100, "rows": 12},
-        "checkpoint": {"every_steps": 1000},
+        "checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 99},
         "tensorboard": False,
         "mesh": {"data": 8},
     } | overrides
@@ -96,11 +97,11 @@ def test_the_order_and_the_grouping_do_not_count(runs, tmp_path):
     merge.make(parts[:2], tmp_path / "two")
     assert (tmp_path / "two" / "metrics.jsonl").read_text() == ""
     assert not (tmp_path / "two" / "report.html").exists()
-    merge.make([parts[2], tmp_path / "two"], tmp_path / "three", gamma="gcv")
+    merge.main([str(parts[2]), str(tmp_path / "two"), str(tmp_path / "three"), "--gamma=0.7"])
     (found, host), (wanted, _) = state_of(tmp_path / "three"), state_of(whole)
     assert off(found["memory/inner/moments/gram"], wanted["memory/inner/moments/gram"]) < 1e-13
     assert off(found["params/head"], wanted["params/head"]) > 1e-3  # of another gamma
-    assert folder.about(tmp_path / "three")["config"]["method"] == [{"name": "acil", "gamma": "gcv"}]
+    assert folder.about(tmp_path / "three")["config"]["method"] == [{"name": "acil", "gamma": 0.7, "how": "recursion"}]
     assert sorted(host["ledger"]) == ["task_00", "task_01", "task_02"]
     with pytest.raises(UserError, match=r"two: was trained on the source 'task_00', and so was .*a: its rows would"):
         merge.make([parts[0], tmp_path / "two"], tmp_path / "new")
@@ -118,6 +119,12 @@ def other(runs, tmp_path, **changes):
     return place
 
 
+@pytest.mark.parametrize("step", [4, 6])
+def test_from_the_middle_and_the_end_of_a_task_a_run_goes_on_to_the_same_bits(runs, tmp_path, step):
+    branch.make(runs[3], tmp_path / "again", step=step)
+    assert small.outcome(trained(tmp_path / "again", 0, 1, 2)) == small.outcome(runs[3])
+
+
 CASES = {
     "width": (
         {"adapter": {"name": "analytic", "width": 13}},
@@ -126,7 +133,10 @@ CASES = {
     "expansion": ({"adapter": {"name": "analytic", "width": 12, "expansion": "tanh"}}, r"expansion='tanh', but 'relu'"),
     "classes": ({"model": {"name": "mlp", "inputs": 64, "hidden": (6,), "classes": 7}}, r"adapter\.classes=7, but 6"),
     "activation": ({"model": config()["model"] | {"classes": 6, "output": "hidden"}}, r"model\.output='hidden', but"),
-    "gamma": ({"method": "acil(gamma=0.3)"}, r"\[0\]\.gamma=0\.3, but 0\.2 in .*; say which one counts with --gamma"),
+    "gamma": (
+        {"method": "acil(gamma=0.3, how='recursion')"},
+        r"\[0\]\.gamma=0\.3, but 0\.2 in .*; say which one counts with --gamma",
+    ),
     "method": ({"method": "slda"}, r"\[0\]\.gamma='the default', but 0\.2 in .*; say which"),
     "unfinished": ({"finished": False}, r"other: has not finished"),
     "trained": ({"adapter": None}, r"config\.adapter=None: its weights were trained and are no sum over rows"),
@@ -162,7 +172,7 @@ def test_another_seed_is_another_feature_map_and_folders_are_kept(runs, tmp_path
 
 METHODS = {
     "acil(how='recursion', every=2)": {},
-    "acil(decompose=True, every=2)": {},
+    "acil(decompose=True, gamma='gcv')": {},
     "ranpac(gamma=0.4)": {},
     "slda(epsilon=0.1, every=2)": {},
     "nmc": {"normalise": True},

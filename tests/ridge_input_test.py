@@ -46,11 +46,19 @@ def test_no_weights_come_of_a_gamma_that_is_not_positive(gamma):
             solved()
 
 
-@pytest.mark.parametrize("function", [moments.add, moments.remove])
-def test_rows_of_another_size_are_refused_when_a_program_is_traced(function):
+def test_rows_of_another_size_are_refused_when_a_program_is_traced():
     x, labels, weights = rows(4)
-    with pytest.raises(ValueError, match=rf"matrix \[{D}, {D}\] and rows \[4, {D - 1}\]"):
-        jax.eval_shape(function, moments.empty(D, C), x[:, 1:], labels, weights)
+    m, inverse = moments.empty(D, C), recursion.Inverse(jnp.eye(D), jnp.zeros((D, C)))
+    for function, state in (
+        (moments.add, m),
+        (moments.remove, m),
+        (recursion.update, inverse),
+        (recursion.downdate, inverse),
+    ):
+        with pytest.raises(
+            UserError, match=rf"features of shape \[4, {D - 1}\]: the moments are of \[b, {D}\] features"
+        ):
+            jax.eval_shape(function, state, x[:, 1:], labels, weights)
 
 
 def test_only_moments_of_one_map_are_merged():

@@ -261,6 +261,11 @@ def test_a_start_from_the_moments_ends_the_drift():
     far = update(recursion.Inverse(jnp.eye(D) / gamma, jnp.zeros((D, C))), *batch)
     assert recursion.drift(exact, m, gamma) < recursion.drift(far, m, gamma)
     assert recursion.drift(recursion.Inverse(exact.r * 1.1, exact.w), m, gamma) == pytest.approx(0.1, rel=0.2)
+    bent = np.asarray(exact.r, np.float64) * np.linspace(1, 2, D)  # columns of unequal error
+    v = np.random.default_rng(0).standard_normal((D, 4))
+    away = (sums64(*batch)[0] + gamma * np.eye(D)) @ bent @ v - v
+    worst = (np.linalg.norm(away, axis=0) / np.linalg.norm(v, axis=0)).max()
+    assert recursion.drift(recursion.Inverse(jnp.float32(bent), exact.w), m, gamma) == pytest.approx(worst, rel=1e-2)
     nothing = recursion.start(moments.empty(D, C), gamma)
     np.testing.assert_allclose(nothing.r, np.eye(D) / gamma, rtol=1e-6)
     assert not nothing.w.any()

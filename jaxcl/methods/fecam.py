@@ -20,7 +20,6 @@ averaged over tasks by their number of classes. A class of one row has the ident
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -33,7 +32,6 @@ from jaxcl.ridge import learner, moments
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Method, Metrics, Params, TrainState
 
-PRECISE = MappingProxyType({"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32})
 Around = tuple[jax.Array, jax.Array, jax.Array]  # means [C, d], scatters [C or 1, d, d], rows [C]
 
 
@@ -98,10 +96,14 @@ def merged(means: jax.Array, scatter: jax.Array, counts: jax.Array, rows: learne
     fresh = pair.contract(own, rows.x, 0, 0) / jnp.where(new > 0, new, 1.0)[:, None]
     away = rows.x - pair.contract(jax.nn.one_hot(rows.labels, counts.shape[0]), fresh, 1, 0)
     if scatter.shape[0] == counts.shape[0]:
-        inside = jnp.einsum("bc,bd,be->cde", own, away, away, **PRECISE)
+        inside = _sums("bc,bd,be->cde", own, away, away)
     else:
-        inside = jnp.einsum("b,bd,be->de", rows.weights, away, away, **PRECISE)[None]
+        inside = _sums("b,bd,be->de", rows.weights, away, away)[None]
     return joined((means, scatter, counts), (fresh, inside, new))
+
+
+def _sums(which: str, *x: jax.Array) -> jax.Array:
+    return jnp.einsum(which, *x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def joined(a: Around, b: Around) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +113,7 @@ def joined(a: Around, b: Around) -> tuple[jax.Array, jax.Array]:
     if a[1].shape[0] == total.shape[0]:
         between = (a[2] * share)[:, None, None] * gap[:, :, None] * gap[:, None, :]
     else:
-        between = jnp.einsum("c,cd,ce->de", a[2] * share, gap, gap, **PRECISE)[None]
+        between = _sums("c,cd,ce->de", a[2] * share, gap, gap)[None]
     return a[0] + share[:, None] * gap, a[1] + b[1] + between
 
 

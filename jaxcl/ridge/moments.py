@@ -90,6 +90,9 @@ def add(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Mome
       labels: int32 [b] in 0..C - 1. A row of another label counts as padding: under `jit` nothing can be raised, so
         call `check` on the host.
       weights: float32 [b] >= 0. A row of weight 0 is padding; what its features are, NaN included, has no effect.
+
+    Raises:
+      UserError: features of another size.
     """
     return _accumulate(m, x, labels, weights, 1.0)
 
@@ -127,6 +130,7 @@ def add_classes(cross: Pair, counts: Pair, x: jax.Array, labels: jax.Array, weig
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
+    check_width(x.shape, m.gram.high.shape[0])
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
     return pair.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
 
@@ -165,8 +169,7 @@ def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None)
     """
     features, labels = np.asarray(features), np.asarray(labels)
     width, classes = m.cross.high.shape
-    if features.ndim != 2 or features.shape[1] != width:
-        raise schema.UserError(f"features of shape {list(features.shape)}: the moments are of [b, {width}] features")
+    check_width(features.shape, width)
     if labels.shape != features.shape[:1]:
         found = f"labels of shape {list(labels.shape)} for {len(features)} rows of features"
         raise schema.UserError(f"{found}: give one label for every row")
@@ -180,6 +183,12 @@ def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None)
         raise schema.UserError(f"{found}: not finite; repair the row or give it weight 0")
     if gamma is not None:
         check_gamma(gamma)
+
+
+def check_width(shape: tuple[int, ...], width: int) -> None:
+    """Raises UserError unless features have the shape [b, width]."""
+    if len(shape) != 2 or shape[1] != width:
+        raise schema.UserError(f"features of shape {list(shape)}: the moments are of [b, {width}] features")
 
 
 def check_gamma(gamma: float) -> None:

@@ -6,8 +6,8 @@ Iterative refinement (Wilkinson 1963; Carson & Higham 2018 for three precisions)
 here about 2^-40, if the condition is below about 2^24 / d; conjugate gradients inside reach beyond that, where the
 factor is that of a shifted matrix or of an older one.
 
-Cost: d^3 / 3 for the factor, and per round about 12 d^2 C for the residual and 4 d^2 C for a step of CG. On a mesh, where
-A is cut by rows, a factorisation is not: A is gathered, and every device factors all of it.
+Cost: d^3 / 3 for the factor, and per round about 12 d^2 C for the residual and 4 d^2 C for a step of CG. On a mesh A is
+cut by rows and a factorisation is not: A is gathered, and every device factors all of it.
 """
 
 from __future__ import annotations
