@@ -253,12 +253,13 @@ def _weights():
     for name, (place, reads, most) in kinds.items():
         held = folder_of(FIXTURES / "hf" / place)
         config = as_json(json.loads(held["config.json"]))
-        yield f"configuration, {name}", Reader(
-            "config.json", read=reads, beside=held, names="config", examples=most, **config
+        yield (
+            f"configuration, {name}",
+            Reader("config.json", read=reads, beside=held, names="config", examples=most, **config),
         )
     shards = folder_of(FIXTURES / "hf" / "llama_sharded")
     index = as_json(json.loads(shards[files.INDEX]))
-    yield "index of shards", Reader(files.INDEX, read=weights, beside=shards, names="model", **index)
+    yield "index of shards", Reader(files.INDEX, read=weights, beside=shards, names="stranger", **index)
     one = held[files.SINGLE]
     head, rest = one[: 8 + int.from_bytes(one[:8], "little")], one[8 + int.from_bytes(one[:8], "little") :]
     yield "weights", Reader(files.SINGLE, one, weights, hostile.of_bytes(head).map(lambda x: x + rest), held)
@@ -395,7 +396,7 @@ REFUSED = [  # each of these was another exception, or worse, once
     ("state of a dataset", DEEP),
     ("splits of a dataset", b'{"splits": [null]}'),
     ("splits of a dataset", b'{"splits": 1.5}'),
-    ("names of tokens", b'{"chat_template": ["x", 1]}'),
+    ("names of tokens", b'{"chat_template": [{"name": "default", "template": 1}]}'),
     ("names of tokens", b'{"chat_template": {"default": "x"}}'),
     ("names of tokens", DEEP),
     ("added tokens", b"null"),

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no network namespac
 def test_processes_in_two_network_namespaces_train_together(tmp_path):
     with namespaces.joined() as hosts:
         started = processes.start(
-            "fsdp_tp", tmp_path / "apart", 0, 2, 3, processes=2, devices=1, hosts=hosts, address=namespaces.ADDRESSES[0]
+            "fsdp_tp", tmp_path / "apart", 0, 2, 3, processes=2, devices=2, hosts=hosts, address=namespaces.ADDRESSES[0]
         )
         apart = processes.finish(started, timeout=300)
-    (alone,) = processes.run("fsdp_tp", tmp_path / "alone", 0, 2, 3, processes=1, devices=2)
+    (alone,) = processes.run("fsdp_tp", tmp_path / "alone", 0, 2, 3, processes=1, devices=4)
     assert apart[0]["losses"] == apart[1]["losses"]
     np.testing.assert_array_equal(apart[0]["losses"], alone["losses"])  # sums over two devices are exact in any order
     assert apart[0]["leaves"] == alone["leaves"]

@@ -76,6 +76,7 @@ class Budget:
 
     def call(self, function: Any, arguments: tuple[Any, ...]) -> None:
         """Checks a call of a method of a text."""
+        function = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         name, own = getattr(function, "__name__", ""), getattr(function, "__self__", None)
         if isinstance(own, str):
             if name == "format" and _WIDE.search(own):
@@ -138,6 +139,8 @@ def make(text: str, extensions: list[Any], names: dict[str, Any]) -> tuple[Any, 
 
 def _guard(environment: Any, budget: Budget) -> None:
     """Leaves out filters that make much of little, and bounds those that chats need."""
+    from jinja2 import pass_eval_context  # noqa: PLC0415
+
     for name in _FILTERS:
         environment.filters.pop(name, None)
     for name in ("lipsum", "cycler", "joiner"):
@@ -152,12 +155,18 @@ def _guard(environment: Any, budget: Budget) -> None:
         budget.check(str(value).count("\n") * (len(width) if isinstance(width, str) else int(width)))
         return own["indent"](value, width, *rest, **options)
 
+    @pass_eval_context
+    def join(context: Any, value: Any, between: Any = "", attribute: Any = None) -> str:
+        items = list(value)
+        budget.check(len(items) * len(str(between)))
+        return own["join"](context, items, between, attribute)
+
     def to_json(value: Any, **options: Any) -> str:
         if not (options.get("indent") is None or 0 <= int(options["indent"]) <= 16):
             raise TooMuch("indents JSON by more than 16")
         return json.dumps(value, **{"ensure_ascii": False, **options})
 
-    environment.filters |= {"replace": replace, "indent": indent, "tojson": to_json}
+    environment.filters |= {"replace": replace, "indent": indent, "join": join, "tojson": to_json}
 
 
 def _replace_joins(node: Any, nodes: Any) -> None:
