@@ -14,8 +14,8 @@ def _ip(*words):
 
 def why_not():
     """Returns why there can be none, or None."""
-    if not shutil.which("ip"):
-        return "no iproute2"
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        return "no iproute2 or no unshare"
     name = f"jaxcl-{os.getpid()}-probe"
     try:
         _ip("netns", "add", name)
@@ -28,9 +28,13 @@ def why_not():
     return None
 
 
+# Gloo tells the others where it is by resolving its own name.
+NAMED = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
+
+
 @contextlib.contextmanager
-def joined():
-    """Yields the commands that run something on each of two hosts."""
+def joined(folder):
+    """Yields the commands that run something on each of two hosts; `folder` is for what these know of names."""
     names = [f"jaxcl-{os.getpid()}-{i}" for i in range(2)]
     made = []
     try:
@@ -42,7 +46,12 @@ def joined():
         for name, address in zip(names, ADDRESSES, strict=True):
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "veth0")
             _ip("-n", name, "link", "set", "veth0", "up")
-        yield [["ip", "netns", "exec", name] for name in names]
+        known = folder / "hosts"
+        known.write_text(
+            "".join(f"{a} {name}\n" for a, name in zip(ADDRESSES, names, strict=True)) + "127.0.0.1 localhost\n"
+        )
+        own = ["unshare", "--mount", "--uts", "sh", "-c", NAMED, str(known)]
+        yield [["ip", "netns", "exec", name, *own, name] for name in names]
     finally:
         for name in made:
             _ip("netns", "delete", name)

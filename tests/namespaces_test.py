@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no network namespac
 
 
 def test_processes_in_two_network_namespaces_train_together(tmp_path):
-    with namespaces.joined() as hosts:
+    with namespaces.joined(tmp_path) as hosts:
         started = processes.start(
             "fsdp_tp", tmp_path / "apart", 0, 2, 3, processes=2, devices=2, hosts=hosts, address=namespaces.ADDRESSES[0]
         )
@@ -22,9 +22,9 @@ def test_processes_in_two_network_namespaces_train_together(tmp_path):
     assert apart[0]["asked"] != apart[1]["asked"]  # each read its own rows
 
 
-def test_the_hosts_reach_each_other_by_the_cable_alone():
+def test_the_hosts_reach_each_other_by_the_cable_alone(tmp_path):
     ask = "import socket, sys; print(socket.socket().connect_ex((sys.argv[1], 9)))"
-    with namespaces.joined() as hosts:
+    with namespaces.joined(tmp_path) as hosts:
         for (own, other), host in zip((namespaces.ADDRESSES, namespaces.ADDRESSES[::-1]), hosts, strict=True):
             for address, refused in ((own, True), (other, True), ("192.0.2.1", False)):
                 code = processes.subprocess.run(
