@@ -170,6 +170,16 @@ def _is_entry(line: Any) -> bool:
     return all(map(is_number, numbers)) and isinstance(line.get("cause", ""), str)
 
 
+def last_line(folder: Path) -> dict[str, Any] | None:
+    """Returns the last whole line of a ledger; None if there is none."""
+    path = folder / FILE
+    for text in reversed(path.read_bytes().splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError, RecursionError):
+            if _is_entry(line := json.loads(text)):
+                return line
+    return None
+
+
 def summary(folder: Path) -> dict[str, Any]:
     """Returns seconds by class, effective utilisation, failures, and mean times between them and to mend them.
 

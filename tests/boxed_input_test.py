@@ -103,6 +103,8 @@ METHOD = {
     "steps=3": ["steps=3", "a stage of config.stream has 2", "leave it out"],
     "spread=1e999": ["spread=inf", "finite"],
     "steps=0": ["steps=0", "at least 1"],
+    "select=-1": ["select=-1: must be a number of steps, or 0"],
+    "select=2, aside=0.0": ["aside=0.0: must lie between 0 and 1"],
     "sample=0": ["sample=0", "at least 1"],
     "spread=-1.0": ["spread=-1.0", "must not be negative"],
     "schedule='linear'": ["schedule='linear'", "'smooth' or 'published'"],

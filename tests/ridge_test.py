@@ -351,40 +351,6 @@ def test_no_product_depends_on_the_default_precision():
     assert all(one[0] == {jax.lax.Precision.HIGHEST} and one[1] in ("float32", "float64") for one in found)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"labels": np.asarray([0, C], np.int32)}, rf"labels={C}: the head has classes 0 to {C - 1}"),
-        ({"labels": np.asarray([-1, 0], np.int32)}, "labels=-1"),
-        ({"labels": np.zeros(3, np.int32)}, r"labels of shape \[3\] for 2 rows"),
-        ({"features": np.full((2, D), np.nan)}, r"features\[0, 0\]=nan: not finite"),
-        ({"features": np.zeros((2, D + 1))}, rf"\[2, {D + 1}\]: the moments are of \[b, {D}\]"),
-        ({"gamma": 0.0}, "gamma=0.0"),
-        ({"gamma": float("nan")}, "gamma=nan"),
-    ],
-)
-def test_bad_batches_are_named(change, message):
-    good = {"features": np.zeros((2, D), np.float32), "labels": np.zeros(2, np.int32), "gamma": 0.1}
-    m = stream(rows(B))
-    before = jax.tree.map(np.array, m)
-    moments.check(m, **good)
-    with pytest.raises(UserError, match=message):
-        moments.check(m, **(good | change))
-    jax.tree.map(np.testing.assert_array_equal, m, before)
-
-
-def test_only_moments_of_one_map_are_merged():
-    mapped = [moments.fingerprint({"w": np.full((2, 3), value, np.float32)}) for value in (0, 0, 1)]
-    assert mapped[0] == mapped[1] != mapped[2]
-    a, b = (moments.empty(D, C, mapped[n]) for n in (0, 2))
-    moments.check_merge(a, moments.empty(D, C, mapped[1]))
-    with pytest.raises(UserError, match="different maps"):
-        moments.check_merge(a, b)
-    with pytest.raises(UserError, match="as many features and classes"):
-        moments.check_merge(a, moments.empty(D, C + 1, mapped[0]))
-    assert add(a, *rows(B)).features == mapped[0]
-
-
 def test_the_cheapest_way_is_chosen_and_said():
     often, seldom = (choice.choose(8192, 256, 100, updates) for updates in (1, 100))
     assert often.name == "recursion"

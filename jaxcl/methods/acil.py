@@ -114,6 +114,14 @@ def explain(
     return plan(setting, gamma, every, how, gain).why
 
 
+def merger(*, gamma: float | str = 0.1, gain: bool = True, **_: object) -> learner.Merger:
+    """Returns what adds what two runs keep; see `jaxcl.compose.merger`."""
+    learner.check_sums("acil", gamma)
+    if not gain:
+        raise UserError("config.method acil.gain=False: which labels count depends on the order; leave it out to merge")
+    return learner.by_entry(moments=moments.merge, age=jnp.add)
+
+
 def _method(setting: Setting, width: int, classes: int, options: Options) -> Method:
     """Returns the method of options that were checked."""
     compared = options.decompose or not options.gain

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcl import schema
 from jaxcl.kernels import ridge, sharded
@@ -99,7 +100,12 @@ def remove(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> M
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Returns the moments of the rows of both; `check_merge` says on the host whether they belong together."""
+    """Returns the moments of the rows of both.
+
+    Raises:
+      UserError: see `check_merge`; under `jit` sizes alone are compared.
+    """
+    check_merge(a, b)
     gram, cross, counts = (pair.add(x, y) for x, y in ((a.gram, b.gram), (a.cross, b.cross), (a.counts, b.counts)))
     return Moments(gram, cross, counts, a.features)
 
@@ -183,10 +189,13 @@ def check_gamma(gamma: float) -> None:
 
 
 def check_merge(a: Moments, b: Moments) -> None:
-    """Raises UserError unless the moments are of the same sizes and features."""
+    """Raises UserError unless the moments are of the same sizes and, where it is known, of the same features."""
     if a.cross.high.shape != b.cross.high.shape:
         found = f"cross of shapes {list(a.cross.high.shape)} and {list(b.cross.high.shape)}"
         raise schema.UserError(f"{found}: merge moments of as many features and classes")
-    if int(a.features) != int(b.features):
-        found = f"features={int(a.features)} and {int(b.features)}"
+    if isinstance(a.features, Tracer) or isinstance(b.features, Tracer):
+        return
+    maps = [np.asarray(m.features) for m in (a, b)]
+    if np.any(maps[0] != maps[1]):
+        found = f"features={maps[0]} and {maps[1]}"
         raise schema.UserError(f"{found}: made by different maps; merge moments of one backbone and projection")
