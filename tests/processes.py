@@ -28,8 +28,19 @@ class Process(NamedTuple):
     log: pathlib.Path
 
 
-def start(worker: str, *args: object, processes: int = 1, devices: int = 1, env: dict | None = None) -> list[Process]:
-    """Starts `tests/workers/{worker}.py` in `processes` interpreters with `devices` CPU devices each."""
+def start(
+    worker: str,
+    *args: object,
+    processes: int = 1,
+    devices: int = 1,
+    env: dict | None = None,
+    hosts: list[list[str]] | None = None,
+    address: str = "127.0.0.1",
+) -> list[Process]:
+    """Starts `tests/workers/{worker}.py` in `processes` interpreters with `devices` CPU devices each.
+
+    With `hosts`, the commands that run something on each of them; `address` is that of the first.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -40,14 +51,14 @@ def start(worker: str, *args: object, processes: int = 1, devices: int = 1, env:
             **{name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")},
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
             "JAXCL_TEST_DEVICES": str(devices),
-            **({"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"} if processes > 1 else {}),
+            **({"JAX_COORDINATOR_ADDRESS": f"{address}:{port}"} if processes > 1 else {}),
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(i),
             **(env or {}),
         }
         log = logs / f"{i}.log"
         with log.open("w") as file:
-            command = [sys.executable, str(WORKERS / f"{worker}.py"), *map(str, args)]
+            command = [*(hosts[i] if hosts else ()), sys.executable, str(WORKERS / f"{worker}.py"), *map(str, args)]
             started.append(Process(subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT), log))
     return started
 
