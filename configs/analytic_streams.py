@@ -12,8 +12,8 @@ Command:  JAXCL_ANALYTIC=runs/analytic/data python -m jaxcl.main --config=config
 Claim:    the head is that of all rows at once on real images too, with labels that come again, or rarely.
 Expected: experiments/analytic/README.md; some 5 CPU-seconds a run, 20 that of a network.
 
-A seed, after the comma, is the order of the classes, the draw of the rows and the expansion. Images and features are in
-the folder JAXCL_ANALYTIC; experiments/analytic/launch.py makes them of your MNIST and Omniglot. One pass, whole batches.
+A seed, after the comma, is the order of the classes, the draw of the rows and the expansion. Images and features lie in
+JAXCL_ANALYTIC; experiments/analytic/launch.py makes them of your MNIST and Omniglot. One pass over whole batches.
 """
 
 import os
@@ -64,7 +64,8 @@ def get_config(text="pixels,0"):
     sources, stages = streams(part, seed, source | ({"imbalance": 100.0} if part == "imbalanced" else {}), batch)
     config = ConfigDict({"seed": seed, "method": "acil(gamma=1.0)" if width else "cpt"})
     classes = CHARACTERS if "omniglot" in part else DIGITS
-    config.model = ConfigDict((CNN if not width else {"name": "mlp", "inputs": inputs, "hidden": ()}) | {"classes": classes})
+    model = {"name": "mlp", "inputs": inputs, "hidden": ()} if width else CNN
+    config.model = ConfigDict(model | {"classes": classes})
     config.adapter = ConfigDict({"name": "analytic", "expansion": "relu", "width": width}) if width else None
     config.sources = ConfigDict(sources if width else {"task_00": sources["task_00"]})
     config.stream = ConfigDict({"batch": batch, "stages": stages if width else stages[:1]})

@@ -1,7 +1,7 @@
 """What the streams show: python -m experiments.analytic.claims WORKDIR [--out=FOLDER]
 
-Reads what launch.py left in WORKDIR, prints the tables of the README (percent, 95 % intervals over seeds; differences are
-paired by seed) and the orders that are claimed, and writes the raw figures and a page of curves to FOLDER.
+Reads what launch.py left in WORKDIR, prints the tables of the README (percent, 95 % intervals over seeds; differences
+are paired by seed) and the orders that are claimed, and writes the raw figures and a page of curves to FOLDER.
 """
 
 import argparse

@@ -12,11 +12,12 @@ import os
 import re
 from pathlib import Path
 
+import jax
 import passes
 import prepare
 from absl import flags
 
-from jaxcl import distributed, main, sweep, train
+from jaxcl import distributed, main, schema, sweep
 from jaxcl.schema import UserError
 
 PARTS = flags.DEFINE_list(
@@ -32,21 +33,21 @@ def read(argv, name, part, seed):
     return main.read([*argv, f"--config={CONFIGS / name}.py:{part},{seed}"], USAGE)[0]
 
 
-def feed(argv, workdir, part, seed):
-    """Makes the images and the features that a part reads, unless they are there; returns the exit status."""
+def feed(argv, data, part, seed, programs):
+    """Makes the images and the features that a part reads, unless they are there."""
     kind = "omniglot" if part == "omniglot" else "mnist"
-    place, data = (prepare.OMNIGLOT if kind == "omniglot" else prepare.MNIST).value, f"{workdir}/data"
-    images = getattr(prepare, kind)(place, data, seed)
+    images = getattr(prepare, kind)((prepare.OMNIGLOT if kind == "omniglot" else prepare.MNIST).value, data, seed)
     drawn = part not in ("trained", "omniglot")
     bank = Path(data, f"{kind}-{'random' if drawn else 'trained'}-{seed}.npz")
     if part == "pixels" or bank.exists():
-        return 0
+        return
     config = read(argv, "analytic_streams", f"backbone_{kind}", seed)
-    run = None if drawn else f"{workdir}/backbone_{kind}/seed{seed}"
-    if run and (status := train.run(config, run, final=False)):
-        return status
-    prepare.features(images, bank, model=config["model"], run=run, seed=seed)
-    return 0
+    if drawn:
+        params = schema.make("jaxcl.models", config["model"], field="model").init(jax.random.key(seed))
+    else:
+        found, params = passes.run(config, programs)
+        print(f"{part}, seed {seed}, network: {found['figures']['a_last']:.3f} {found['cpu_s']:.1f} CPU-s", flush=True)
+    prepare.features(images, bank, config["model"], params)
 
 
 def launch(argv):
@@ -60,13 +61,12 @@ def launch(argv):
     programs = {}
     for part in PARTS.value:
         for seed in map(int, prepare.SEEDS.value):
-            if status := feed(argv, workdir, part, seed):
-                return status
+            feed(argv, f"{workdir}/data", part, seed, programs)
             for config in sweep.expand(read(argv, "analytic_compare", part, seed)):
                 path = Path(workdir, part, sweep.name_of(config["label"], seed) + ".json")
                 if path.exists() or (ARMS.value and config["label"] not in ARMS.value):
                     continue
-                found = {"label": config["label"], "seed": seed, **passes.run(config, programs)}
+                found = {"label": config["label"], "seed": seed} | passes.run(config, programs)[0]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 begun = path.with_suffix(".part")
                 begun.write_text(json.dumps(found) + "\n")

@@ -70,7 +70,7 @@ def shared(config, plan, programs):
 
 
 def run(config, programs):
-    """Returns the figures of `jaxcl.online` of a run, and its curves.
+    """Returns the figures of `jaxcl.online` of a run with its curves, and the parameters at the end.
 
     Args:
       config: of one run, as plain dicts.
@@ -97,7 +97,7 @@ def run(config, programs):
             tallies.append(own.right(state.params, rows))
     labels = {name: np.asarray(one.held_out.labels)[: chosen.rows] for name, one in corpora.items()}
     found = told(steps, tallies, program.classes_of(flow, labels), list(flow.boundaries))
-    return found | {"cpu_s": round(time.process_time() - began, 2)}
+    return found | {"cpu_s": round(time.process_time() - began, 2)}, state.params
 
 
 def told(steps, tallies, classes, ends):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from jaxcl import saved, schema
+from jaxcl import schema
 from jaxcl.data import image_files, pixels
 from jaxcl.main import cli
 from jaxcl.schema import UserError
@@ -81,7 +81,7 @@ def omniglot(place, out, seed):
 def characters(place):
     """Returns the images of every character, uint8 [20, H, W] each, in the order of their names."""
     try:
-        from PIL import Image  # noqa: PLC0415  nothing else needs it
+        from PIL import Image  # nothing else needs it
     except ImportError as error:
         raise UserError("--omniglot: its images need a decoder; pip install pillow") from error
     found = {}
@@ -99,21 +99,19 @@ def characters(place):
     return [np.stack([*found[name].values()]) for name in sorted(found) if len(found[name]) == sum(HANDS)]
 
 
-def features(images, out, *, model, run=None, seed=0):
+def features(images, out, model, params):
     """Writes the features of all images, float16, unless they are there; returns the file.
 
     Args:
       images: file that `mnist` or `omniglot` made.
       out: the bank, an `.npz`.
       model: `config.model` of the network.
-      run: folder of a run of that network whose parameters are taken; None = they are drawn.
-      seed: of the draw.
+      params: of the network; its last layer is not read.
     """
     out = Path(out)
     if out.exists():
         return out
     network = schema.make("jaxcl.models", {**model, "output": "hidden"}, field="model")
-    params = saved.params(Path(run) / "checkpoints")[1] if run else network.init(jax.random.key(seed))
 
     @jax.jit
     def read(params, x):
@@ -123,12 +121,12 @@ def features(images, out, *, model, run=None, seed=0):
     train, test = image_files.read(str(images))
     parts = {}
     for name, split in (("train", train), ("test", test)):
-        rows = [split.pixels[i : i + BLOCK] for i in range(0, len(split.labels), BLOCK)]
-        padded = [np.pad(x, ((0, BLOCK - len(x)), *((0, 0),) * 3)) for x in rows]  # one compilation
-        parts[f"{name}_features"] = np.concatenate(
-            [np.asarray(read(params, pixels.scaled(x)), np.float16)[: len(y)] for x, y in zip(padded, rows, strict=True)]
-        )
-        parts[f"{name}_labels"] = split.labels
+        found = []
+        for start in range(0, len(split.labels), BLOCK):
+            x = split.pixels[start : start + BLOCK]
+            padded = np.pad(x, ((0, BLOCK - len(x)), *((0, 0),) * 3))  # so that it is compiled once
+            found.append(np.asarray(read(params, pixels.scaled(padded)), np.float16)[: len(x)])
+        parts |= {f"{name}_features": np.concatenate(found), f"{name}_labels": split.labels}
     return write(out, parts)
 
 
