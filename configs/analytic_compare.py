@@ -19,7 +19,7 @@ RELU = {"expansion": "relu", "width": 512}
 PLAIN = {"expansion": "none"}
 UNIT = PLAIN | {"normalise": True}
 DISTANCES = PLAIN | {"head": "mahalanobis", "power": 0.5, "shared": True}
-OFTEN = "gamma=1.0, every=16"
+OFTEN = "gamma=1.0, every=8"
 # label -> method, adapter
 ARMS = {
     "nmc": ("nmc", UNIT),
@@ -32,12 +32,12 @@ ARMS = {
     "aef_ocl": ("aef_ocl(gamma=1.0)", RELU),
     "air": ("air(gamma=1.0, slots=2)", RELU),
 }
-# the same with weights after every sixteen steps; without the gain of labels that come again
+# the same with weights after every 1,024 rows; without the gain of labels that come again
 BLURRED = {
     "nmc": ARMS["nmc"],
     "acil": (f"acil({OFTEN})", RELU),
     "acil without gain": (f"acil({OFTEN}, gain=False)", RELU),
-    "slda": ("slda(every=16)", PLAIN),
+    "slda": ("slda(every=8)", PLAIN),
     "air": (f"air({OFTEN})", RELU),
 }
 FIVE = ("nmc", "acil", "ranpac", "slda", "fecam")
@@ -50,13 +50,17 @@ PARTS = {
     "blurry": tuple(BLURRED),
 }
 TIMES = {"omniglot": 10, "blurry": 1}  # that naive sees the rows of a task; 4 elsewhere
+SHARE = 4  # batches of naive for one of the others
 
 
 def naive(part, config):
     """Returns the changes that make a run train its head."""
-    stages = tuple({**stage, "steps": TIMES.get(part, 4) * stage["steps"]} for stage in config.stream.stages)
-    hidden = (128,) if part == "pixels" else ()
-    return (("method", "cpt"), ("adapter", None), ("model.hidden", hidden), ("stream.stages", stages))
+    share = 1 if part == "imbalanced" else SHARE
+    times = share * TIMES.get(part, 4)
+    stages = tuple({**stage, "steps": times * stage["steps"]} for stage in config.stream.stages)
+    pairs = {"method": "cpt", "adapter": None, "stream.stages": stages, "stream.batch": config.stream.batch // share}
+    pairs |= {"evaluation.every": share * config.evaluation.every}
+    return (*pairs.items(), ("model.hidden", (128,) if part == "pixels" else ()))
 
 
 def get_config(text="pixels,0"):

@@ -28,16 +28,16 @@ TAIL = [round(ROWS * 100 ** (-digit / 9)) for digit in range(DIGITS)]
 BLURRED = (1, 8, 9, 13, 14)  # the first seeds of Si-Blurry that leave every task a class of its own
 # part -> file, numbers in a row, batch, width of the expansion
 PARTS = {
-    "pixels": ("mnist", 784, 60, 512),
-    "random": ("mnist-random", 576, 60, 512),
-    "trained": ("mnist-trained", 576, 60, 512),
-    "omniglot": ("omniglot-trained", 576, 30, 1024),
+    "pixels": ("mnist", 784, 120, 512),
+    "random": ("mnist-random", 576, 120, 512),
+    "trained": ("mnist-trained", 576, 120, 512),
+    "omniglot": ("omniglot-trained", 576, 100, 1024),
     "imbalanced": ("mnist-random", 576, 16, 512),
-    "blurry": ("mnist-random", 576, 64, 512),
+    "blurry": ("mnist-random", 576, 128, 512),
     "backbone_mnist": ("mnist", 784, 60, None),
     "backbone_omniglot": ("omniglot", 784, 30, None),
 }
-EPOCHS = {"backbone_mnist": 5, "backbone_omniglot": 20}
+EPOCHS = {"backbone_mnist": 2, "backbone_omniglot": 10}
 
 
 def streams(part, seed, source, batch):
@@ -71,6 +71,6 @@ def get_config(text="pixels,0"):
     config.stream = ConfigDict({"batch": batch, "stages": stages if width else stages[:1]})
     config.optim = ConfigDict({"name": "adamw"})  # of the parts that train
     config.schedule = ConfigDict({"name": "constant", "peak": 1e-3})
-    config.evaluation = ConfigDict({"every": 16 if part == "blurry" else 10**6, "rows": 4000})
+    config.evaluation = ConfigDict({"every": 8 if part == "blurry" else 10**6, "rows": 4000})
     config.checkpoint = ConfigDict({"every_steps": 10**9, "every_minutes": 10.0, "keep": 1})
     return config

@@ -165,8 +165,10 @@ def test_streams_are_one_pass_over_whole_batches(part):
     arms = sweep.expand(config_of("analytic_compare", f"{part},2"))
     assert {"naive", "nmc", "acil"} <= {one["label"] for one in arms}
     assert {one["seed"] for one in arms} == {2}
-    trained = arms[0]["stream"]["stages"]
-    assert [one["steps"] for one in trained] == [n * {"blurry": 1, "omniglot": 10}.get(part, 4) for n in steps]
+    trained = arms[0]["stream"]
+    rows = [one["steps"] * trained["batch"] for one in trained["stages"]]
+    assert rows == [n * batch * {"blurry": 1, "omniglot": 10}.get(part, 4) for n in steps]
+    assert arms[0]["evaluation"]["every"] * trained["batch"] == config["evaluation"]["every"] * batch
 
 
 @pytest.mark.parametrize("text", ["", "elsewhere", "pixels,x", "pixels,-1"])

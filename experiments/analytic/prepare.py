@@ -133,7 +133,7 @@ def features(images, out, model, params):
 def write(path, parts, **more):
     """Writes arrays so that a file that is there is whole; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    begun = path.with_suffix(".part.npz")
+    begun = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(begun, **parts, **more)
     os.replace(begun, path)
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in parts.items())
