@@ -37,11 +37,11 @@ LAYERS = (
     {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
-    {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands"},
+    {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands", "rerun"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
 IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}
-IO_LAYERS |= {"goodput", "watch", "retry"}
+IO_LAYERS |= {"goodput", "watch", "retry", "rerun"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 

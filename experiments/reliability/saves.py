@@ -4,8 +4,8 @@ python -m experiments.reliability.saves [--workdir=FOLDER] [--sizes=small,100m] 
 
 A save waits for the one before it, takes a checksum of every leaf, and copies the state to the host; threads write the
 files, hash them and write the manifest. What the caller waits for is `blocked_s`; `whole_s` lasts until the manifest
-is there. Between the saves of a run there is time to finish; here each is waited for before the next one's clock starts.
-The restore checks hashes and checksums; then every leaf is compared with what was saved.
+is there. Between the saves of a run there is time to finish; here each is waited for before the next one's clock
+starts. The restore checks hashes and checksums; then every leaf is compared with what was saved.
 """
 
 from __future__ import annotations
@@ -96,10 +96,11 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
         found = record["sizes"][preset] = measure(preset, options.saves, folder)
         times = ", ".join(f"{value:.2f}" for value in found["blocked_s"])
+        mib, whole, restore = found["state_bytes"] / 2**20, max(found["whole_s"]), found["restore"]["wall_s"]
         print(
-            f"{preset}: {found['parameters']:,} parameters, {found['state_bytes'] / 2**20:,.0f} MiB; "
-            f"blocked {times} s; whole {max(found['whole_s']):.1f} s; restored in "
-            f"{found['restore']['wall_s']:.1f} s, equal {found['restored_equal']}; under 5 % from a period of {found['least_period_s']:.0f} s on",
+            f"{preset}: {found['parameters']:,} parameters, {mib:,.0f} MiB; blocked {times} s; "
+            f"whole {whole:.1f} s; restored in {restore:.1f} s, equal: {found['restored_equal']}; "
+            f"under 5 % from a period of {found['least_period_s']:.0f} s on",
             flush=True,
         )
         shutil.rmtree(folder)
