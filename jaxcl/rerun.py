@@ -91,16 +91,16 @@ def recorded(place: Path, step: int) -> tuple[dict[int, Gave], bool]:
     return gave, any(" again: " in text for text in told)
 
 
-def replay(made: program.Program, checkpoints: checkpoint.Checkpoints, first: int, step: int) -> Replay:
-    """Takes the steps from a checkpoint up to `step` again.
+def replay(made: program.Program, loop: train.Loop, place: Path, first: int, step: int) -> Replay:
+    """Takes the steps from the checkpoint at `first` up to `step` again.
 
     Raises:
       UserError: the checkpoint is damaged, or of other rows than these sources give.
     """
-    found = checkpoints.restore(made.abstract, step=first)
+    found = checkpoints_of(made, loop, place).restore(made.abstract, step=first)
     assert found
     now = {"stream": made.stream.fingerprint(found.step), "held_out": made.held_out}
-    folder.check_data(Path("the run"), found.step, found.host, now)
+    folder.check_data(place, found.step, found.host, now)
     state, gave = found.state, {}
     for number in range(first + 1, step + 1):
         state, values = made.step(state, made.place(number - 1))
@@ -109,6 +109,12 @@ def replay(made: program.Program, checkpoints: checkpoint.Checkpoints, first: in
         if number in made.stream.boundaries and number != step:
             state = made.end_task(state, made.place_task(made.stream.boundaries.index(number)))
     return Replay(first, gave, checksum.table(state.params))
+
+
+def checkpoints_of(made: program.Program, loop: train.Loop, place: Path) -> checkpoint.Checkpoints:
+    """Returns the checkpoints of a run, in the first place alone."""
+    options = {name: value for name, value in (loop.checkpoint or {}).items() if name != "second"}
+    return checkpoint.Checkpoints(place / "checkpoints", made.base, **options)
 
 
 def rerun(place: Path, step: int, within: float = 0.0) -> dict[str, Any]:
@@ -121,18 +127,14 @@ def rerun(place: Path, step: int, within: float = 0.0) -> dict[str, Any]:
     record, twice = recorded(place, step)
     made = program.build(**pieces)
     if made.rollouts is not None or made.stream.contents:
-        raise UserError(
-            f"{place}: its rows are drawn or kept while it runs; only steps on rows at rest can be replayed"
-        )
-    options = {name: value for name, value in (loop.checkpoint or {}).items() if name != "second"}
-    checkpoints = checkpoint.Checkpoints(place / "checkpoints", made.base, **options)
-    before = [number for number in checkpoints.steps() if number < step]
+        raise UserError(f"{place}: its rows are drawn or kept while it runs; only those at rest can be replayed")
+    kept = checkpoints_of(made, loop, place).steps()
+    before = [number for number in kept if number < step]
     if not before:
-        kept = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise UserError(
-            f"--step={step}: no checkpoint before it is left (there are: {kept}); see checkpoint.keep_every"
-        )
-    replays = [replay(made, checkpoints, before[-1], step) for _ in range(2)]
+        left = ", ".join(map(str, kept)) or "none"
+        remedy = "replay a later step, and keep more with config.checkpoint.keep_every"
+        raise UserError(f"--step={step}: no checkpoint before it is left (there are: {left}); {remedy}")
+    replays = [replay(made, loop, place, before[-1], step) for _ in range(2)]
     return {
         "step": step,
         "verdict": verdict(step, record, replays, twice, within),

@@ -1,4 +1,4 @@
-"""A suspect step taken again: the five verdicts, and the step of a run that was struck, by its rows or by the machine."""
+"""A suspect step taken again: the five verdicts, and a step of a run that its rows or its machine had struck."""
 
 import math
 
@@ -101,5 +101,5 @@ def test_what_cannot_be_replayed_is_said(folder, once, tmp_path, capsys):
             rerun.rerun(once, 2)
         rerun.main([str(once), f"--step={STRUCK}"])
     assert "transient: a fault that passed" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--within=2.0: must be at least 0 and below 1"):
+    with pytest.raises(UserError, match=r"--within=2\.0: must be at least 0 and below 1"):
         rerun.main([str(once), "--step=3", "--within=2"])

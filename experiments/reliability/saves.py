@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.benchmarks import train_step
 from jaxcl import tree
@@ -32,16 +33,8 @@ SHARE = 0.05
 def state_of(preset, seed):
     """Returns a state of random bits, which no compression makes small: parameters and two moments in float32."""
     shapes = jax.eval_shape(transformer.make(preset=preset).init, jax.eval_shape(lambda: jax.random.key(0)))
-    leaves, structure = jax.tree.flatten(shapes)
-    key = jax.random.key(seed)
-
-    @jax.jit
-    def draw(key):
-        keys = jax.random.split(key, len(leaves))
-        drawn = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-        return jax.tree.unflatten(structure, drawn)
-
-    parts = [draw(jax.random.fold_in(key, i)) for i in range(3)]
+    rng = np.random.default_rng(seed)
+    parts = [jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, x.dtype)), shapes) for _ in range(3)]
     return TrainState(jnp.int32(seed), parts[0], {"mu": parts[1], "nu": parts[2]}, ())
 
 

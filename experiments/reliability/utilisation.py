@@ -4,9 +4,9 @@ python -m experiments.reliability.utilisation --workdir=runs/utilisation [--ever
 
 The model of the quickstart on longer steps is killed (SIGKILL) whenever it has taken `every` steps more and half of a
 period between checkpoints, and started again at once by this script, which is the launcher. Its programs are compiled
-before: a start of which nothing else is kept fills the cache that all share. With --compare the same run without kills
-must have the same losses. --steps makes a shorter run; its `parts` say what a start costs and what a step, and what that
-would be with a fault every 200 steps.
+before, by a start of which nothing else is kept. With --compare the same run without kills must have the same losses.
+--steps makes a shorter run; its `parts` say what a start costs and what a step, and what that would be with a fault
+every 200 steps.
 """
 
 from __future__ import annotations
