@@ -38,11 +38,11 @@ LAYERS = (
     {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
-    {"sweep", "main", "branch", "merge", "bpe", "evaluate", "aot", "commands"},
+    {"sweep", "main", "branch", "merge", "bpe", "evaluate", "aot", "commands", "rerun"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
 IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}
-IO_LAYERS |= {"goodput", "watch", "retry", "merge"}
+IO_LAYERS |= {"goodput", "watch", "retry", "merge", "rerun"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 
