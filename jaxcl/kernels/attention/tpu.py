@@ -122,9 +122,8 @@ def backward(
 
     Args as for `forward`; in addition:
       frozen: bool [B, S], tokens whose q, k, v and outputs carry no gradient; tiles without any are not visited.
-      mixed: [B, L, H, K].
+      mixed, d_mixed: [B, L, H, K].
       lse: float32 [B, H, L].
-      d_mixed: [B, L, H, K].
       d_lse: float32 [B, H, L] or None.
     """
     (_, length, heads, width), (_, slots, groups, _) = q.shape, k.shape
