@@ -37,16 +37,16 @@ def feed(argv, data, part, seed, programs):
     """Makes the images and the features that a part reads, unless they are there."""
     kind = "omniglot" if part == "omniglot" else "mnist"
     images = getattr(prepare, kind)((prepare.OMNIGLOT if kind == "omniglot" else prepare.MNIST).value, data, seed)
-    drawn = part not in ("trained", "omniglot")
+    drawn = part != "trained"
     bank = Path(data, f"{kind}-{'random' if drawn else 'trained'}-{seed}.npz")
     if part == "pixels" or bank.exists():
         return
-    config = read(argv, "analytic_streams", f"backbone_{kind}", seed)
+    config = read(argv, "analytic_streams", "backbone", seed)
     if drawn:
         params = schema.make("jaxcl.models", config["model"], field="model").init(jax.random.key(seed))
     else:
         found, params = passes.run(config, programs)
-        print(f"{part}, seed {seed}, network: {found['figures']['a_last']:.3f} {found['cpu_s']:.1f} CPU-s", flush=True)
+        print(f"network, seed {seed}: {found['figures']['a_last']:.3f} right  {found['cpu_s']:.1f} CPU-s", flush=True)
     prepare.features(images, bank, config["model"], params)
 
 

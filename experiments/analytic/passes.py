@@ -86,6 +86,7 @@ def run(config, programs):
     rows = scores.put(held)
     key = jax.random.key(plan.seed)
     state = pieces["create"]() if plan.network.load else own.init(key)
+    state = jax.device_put(state, meshes.replicated(plan.mesh))  # as batches are, so that a step is compiled once
     steps, tallies = [], []
     for number in range(flow.boundaries[-1]):
         state = own.step(state, pieces["place"](number), key)
