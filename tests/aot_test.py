@@ -273,7 +273,8 @@ def shipped(name, folder):
 
 
 PROBLEMS = {path.stem for path in (ROOT / "configs").glob("*rl*.py")}
-IMAGES = {"split_digits", "analytic", "long_tail", "hyperinterval", "hyperinterval_compare", "hyperinterval_protocols"}
+IMAGES = {"split_digits", "long_tail", "hyperinterval", "hyperinterval_compare", "hyperinterval_protocols"}
+IMAGES |= {"analytic", "analytic_streams", "analytic_compare", "analytic_papers"}
 
 
 @pytest.mark.parametrize("name", ["split_digits", "analytic", "hyperinterval", "hyperinterval_protocols"])

@@ -214,9 +214,11 @@ def distances(x: jax.Array, means: jax.Array, precision: jax.Array) -> jax.Array
       precision: float32 [C, d, d], or [1, d, d] for all classes.
     """
     away = x[:, None] - means.T[None]  # [B, C, d]
-    which = "cde" if precision.shape[0] == means.shape[1] else "xde"
     precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    turned = jnp.einsum(f"bcd,{which}->bce", away, precision, **precise)
+    if precision.shape[0] == means.shape[1]:
+        turned = jnp.einsum("bcd,cde->bce", away, precision, **precise)
+    else:  # of one precision B + C products are enough, of rows and of means
+        turned = pair.contract(x, precision[0], 1, 0)[:, None] - pair.contract(means, precision[0], 0, 0)[None]
     return jnp.sum(turned * away, axis=-1)
 
 
