@@ -69,12 +69,10 @@ def test_no_matrix_travels_in_a_step_and_what_a_solve_gathers_is_known(how):
     made = build("acil", method=f"acil(gamma=1.0, how={how!r})", data=2, fsdp=2, devices=jax.devices()[:4])
     text = made.step.lower(made.abstract, made.place(0)).compile(compiler_options=toys.QUICK).as_text()
     sent = wires(text)
-    print(how, sent)
     assert 16 * D in sent  # the features of a batch
     assert max(sent) < D * D if how == "solve" else max(sent) == D * D
     if how == "solve":
         text = made.end_task.lower(made.abstract, made.place_task(0)).compile(compiler_options=toys.QUICK).as_text()
         sent = wires(text)
-        print("end", sent)
         assert max(sent) == D * D
         assert sum(size == D * D for size in sent) == 2

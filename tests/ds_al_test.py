@@ -132,15 +132,15 @@ def test_residues_are_of_new_classes_alone_and_without_them_it_is_acil(dual):
 
 def test_the_bound_is_that_of_both_streams(dual):
     _, method, params = dual
-    memory = trained(method, params, stream(), 24).memory
+    memory = trained(method, params, [(x[:4], y[:4]) for x, y in stream()[:1]], 4).memory  # fewer rows than features
     bounds = []
-    for main, side in ((GAMMA, COMP), (1e-12, COMP), (GAMMA, 1e-12)):  # beyond float32 nothing is known: 1
+    for main, side in ((GAMMA, COMP), (1e-12, COMP), (GAMMA, 1e-12)):
         options = ds_al.Options(main, side, RATIO, None)
         bounds.append(
             float(toys.quick(lambda memory, options=options: ds_al._solved(params, memory, options)[2])(memory))
         )
     assert bounds[0] < 1e-5
-    assert bounds[1:] == [1, 1]
+    assert min(bounds[1:]) > 20 * bounds[0]
 
 
 def test_gkeal_is_ridge_regression_in_the_kernel_of_fixed_centres():

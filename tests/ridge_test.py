@@ -166,6 +166,7 @@ def test_the_error_of_a_solution_is_small_and_below_its_bound(gamma, count):
     error = off(wide(pair.Pair(found.weights, found.low)), joint64(*batch, gamma))
     condition = np.linalg.cond(sums64(*batch)[0] + gamma * np.eye(D))
     assert error <= found.bound
+    assert found.bound in (pytest.approx(float(2 * found.residual * found.condition), rel=1e-6), np.inf)
     assert condition / 1.05 < found.condition < 10 * condition
     if condition > 2**24:  # beyond float32: the bound says so
         assert found.bound == np.inf
