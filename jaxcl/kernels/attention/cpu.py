@@ -36,7 +36,7 @@ class _Scores(NamedTuple):
     causal: bool
     soft_cap: float | None
     bias: Whole  # [B | 1, G | 1, R | 1, L | 1, S | 1]
-    first: Whole  # int32 [], place of the first query in the row; None = 0, and L = S
+    first: Whole = None  # int32 [], place of the first query in the row; None = 0, and L = S
 
 
 def forward(
