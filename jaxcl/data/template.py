@@ -158,7 +158,7 @@ def make(text: str, extensions: list[Any], names: dict[str, Any]) -> tuple[Any, 
     made.filters |= {"joined": jinja2.pass_context(lambda _, parts: budget.joined(*parts))}
     _guard(made, budget)
     made.globals |= names
-    tree = made.parse(text)
+    tree: Any = made.parse(text)
     for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
         tick = nodes.Filter(nodes.Const(None), "tick", [], [], None, None)
         node.body.insert(0, nodes.ExprStmt(tick))
