@@ -134,7 +134,7 @@ def attempts(folder: Path) -> list[Attempt]:
     found: list[Attempt] = []
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            line = json.loads(text)
+            line: Any = json.loads(text)
         except ValueError:
             continue  # torn by a kill
         except RecursionError:

@@ -92,6 +92,19 @@ def test_a_footer_that_is_none_is_refused(tmp_path, footer):
         pages.rows(str(path), ["text"], 8)
 
 
+def test_columns_that_lie_over_each_other_are_refused(tmp_path, monkeypatch):
+    """Else the pages of a small file would be looked at as often as its footer says."""
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a" * 500]}), path)
+    with path.open("rb") as stream:
+        footer = pages._footer(stream, path.stat().st_size)
+    monkeypatch.setattr(pages, "_footer", lambda *_: footer | {4: footer[4] * 2})
+    assert pages.rows(str(path), ["text"], 8) == 8
+    monkeypatch.setattr(pages, "_footer", lambda *_: footer | {4: footer[4] * 1000})
+    with pytest.raises(UserError, match=r"x\.parquet: has columns that lie over each other"):
+        pages.rows(str(path), ["text"], 8)
+
+
 def chat(place, text):
     (place / "tokenizer.json").write_text(tokenizer.byte_json())
     (place / "chat_template.jinja").write_text(text)
@@ -108,6 +121,9 @@ BIG = "('a' * 100000)"
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "turns of loops"),
         ("{% set a = range(99999)|list %}{% for i in a %}{% for j in a %}{% endfor %}{% endfor %}", "turns of loops"),
+        ("{% for i in range(9999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}", "turns of loops"),
+        ("{% set a = ([range(9999)|list] * 9999)|map('sort')|list %}", "turns of loops"),
+        ("{% for i in range(9999) %}{{ range(9999)|sum }}{% endfor %}", "turns of loops"),
         (
             "{% macro f(n) %}{% for i in 'ab' %}{{ f(n) }}{% endfor %}{% endmacro %}{{ f(1) }}",
             "turns of loops|recursion",
@@ -157,12 +173,14 @@ def test_templates_do_what_they_did(tmp_path):
     text = (
         "{% macro one(m) %}{{ m.role|upper ~ ': ' ~ m.content|trim ~ '\\n' }}{% endmacro %}"
         "{%- for m in messages %}{{ one(m) + '-' * 2 + '%d' % loop.index + ' '|replace(' ', '_') }}"
-        "{{ ['a', 'b']|join(', ') }}{{ {'a': [1]}|tojson(indent=1) }}{{ 'x\\ny'|indent(2) }}{% endfor %}"
+        "{{ ['a', 'b']|join(', ') }}{{ [[2, 1], [3]]|map('sort')|list }}{{ [{'a': 1}]|map(attribute='a')|list|sum }}"
+        "{{ 'hi'|list|sort|first }}{{ {'b': 1}|list }}{% for i in range(4) if i > 2 %}{{ i }}{% endfor %}"
+        "{{ {'a': [1]}|tojson(indent=1) }}{{ 'x\\ny'|indent(2) }}{% endfor %}"
     )
     made, budget = template.make(text, [], {})
     budget.begin(10)
     found = made.render(messages=[{"role": "user", "content": " hi "}])
-    assert found == 'USER: hi\n--1_a, b{\n "a": [\n  1\n ]\n}x\n  y'
+    assert found == "USER: hi\n--1_a, b[[1, 2], [3]]1h['b']3{\n \"a\": [\n  1\n ]\n}x\n  y"
     assert "tick" not in text
     renamed = "{% set tick = 1 %}{% set joined = 2 %}{% for i in range(3) %}{{ i ~ tick }}{% endfor %}"
     made, budget = template.make(renamed, [], {})

@@ -41,15 +41,18 @@ def rows(name: str, columns: Sequence[str], most: int) -> int:
     Raises:
       UserError: a page, or a column, unpacks to more than one of its size should; or it has a header that is none.
     """
-    longest, size = 1, os.path.getsize(name)
+    longest, size, total = 1, os.path.getsize(name), 0
     with open(name, "rb") as stream:
         try:
             for group in _footer(stream, size)[_GROUPS]:
                 for chunk in (column[_META] for column in group[_COLUMNS]):
                     path = b".".join(chunk[_PATH]).decode("utf-8", "replace")
+                    total += max(chunk[_PACKED], 1)
+                    if total > size:
+                        raise UserError(f"{name}: has columns that lie over each other; replace it or leave it out")
                     if path.split(".")[0] in columns:
                         longest = max(longest, _column(stream, f"{name}: column {path!r}", chunk, size))
-        except (Unsound, IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
+        except (Unsound, LookupError, TypeError, ValueError, AttributeError, struct.error) as error:
             raise UserError(f"{name}: its footer, or the header of a page, is none; replace the file") from error
     return max(1, min(most, BATCH // longest))
 

@@ -7,17 +7,35 @@ before it is made. Loops, macros and `~` are found in the syntax tree, operators
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import time
+from collections.abc import Iterator
 from typing import Any
 
-STEPS = 300_000  # turns of all loops of one rendering
+STEPS = 300_000  # turns of all loops of one rendering, those of filters too
+SECONDS = 60.0  # of the processor
 SPARE = 2**20  # characters or items that may be made besides
 TIMES = 16  # how often what the template is given may come in what it makes
 BITS = 256  # of whole numbers
 _WIDE = re.compile(r"\*|\d{4,}")  # a width that is an argument, or a thousand and more
 # What makes long texts of short ones by a number, and is in no template of a released model.
 _WITHOUT = {"center", "ljust", "rjust", "zfill", "expandtabs", "format_map", "translate", "to_bytes"}
+_LOOPS = (
+    "groupby",
+    "list",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "select",
+    "selectattr",
+    "sort",
+    "sum",
+    "unique",
+)
 _FILTERS = ("center", "wordwrap", "format", "batch", "slice", "xmlattr", "urlize", "pprint", "random")
 
 
@@ -34,12 +52,22 @@ class Budget:
     def begin(self, size: int) -> None:
         """Begins a rendering of so many characters."""
         self.steps, self.made, self.longest = STEPS, 0, SPARE + TIMES * size
+        self.end = time.thread_time() + SECONDS
 
-    def tick(self) -> None:
+    def tick(self) -> bool:
         """Counts one turn of a loop, or one call of a macro."""
         self.steps -= 1
         if self.steps < 0:
             raise TooMuch(f"runs more than {STEPS:,} turns of loops")
+        if time.thread_time() > self.end:
+            raise TooMuch(f"takes more than {SECONDS:.0f} s")
+        return True
+
+    def counted(self, values: Any) -> Iterator[Any]:
+        """Yields values, each of which is a turn of a loop."""
+        for value in values:
+            self.tick()
+            yield value
 
     def check(self, size: int) -> None:
         """Checks the length of a text or a list that is about to be made."""
@@ -130,9 +158,12 @@ def make(text: str, extensions: list[Any], names: dict[str, Any]) -> tuple[Any, 
     made.filters |= {"joined": jinja2.pass_context(lambda _, parts: budget.joined(*parts))}
     _guard(made, budget)
     made.globals |= names
-    tree = made.parse(text)
+    tree: Any = made.parse(text)
     for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-        node.body.insert(0, nodes.ExprStmt(nodes.Filter(nodes.Const(None), "tick", [], [], None, None)))
+        tick = nodes.Filter(nodes.Const(None), "tick", [], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(tick))
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = nodes.And(tick, node.test)
     _replace_joins(tree, nodes)
     return made.from_string(tree.set_environment(made)), budget
 
@@ -145,6 +176,8 @@ def _guard(environment: Any, budget: Budget) -> None:
         environment.filters.pop(name, None)
     for name in ("lipsum", "cycler", "joiner"):
         environment.globals.pop(name, None)
+    for name in _LOOPS:
+        environment.filters[name] = _counting(environment.filters[name], budget)
     own = dict(environment.filters)
 
     def replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
@@ -157,7 +190,7 @@ def _guard(environment: Any, budget: Budget) -> None:
 
     @pass_eval_context
     def join(context: Any, value: Any, between: Any = "", attribute: Any = None) -> str:
-        items = list(value)
+        items = list(budget.counted(value))
         budget.check(len(items) * len(str(between)))
         return own["join"](context, items, between, attribute)
 
@@ -167,6 +200,19 @@ def _guard(environment: Any, budget: Budget) -> None:
         return json.dumps(value, **{"ensure_ascii": False, **options})
 
     environment.filters |= {"replace": replace, "indent": indent, "join": join, "tojson": to_json}
+
+
+def _counting(function: Any, budget: Budget) -> Any:
+    """Returns a filter that counts the items of what it is applied to."""
+    place = int(hasattr(function, "jinja_pass_arg"))  # behind what Jinja passes to it
+
+    @functools.wraps(function)
+    def counting(*arguments: Any, **options: Any) -> Any:
+        given = list(arguments)
+        given[place] = list(budget.counted(given[place]))
+        return function(*given, **options)
+
+    return counting
 
 
 def _replace_joins(node: Any, nodes: Any) -> None:

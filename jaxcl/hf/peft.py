@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -83,7 +83,7 @@ def options(folder: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _is_number(value: Any, most: float) -> bool:
+def _is_number(value: Any, most: float) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and abs(value) < most  # of NaN, false
 
 
