@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import quickstart
+from configs import split_digits
 from experiments.benchmarks import train_step
 from jaxcl import checkpoint, goodput, main, manifests, metrics, program, retry, train
 
@@ -36,13 +36,13 @@ LIMITS = retry.Limits(retries=3, backoff=0.0)
 
 
 def config():
-    """Returns a run of three stages of eight steps."""
-    made = main.plain(quickstart.get_config())
-    made["model"] |= {"preset": "tiny", "layers": 1}
-    made["sources"] = {name: one | {"max_bytes": 40_000} for name, one in made["sources"].items()}
-    made |= {"packing": {"length": 32}, "mesh": {"data": 2}, "tensorboard": False}
-    made["stream"] |= {"batch": 8, "steps": 8}
-    made["schedule"] |= {"warmup": 4, "cooldown": 8}
+    """Returns a run of three tasks of eight steps: a perceptron on digits, with replay."""
+    made = main.plain(split_digits.get_config())
+    names = list(made["sources"])[:3]
+    made["sources"] = {name: made["sources"][name] | {"count": 32, "held_out": 16} for name in names}
+    made["model"]["hidden"] = (16,)
+    made["stream"] = {"batch": 8, "stages": [{**stage, "steps": 8} for stage in made["stream"]["stages"][:3]]}
+    made |= {"method": "er(capacity=24, fraction=0.25)", "mesh": {"data": 2}, "tensorboard": False}
     made["evaluation"] = {"every": 8, "rows": 8}
     made["checkpoint"] = {"every_steps": 4, "every_minutes": None, "keep": 3}
     return made | {"guard": {"spike": 20.0, "warmup": 4, "window": 8}, "watch": {"repeat": True, "digest_every": 1}}
@@ -307,6 +307,7 @@ def cli():
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_compilation_cache_dir", str(place / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_disable_most_optimizations", True)  # faults are compared, not speeds
     see_through(config(), place / "first")  # compiles, so that all that are compared start alike
     straight = {"ends": see_through(config(), place / "straight"), "goodput": goodput.summary(place / "straight")}
     straight["outcome"] = outcome(place / "straight")
