@@ -298,8 +298,8 @@ def _built(config: Mapping[str, Any]) -> program.Program:
     Raises:
       UserError: a source cannot be read.
     """
-    pieces = train.split(config)[1]
-    return program.build(**pieces | {"mesh": {"devices": jax.devices()[:1]}})
+    pieces = train.split({**config, "mesh": {"devices": jax.devices()[:1]}})[1]
+    return program.build(**pieces)
 
 
 def _settled(learner: Method, setting: compose.Setting, config: Mapping[str, Any], found: Sums) -> TrainState:

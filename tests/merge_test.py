@@ -132,7 +132,7 @@ CASES = {
     ),
     "expansion": ({"adapter": {"name": "analytic", "width": 12, "expansion": "tanh"}}, r"expansion='tanh', but 'relu'"),
     "classes": ({"model": {"name": "mlp", "inputs": 64, "hidden": (6,), "classes": 5}}, r"adapter\.classes=5, but 4"),
-    "activation": ({"model": config()["model"] | {"output": "hidden"}}, r"model\.output='hidden', but"),
+    "backbone": ({"model": config()["model"] | {"hidden": (7,)}}, r"config\.model\.hidden\[0\]=7, but 6 in"),
     "gamma": (
         {"method": "acil(gamma=0.3, how='recursion')"},
         r"\[0\]\.gamma=0\.3, but 0\.2 in .*; say which one counts with --gamma",
