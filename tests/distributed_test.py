@@ -120,3 +120,17 @@ def test_compiled_programs_are_kept_unless_they_are_told_to_be_elsewhere(tmp_pat
     monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", "elsewhere", raising=False)
     assert distributed.cache_compilations() == "elsewhere"
     assert len(set_) == 1
+
+
+def test_a_fork_is_like_an_interpreter_of_its_own(tmp_path):
+    """And its neighbour hashes in another way, so that a program that depends on the order of a set is noticed."""
+    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAXCL_GIVEN": "yes"}
+    started = processes.start("order", "fail", 7, processes=2, env=env)
+    found = processes.finish(started, codes=(3,))
+    assert [one.pop("process") for one in found] == [0, 1]
+    assert found[0].pop("hash") != found[1].pop("hash")
+    told = {"arguments": ["fail", "7"], "quick": True, "cache": str(tmp_path), "least": 1.0, "given": "yes"}
+    assert found == [told, told]
+    assert all("to stderr" in one.log.read_text() for one in started)
+    (plain,) = processes.run("order")
+    assert (plain["quick"], plain["given"], plain["arguments"]) == (False, None, [])

@@ -5,6 +5,7 @@ the process number; when the worker ends, its exit status is in LOG.status. It l
 device is touched before the fork, and there is no thread.
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -83,13 +84,14 @@ def become(request: dict) -> None:
         os.close(source)
     os.dup2(1, 2)
     for name, text in request["environment"].items():  # which jax has read when it was imported
-        if ENVIRONMENT.get(name) != text and hasattr(jax.config, name.lower()):
-            known = getattr(jax.config, name.lower())
+        if ENVIRONMENT.get(name) != text and name.lower() in jax.config.values:
+            known = jax.config.values[name.lower()]
             kind = {bool: lambda text: text not in ("", "0"), type(None): str}.get(type(known), type(known))
             jax.config.update(name.lower(), kind(text))
     sys.argv = [str(WORKERS / f"{request['arguments'][0]}.py"), *request["arguments"][1:]]
 
 
+gc.freeze()  # what is never looked at stays shared with the forks
 REQUEST = serve()
 if REQUEST is not None:
     become(REQUEST)
