@@ -1,6 +1,6 @@
 """Faults one by one: exit status, line of the ledger, what the launcher does, time lost, whether the end is the same.
 
-python -m experiments.reliability.faults --workdir=runs/faults [--only=NAME,NAME] [--out=FILE]
+python -m experiments.reliability.faults --workdir=runs/faults [--only=NAME:NAME] [--out=FILE]
 
 Each fault strikes a run of 24 steps on two devices once; a launcher that asks `jaxcl.retry` starts it again until it
 has finished. Attempts are forks of this process, which has imported everything: a start costs that much less. The end
@@ -299,7 +299,7 @@ def cli():
     """Prints the table and writes the raw results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", default="runs/faults")
-    parser.add_argument("--only", help="names of faults, with commas")
+    parser.add_argument("--only", help="names of faults, with colons between them")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "faults.json"))
     options = parser.parse_args()
     place = Path(options.workdir).absolute()
@@ -313,20 +313,19 @@ def cli():
     straight["outcome"] = outcome(place / "straight")
     print("| fault | exit status | failures in the ledger | launcher | steps repeated | lost, s | same end |")
     print("|---" * 7 + "|")
-    found = {}
-    for name in options.only.split(",") if options.only else FAULTS:
-        found[name] = strike(name, place, straight)
-        print(show(name, found[name]), flush=True)
     record = {
         "command": "python -m experiments.reliability.faults",
         "date": datetime.date.today().isoformat(),
         "machine": train_step.machine(),
         "versions": {"jax": jax.__version__},
         "straight": {"goodput": straight["goodput"]},
-        "faults": found,
+        "faults": {},
     }
     Path(options.out).parent.mkdir(exist_ok=True)
-    Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+    for name in options.only.split(":") if options.only else FAULTS:
+        record["faults"][name] = strike(name, place, straight)
+        print(show(name, record["faults"][name]), flush=True)
+        Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -97,9 +97,9 @@ def main():
             flush=True,
         )
         shutil.rmtree(folder)
-    record["load_average_after"] = train_step.machine()["load_average"]
-    Path(options.out).parent.mkdir(exist_ok=True)
-    Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+        record["load_average_after"] = train_step.machine()["load_average"]
+        Path(options.out).parent.mkdir(exist_ok=True)
+        Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
