@@ -196,7 +196,7 @@ def test_the_papers_can_run_on_a_bank(recipe, part, tmp_path, monkeypatch):
     monkeypatch.setattr(papers, "ROWS", rows)
     monkeypatch.setitem(papers.PARTS, part, (*papers.PARTS[part][:4], 2))
     monkeypatch.setenv("JAXCL_BANK", str(tmp_path / "bank.npz"))
-    config = main.plain(papers.get_config(part))
+    config = main.plain(papers.get_config(part)) | {"mesh": {"devices": jax.devices()[:1]}}
     inputs, labels = config["model"]["inputs"], np.repeat(np.arange(classes), rows)
     arrays = {"train_features": np.ones((len(labels), inputs), np.float16), "train_labels": labels}
     np.savez(tmp_path / "bank.npz", **arrays, test_features=arrays["train_features"], test_labels=labels)
