@@ -30,6 +30,7 @@ LONG = (
     "archive_resume_test",
     "rl_processes_test",
     "method_processes_test",
+    "elastic_test",
     "rl_run_test",
     "lora_run_test",
     "hf_run_test",
