@@ -303,7 +303,7 @@ def read(report: str) -> tuple[str, int, int | None]:
     Args:
       report: a line of each, with `state=exit code=N cause=NAME step=N`, the last two if they are known, or state=lost.
     """
-    found = [("killed", 137, None) for _ in re.findall(r"\bstate=lost\b", report)]
+    found: list[tuple[str, int, int | None]] = [("killed", 137, None) for _ in re.findall(r"\bstate=lost\b", report)]
     for code, cause, step in re.findall(r"\bstate=exit code=(\d+)(?: cause=(\w+))?(?: step=(\d+))?", report):
         known = cause if cause in POLICIES else classify(int(code))
         found.append((known, int(code), int(step) if step else None))
