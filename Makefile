@@ -4,7 +4,7 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint audit bench clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/python -m jaxcl.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -17,6 +17,11 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck tpu/*.sh tpu/slurm.sbatch
+	@$(MAKE) --no-print-directory audit
+
+# Asks an advisory service about every installed package; says so where none can be reached.
+audit: $(VENV)/test.stamp
+	@$(BIN)/python -m experiments.static.audit
 
 # PEER=PYTHON, an interpreter that has torch and transformers, adds the comparison with them.
 bench: $(VENV)/test.stamp

@@ -29,6 +29,7 @@ def get_config():
     config.model = ConfigDict({"name": "transformer", "preset": "small", "layers": 2, "embed": 64, "mlp": 192})
     config.model.update({"heads": 2, "kv_heads": 2})
     config.packing.length = 64
+    del config.stream.steps  # every stage has its own
     config.stream.stages = tuple({"name": d, "mixture": {d: 1.0}, "steps": n} for d, n in STEPS.items())
     config.schedule = ConfigDict({"name": "rewarm_cosine", "peak": PEAK, "warmup": 0.05, "end": PEAK / 10})
     config.guard = ConfigDict({"spike": float("inf")})  # skips what is not finite; spikes are part of the result

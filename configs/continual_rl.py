@@ -24,6 +24,7 @@ def stages(learn):
 
 
 def variant(label, policy="hard", *more, learn="rl"):
+    more = more if learn == "rl" else (("objective", None), *more)
     return ConfigDict({"label": label, "set": (("policy", policy), ("stream.stages", stages(learn)), *more)})
 
 

@@ -237,7 +237,7 @@ class Checkpoints:
             if _all_agree(manifest is not None) and manifest is not None:
                 state = _load(path, manifest, abstract_state, self._base)
                 if state is not None:
-                    host = json.loads((path / "host.json").read_text())
+                    host = manifests.host(path)
                     place = f" in {self._second}" if second else ""
                     message = (
                         "; ".join([*reasons, f"resuming from step {number}{place}"]) if reasons or second else None

@@ -117,6 +117,27 @@ def explain(options: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], sett
     return found
 
 
+def merger(options: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Callable[[Memory, Memory], Memory]:
+    """Returns what adds the memories of two runs of one method, if its memory is made of sums over rows.
+
+    A module of jaxcl.methods has `merger(**options) -> ((a, b) -> memory)` then. The result has the entries that are
+    sums; those of a new run take their place beside them, and its `end_task`, which needs no rows, makes weights of it.
+
+    Raises:
+      UserError: the method, or what an option makes it keep, is no sum over rows.
+    """
+    entries = schema.parse(options, field="method") if isinstance(options, str) else options
+    name, *others = [entry["name"] for entry in ([entries] if isinstance(entries, Mapping) else entries)]
+    module = importlib.import_module(f"jaxcl.methods.{name}")
+    if others or not hasattr(module, "merger"):
+        raise schema.UserError(
+            f"config.method={' + '.join([name, *others])!r}: what it keeps is no sum over rows, so that runs do not "
+            "add up; train them with a method whose head follows from sums alone, such as 'acil'"
+        )
+    entry = entries if isinstance(entries, Mapping) else entries[0]
+    return module.merger(**{k: v for k, v in entry.items() if k != "name"})
+
+
 def compose(parts: Sequence[tuple[str, Part | Wrapper | Method]], setting: Setting) -> Method:
     """Joins named parts into one method: terms first, then the wrappers in the order given.
 

@@ -39,7 +39,7 @@ def about(place: Path) -> dict[str, Any]:
     except FileNotFoundError:
         fault = "not the folder of a run, it has no run.json; name that of a run, or an empty one to train in"
         raise UserError(f"{place}: {fault}") from None
-    if not isinstance(found, dict) or {"id", "config", "finished"} - set(found):
+    if {"id", "config", "finished"} - set(found) or not isinstance(found["config"], dict):
         raise UserError(f"{place / 'run.json'}: damaged; remove the folder to start anew")
     return found
 
@@ -104,7 +104,7 @@ def locked(place: Path) -> Iterator[None]:
 def branched(place: Path) -> bool | None:
     """Returns whether `place` is a whole branch of another run; None if it is no branch, or has begun to train."""
     path = place / BRANCH
-    return bool(_read(path)["whole"]) if path.exists() and not (place / "run.json").exists() else None
+    return bool(_read(path).get("whole")) if path.exists() and not (place / "run.json").exists() else None
 
 
 def claim(place: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -169,8 +169,8 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: damaged; remove the folder to start anew") from None
 
 

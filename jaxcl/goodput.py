@@ -132,11 +132,15 @@ def attempts(folder: Path) -> list[Attempt]:
     if not path.exists():
         raise UserError(f"{path}: no such file; it is written by a training run")
     found: list[Attempt] = []
-    for text in path.read_text().splitlines():
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            line = json.loads(text)
+            line: Any = json.loads(text)
         except ValueError:
             continue  # torn by a kill
+        except RecursionError:
+            line = None
+        if not _is_entry(line):
+            raise UserError(f"{path}:{number}: no entry of a ledger; remove the line")
         event, at, step, spent = line["event"], line["time"], line["step"], line["spent"]
         if event == "start":
             found.append(Attempt(at, None, at, 0, [], {}, "killed"))
@@ -152,6 +156,28 @@ def attempts(folder: Path) -> list[Attempt]:
             beats = [*last.beats, (at, step, spent["step"])] if last.ready is not None else last.beats
             found[-1] = last._replace(over=at, beats=beats, spent=spent, cause=line.get("cause", "killed"))
     return found
+
+
+def _is_entry(line: Any) -> bool:
+    """Returns whether a line is what `Ledger` writes."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and abs(value) < 2**53
+
+    if not isinstance(line, dict) or not isinstance(line.get("spent"), dict) or not isinstance(line.get("event"), str):
+        return False
+    numbers = [line.get("time"), line.get("step"), *(line["spent"].get(name) for name in SPENT)]
+    return all(map(is_number, numbers)) and isinstance(line.get("cause", ""), str)
+
+
+def last_line(folder: Path) -> dict[str, Any] | None:
+    """Returns the last whole line of a ledger; None if there is none."""
+    path = folder / FILE
+    for text in reversed(path.read_bytes().splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError, RecursionError):
+            if _is_entry(line := json.loads(text)):
+                return line
+    return None
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from jaxcl.schema import UserError
+
 MANIFEST = "MANIFEST"
 PART = "part-"  # then the number of a process: its share of the hashes
 
@@ -63,6 +65,8 @@ def verify(path: epath.Path, *, everything: bool = False) -> tuple[str | None, d
         if digest != hashlib.sha256(line.encode()).hexdigest():
             return f"{MANIFEST} was altered", None
         manifest = json.loads(line)
+        if not _sound(manifest):
+            return f"{MANIFEST} holds what no run writes", None
         names = list(manifest["files"])
         if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
             return f"{MANIFEST} names {outside[0]!r}, no file of its folder", None
@@ -71,9 +75,38 @@ def verify(path: epath.Path, *, everything: bool = False) -> tuple[str | None, d
                 return f"{name} is missing", None
             if fingerprint(path / name) != manifest["files"][name]:
                 return f"{name} was altered", None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST}: {error}", None
     return None, manifest
+
+
+def _sound(manifest: Any) -> bool:
+    """Returns whether a manifest, which anyone can have written, has the form of ours."""
+
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and 0 <= value < 2**63
+
+    def is_leaf(value: Any) -> bool:
+        if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], list):
+            return False
+        return all(map(is_size, value[0])) and isinstance(value[1], str) and is_size(value[2])
+
+    parts = [manifest.get(key) for key in ("files", "leaves")] if isinstance(manifest, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    return all(map(is_leaf, manifest["leaves"].values())) and not any("\0" in name for name in manifest["files"])
+
+
+def host(path: epath.Path) -> dict[str, Any]:
+    """Returns what a checkpoint says besides its arrays.
+
+    Raises:
+      UserError: no JSON object.
+    """
+    try:
+        return dict(json.loads((path / "host.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path / 'host.json'}: missing or damaged; choose another checkpoint") from error
 
 
 def copy(source: epath.Path, target: epath.Path) -> None:

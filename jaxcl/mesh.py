@@ -4,11 +4,11 @@ The idea. A mesh arranges the devices in a grid with named sides. A sharding say
 which sides it is cut; along the sides it does not name, the array is copied. Nothing else in the program changes: the
 step is written for global arrays, `jax.jit` is told how its inputs are cut, and the compiler inserts the collectives.
 
-  replica, data   copies of the parameters, each with its own rows (replica: over the slow network between slices)
+  replica, data   copies of the parameters, each with its own rows (replica: over the slow network, see `slices`)
   fsdp            rows are cut, and so are the parameters: they are gathered layer by layer when needed
   tensor          the wide dimensions of the layers (heads, mlp, vocab) are cut; every device sees the same rows
-  context         the length of the rows
-  expert          the experts of a mixture
+  context         the length of the rows, tokens and activations alike; attention gathers the keys and values
+  expert          the experts of a mixture; no model has any yet
 
 A model names the dimensions of its parameters ("embed", "mlp", ...); RULES gives a mesh axis to each name. State that
 belongs to a parameter (moments, Fisher information, anchors, teachers) is found by its path and is cut in the same way.
@@ -31,6 +31,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxcl import slices
 from jaxcl.schema import UserError, nearest
 from jaxcl.tree import map_named, named_leaves, path_name
 from jaxcl.types import PyTree
@@ -78,12 +79,15 @@ def make(
       devices: all devices of all processes unless given.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or cannot be laid out on their torus.
+      UserError: the sizes do not multiply to the number of devices, or cannot be laid out on their torus or slices.
     """
     found = jax.devices() if devices is None else list(devices)
     sizes = _sizes((replica, data, fsdp, tensor, context, expert), len(found))
+    kinds = (AxisType.Auto,) * len(AXES)
     try:
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found)
+        if slices.count(found) > 1:
+            return Mesh(slices.arrange(sizes, found), AXES, axis_types=kinds)
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=found)
     except NotImplementedError as error:  # JAX says so at length
         raise UserError(
             f"config.mesh: {_shown(sizes)}: cannot be laid out on the torus of these {found[0].device_kind} devices; "
@@ -228,9 +232,13 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
-    """Returns the sharding of rows: dimension `axis` is cut over replica, data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0, shape: Sequence[int] = ()) -> NamedSharding:
+    """Returns the sharding of rows: dimension `axis` is cut over replica, data and fsdp.
+
+    With a `shape` the dimension behind it is cut over context if that divides it.
+    """
+    length = [_plain(_divisors(mesh, ["context"], size)) for size in shape[axis + 1 : axis + 2]]
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH, *(length if mesh.shape["context"] > 1 else [])))
 
 
 def on(mesh: Mesh, function: Callable[..., Result]) -> Callable[..., Result]:
@@ -247,7 +255,7 @@ def on(mesh: Mesh, function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def place(mesh: Mesh, source: PyTree | Callable[[slice], PyTree], *, rows: int | None = None, axis: int = 0) -> PyTree:
-    """Returns host rows as global arrays, cut over the batch axes.
+    """Returns host rows as global arrays, cut over the batch axes and, along their length, over context.
 
     Args:
       mesh: of `make`.
@@ -288,8 +296,8 @@ def place(mesh: Mesh, source: PyTree | Callable[[slice], PyTree], *, rows: int |
         with jax.transfer_guard_host_to_device("allow"):  # this transfer is meant, whatever the loop forbids
             return jax.make_array_from_callback(
                 shape,
-                sharding,
-                lambda where: leaves[where[axis].indices(total)[0]][i],  # pyright: ignore[reportOptionalSubscript]
+                batch_sharding(mesh, axis, shape),
+                lambda where: leaves[where[axis].indices(total)[0]][i][(*index, slice(None), *where[axis + 1 :])],
                 dtype=first[i].dtype,
             )
 

@@ -259,6 +259,10 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
     yield from walk(record["kind"], plain({k: v for k, v in record.items() if k not in ("kind", "step")}))
 
 
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
 def _parse(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yields (record, its line), without a last line that is incomplete."""
     if not path.exists():
@@ -267,11 +271,11 @@ def _parse(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError as error:  # includes bytes that are not UTF-8
+        except (ValueError, RecursionError) as error:  # includes bytes that are not UTF-8
             if number == len(lines):
                 return
             raise UserError(f"{path}, line {number}: not a JSON object; remove the line to go on") from error
-        if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or "kind" not in record or not _is_step(record.get("step")):
             raise UserError(f"{path}, line {number}: a record needs a 'kind' and an integer 'step'; remove the line")
         if line.endswith(b"\n"):
             yield record, line

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -153,6 +155,7 @@ def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Netw
     try:
         found = jax.eval_shape(lambda params: model.apply(params, example).logits, shapes).shape
     except Exception as error:  # layers raise what they like
+        check_inputs(options, example.inputs.shape[1:])
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"config.model: takes no rows of shape {example.inputs.shape[1:]} ({reason})") from error
     if len(found) != 2:
@@ -162,6 +165,19 @@ def classifier(options: Mapping[str, Any], example: Batch, classes: int) -> Netw
         fault = f"config.sources have labels up to {classes - 1}" if classes > found[1] else "a classifier needs two"
         raise UserError(f"{given}: {fault}; set it to {max(classes, 2)}")
     return Network(model, None, None)
+
+
+def check_inputs(options: Mapping[str, Any], row: tuple[int, ...]) -> None:
+    """Raises UserError if the option `inputs` of a classifier, given or not, is not of rows of this shape."""
+    known = inspect.signature(schema.maker("jaxcl.models", options, field="model")).parameters
+    if "inputs" not in known:
+        return
+    size, given = math.prod(row), options.get("inputs", known["inputs"].default)
+    if np.prod(given) != size:
+        wanted = size if isinstance(given, int) else list(row) if len(row) == 3 else f"three sizes, {size} numbers"
+        raise UserError(
+            f"config.model.inputs={given!r}: rows of config.sources have the shape {row}; set it to {wanted}"
+        )
 
 
 def with_boxes(base: Network, options: str | Mapping[str, Any], example: Batch, tasks: int) -> Network:

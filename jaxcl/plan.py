@@ -69,6 +69,7 @@ def make(
     """Returns a function from the packed rows of every domain to the plan; the rows give shapes and counts alone."""
     if microbatches < 1:
         raise UserError(f"config.microbatches={microbatches}: must be at least 1")
+    check_mesh(mesh, network, practice)
     optim, patterns = frozen_of(optim, network)
     multiple = microbatches * math.prod(mesh.shape[axis] for axis in meshes.BATCH)
 
@@ -77,6 +78,7 @@ def make(
         rate = schedules.make(ends=flow.boundaries, **schedule)
         explorer = practice.explorer(mesh, network.model, seed) if practice and "rl" in practice.learns else None
         examples = examples_of(flow, practice, explorer, network)
+        check_length(mesh, examples[0])
         tx = optimisers.make(lr=rate, **optim)
         cost, score = practice.loss(checked(loss or {})) if practice else (loss_of(loss or {}), None)
         told = practice.told(cost) if practice else None
@@ -114,6 +116,30 @@ def examples_of(
             rows = jax.eval_shape(explorer.teach, rolled.rollouts, rows, {"advantage": column, "share": column})
         found.append(rows)
     return found
+
+
+def check_mesh(mesh: jax.sharding.Mesh, network: Network, practice: Practice | None) -> None:
+    """Raises UserError if the mesh has an axis that nothing of this run can be cut over."""
+    remedy = "leave it at 1, and give the devices to another axis, e.g. --config.mesh.fsdp=-1"
+    if (experts := mesh.shape["expert"]) > 1:
+        raise UserError(f"config.mesh.expert={experts}: no model has experts yet; {remedy}")
+    if (parts := mesh.shape["context"]) == 1:
+        return
+    if practice is not None:
+        raise UserError(f"config.mesh.context={parts}: answers are drawn token by token, not cut in length; {remedy}")
+    if network.shape is None:
+        raise UserError(f"config.mesh.context={parts}: config.model is no transformer of rows of text; {remedy}")
+
+
+def check_length(mesh: jax.sharding.Mesh, example: Batch) -> None:
+    """Raises UserError if rows cannot be cut evenly along their length."""
+    parts, length = mesh.shape["context"], math.prod(example.targets.shape[1:])
+    if length % parts:
+        near = max(length - length % parts, parts)
+        raise UserError(
+            f"config.mesh.context={parts}: does not divide config.packing.length={length}; "
+            f"use e.g. --config.packing.length={near}"
+        )
 
 
 def check_forms(learner: Method, network: Network, examples: Sequence[Batch]) -> None:
@@ -202,13 +228,18 @@ def stream_of(
       multiple: of which the number of rows must be one: shards x microbatches.
       batch: B, rows per step.
       stages: dicts with name, mixture (domain -> weight), and optionally steps and replay; one task each.
-      steps: of every stage that does not say.
+      steps: of every stage that does not say; refused if all do.
       replay: fraction, mode, over and capacity; see `jaxcl.data.stream`.
     """
     table = []
     for i, stage in enumerate(stages):
         filled = ({} if steps is None else {"steps": steps}) | dict(stage)
         table.append(schema.call(streams.Stage, filled, field=f"stream.stages[{i}]"))
+    if steps is not None and stages and all(stage.get("steps") is not None for stage in stages):
+        raise UserError(
+            f"config.stream.steps={steps}: every stage has its own; set config.stream.stages[0].steps and so on, "
+            "and leave config.stream.steps out"
+        )
     if batch % multiple:
         raise UserError(f"config.stream.batch={batch}: must be a multiple of {multiple}, shards x microbatches")
     return streams.make(rows, table, batch=batch, seed=seed, replay=replay, multiple=multiple)

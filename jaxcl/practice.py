@@ -71,7 +71,16 @@ class Practice(NamedTuple):
         return made
 
     def loss(self, options: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Returns the training loss (output, batch) -> (sum, weight), and the log-probabilities of what was drawn."""
+        """Returns the training loss (output, batch) -> (sum, weight), and the log-probabilities of what was drawn.
+
+        Raises:
+          UserError: an option that no stage has a use for.
+        """
+        if options.get("z_loss") and "sft" not in self.learns:
+            raise UserError(
+                f"config.loss.z_loss={options['z_loss']}: of the cross-entropy, which learn='sft' alone has; leave it "
+                f"out, since the stages have {', '.join(map(repr, dict.fromkeys(self.learns)))}"
+            )
 
         def worked(output: Output, rows: Batch) -> tuple[jax.Array, jax.Array]:
             if table.REJECTED in rows.extra:
@@ -230,6 +239,11 @@ def learns_of(stages: Sequence[Mapping[str, Any]], rolled: Any, pairs: Any) -> t
     learns = tuple(stage.get("learn") or ("rl" if rolled else "sft" if pairs is None else "dpo") for stage in stages)
     if "rl" in learns and not rolled:
         raise UserError("config.objective: missing, but a stage has learn='rl'; choose one, such as 'rloo'")
+    if rolled and "rl" not in learns:
+        raise UserError(
+            f"config.objective {rolled.get('name')}: no stage learns from rollouts; give one learn='rl', or leave "
+            f"{rolled.get('name')} out"
+        )
     if pairs is not None and "dpo" not in learns:
         raise UserError("config.objective dpo: no stage learns from pairs; give one learn='dpo', or leave dpo out")
     return learns

@@ -361,6 +361,7 @@ def facts(
         **less,
         "flops_per_token": round(flops.of_model(setting.model.axes, params, length, learning)),  # forward and backward
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
+        "row": {"shape": list(setting.example.inputs.shape[1:]), "dtype": setting.example.inputs.dtype.name},
         "unit": "tokens" if setting.example.targets.ndim > 1 else "rows",  # of what is counted
         "devices": f"{mesh.devices.size} x {device.device_kind}",
         "peak_flops_per_device": flops.peak(device),

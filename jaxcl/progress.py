@@ -48,8 +48,9 @@ class Progress:
         self._clock, self._first = clock, (0, 0.0)  # step and second of the first record: compiling comes before it
         self._every, self._shown = every_s, float("-inf")
         self._train: dict[str, Any] = {}
-        self._losses: dict[str, list[float | None]] = {}  # domain -> [first, last] loss, or share of problems solved
-        self._solving = False
+        self._losses: dict[str, list[float | None]] = {}  # domain -> [first, last] loss, or share that is right
+        self._right = False  # problems and classes are right or wrong; the loss of a head in closed form says little
+        self._news = False  # since something was shown
         self._live = None
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=False)
@@ -62,10 +63,10 @@ class Progress:
         if kind == "train":
             self._first = self._first if self._train else (record["step"], self._clock())
             self._train = record
-            self._show(force=record["step"] >= self._steps)
+            self._show()
         elif kind == "eval":
-            self._solving = "inference" in record
-            for domain, loss in record["accuracy" if self._solving else "loss"].items():
+            self._right = "accuracy" in record
+            for domain, loss in record["accuracy" if self._right else "loss"].items():
                 self._losses[domain] = [self._losses.get(domain, [loss])[0], loss]
             self._show(force=record.get("boundary") is not None)
         elif kind == "event":
@@ -76,9 +77,10 @@ class Progress:
         """Does nothing: nothing is kept back."""
 
     def close(self) -> None:
-        """Shows the last state and leaves it on the screen."""
-        if self._live:
+        """Shows the last state, unless it is what was shown last, and leaves it on the screen."""
+        if self._news:
             self._show(force=True)
+        if self._live:
             self._live.stop()
             self._live = None
 
@@ -90,7 +92,7 @@ class Progress:
         return "  ".join([*parts, f"[{losses}]"] if losses else parts)
 
     def _score(self, value: float | None) -> str:
-        return f"{100 * value:.1f} % right" if self._solving and value is not None else _number(value)
+        return f"{100 * value:.1f} % right" if self._right and value is not None else _number(value)
 
     def eta_s(self) -> float | None:
         """Returns the seconds left at the mean speed since the first step of this process; None before its second."""
@@ -117,10 +119,10 @@ class Progress:
         return [*parts, f"{duration(eta)} left"] if eta else parts
 
     def _show(self, *, force: bool = False) -> None:
-        now = self._clock()
+        now, self._news = self._clock(), True
         if not force and now - self._shown < (0.25 if self._live else self._every):
             return
-        self._shown = now
+        self._shown, self._news = now, False
         if self._live:
             self._live.update(self._panel(), refresh=True)
         else:
@@ -143,7 +145,7 @@ class Progress:
         if self._losses:
             table = Table(
                 "domain",
-                "right" if self._solving else "loss",
+                "right" if self._right else "loss",
                 "since start",
                 box=None,
                 padding=(0, 2, 0, 0),
@@ -153,7 +155,7 @@ class Progress:
                 column.justify = "right"
             for domain, (first, last) in self._losses.items():
                 change = None if first is None or last is None else last - first
-                style = "dim" if not change else "green" if (change < 0) != self._solving else "red"
+                style = "dim" if not change else "green" if (change < 0) != self._right else "red"
                 table.add_row(domain, self._score(last), Text("" if change is None else f"{change:+.3f}", style=style))
             rows.append(table)
         return Group(*rows)

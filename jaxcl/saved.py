@@ -6,7 +6,6 @@ it from a folder saves the checksums of its arrays alone (`BASE`), and reads the
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,15 +84,18 @@ def read(
     root = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
     step, path, manifest = _chosen(root, step)
     place = sharding or SingleDeviceSharding(jax.local_devices()[0])
-    asked = {
-        name: jax.ShapeDtypeStruct(shape, kind, sharding=place)
-        for name, (shape, kind, _) in manifest["leaves"].items()
-        if name.startswith(wanted)
-    }
+    try:
+        asked = {
+            name: jax.ShapeDtypeStruct(shape, kind, sharding=place)
+            for name, (shape, kind, _) in manifest["leaves"].items()
+            if name.startswith(wanted)
+        }
+    except TypeError as error:
+        raise UserError(f"{path / MANIFEST}: {' '.join(str(error).split())}; choose another checkpoint") from error
     loaded, differ = arrays(path, manifest, asked, base)
     if differ:
         raise UserError(f"{directory}: checkpoint {step}: {differ[0]} differs from what was saved; choose another step")
-    return step, loaded, json.loads((path / "host.json").read_text())
+    return step, loaded, manifests.host(path)
 
 
 def arrays(
@@ -112,8 +114,13 @@ def arrays(
     """
     without = not manifest.get("base", True)
     names = [name for name in manifest["leaves"] if not (without and name.startswith(BASE))]
-    tree = manifests.nest({name: asked.get(name, ocp.PLACEHOLDER) for name in names})
-    found = {name: x for name, x in named_leaves(ocp.load(path / "state", tree)) if name in asked}
+    try:
+        tree = manifests.nest({name: asked.get(name, ocp.PLACEHOLDER) for name in names})
+        loaded = ocp.load(path / "state", tree)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # a forged manifest, or forged files
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its arrays are not those of its {MANIFEST} ({text}); choose another") from error
+    found = {name: x for name, x in named_leaves(loaded) if name in asked}
     below = {name.removeprefix(BASE): leaf for name, leaf in asked.items() if name not in found}
     if below:
         if base is None:

@@ -39,25 +39,41 @@ def make(package: str, options: Mapping[str, Any], *args: Any, field: str) -> An
       UserError: unknown name, unknown key, missing key or value of the wrong type.
     """
     rest = {key: value for key, value in options.items() if key != "name"} if isinstance(options, Mapping) else {}
-    return call(maker(package, options, field=field), rest, *args, field=field)
+    return call(maker(package, options, field=field, given=len(args)), rest, *args, field=field)
 
 
-def maker(package: str, options: Mapping[str, Any], *, field: str) -> Callable[..., Any]:
+def maker(package: str, options: Mapping[str, Any], *, field: str, given: int = 0) -> Callable[..., Any]:
     """Returns `{package}.{options['name']}.make`.
 
+    Args:
+      package: see `make`.
+      options: see `make`; only the name is read.
+      field: see `make`.
+      given: number of positional arguments that it will be called with.
+
     Raises:
-      UserError: no or an unknown name.
+      UserError: no or an unknown name, or a `make` that needs more than these and options: it makes something else.
     """
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise UserError(f"config.{field}: expected a dict with a 'name', got {options!r}")
     name = options["name"]
     names = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    if name not in names:
-        raise UserError(f"config.{field}.name={name!r}: no such module in {package}{nearest(name, names)}")
-    module = importlib.import_module(f"{package}.{name}")
-    if not hasattr(module, "make"):
-        raise UserError(f"config.{field}.name={name!r}: {package}.{name} has no make()")
-    return module.make
+    found = _maker(package, name, given) if name in names else None
+    if found is None:
+        fitting = [one for one in names if _maker(package, one, given)]
+        fault = f"does not stand alone in {package}" if name in names else f"no such module in {package}"
+        raise UserError(f"config.{field}.name={name!r}: {fault}{nearest(name, fitting)}")
+    return found
+
+
+def _maker(package: str, name: str, given: int) -> Callable[..., Any] | None:
+    """Returns the `make` of a module if there is one that takes no more than `given` positional arguments."""
+    function = getattr(importlib.import_module(f"{package}.{name}"), "make", None)
+    if function is None:
+        return None
+    parameters = inspect.signature(function).parameters.values()
+    needed = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    return function if len(needed) <= given else None
 
 
 def call(function: Callable[..., Any], options: Mapping[str, Any], *args: Any, field: str) -> Any:
@@ -157,7 +173,8 @@ def assign(config: dict[str, Any], key: str, value: Any, text: str | None = None
       config: changed in place.
       key: dotted, with indices in brackets.
       value: the new value.
-      text: how it was written, which is what is stored where a text stood before, unless the value is None.
+      text: how it was written, which is what is stored where a text stood before, unless the value is None, a dict or
+        a list of dicts: where 'er(capacity=4)' stood, {'name': 'er', 'capacity': 4} may stand.
 
     Raises:
       UserError: no such section.
@@ -174,4 +191,6 @@ def assign(config: dict[str, Any], key: str, value: Any, text: str | None = None
         if not last:
             here = here[part]
     old = here[parts[-1]] if isinstance(here, list) or parts[-1] in here else None
-    here[parts[-1]] = value if text is None or value is None or not isinstance(old, str) else text
+    listed = isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
+    kept = text is None or value is None or isinstance(value, Mapping) or (listed and value)
+    here[parts[-1]] = value if kept or not isinstance(old, str) else text

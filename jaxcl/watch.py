@@ -159,13 +159,12 @@ class Watcher:
         self.past = {number: gave for number, gave in self.past.items() if number > step}
 
     def busiest(self) -> dict[str, float]:
-        """Returns least and greatest mean of the processes' own seconds a step since the last call."""
+        """Returns what the processes' own seconds a step were since the last call: see `skew`; {} of one process."""
         mean = statistics.fmean(self._busy) if self._busy else 0.0
         self._busy = []
         if jax.process_count() == 1:
             return {}
-        means = np.asarray(multihost_utils.process_allgather(np.float32(mean)))
-        return {"busy_least_s": float(means.min()), "busy_most_s": float(means.max())}
+        return skew(np.asarray(multihost_utils.process_allgather(np.float32(mean))))
 
     def compare(self, step: int, state: Any, *, now: bool = False) -> None:
         """Compares the copies that devices hold, if it is time to or `now`.
@@ -234,6 +233,22 @@ def check(options: Watch) -> None:
         if not whole or not 0 <= options.trace[0] < options.trace[1]:
             given = list(options.trace)
             raise UserError(f"config.watch.trace={given}: give its first step and that after its last, as in (10, 13)")
+
+
+def skew(seconds: np.ndarray) -> dict[str, float]:
+    """Returns how uneven processes are, of the mean seconds [P] in which each did not wait for its device.
+
+    All wait for the slowest at every step, so that their steps take equally long; what each does itself tells which one
+    it is. `skew` is the greatest over the median, 1 where all are alike; `slowest` is the number of a process.
+    """
+    middle = float(np.median(seconds))
+    return {
+        "busy_least_s": float(seconds.min()),
+        "busy_median_s": middle,
+        "busy_most_s": float(seconds.max()),
+        "skew": float(seconds.max()) / middle if middle > 0 else 1.0,
+        "slowest": int(seconds.argmax()),
+    }
 
 
 def differing(state: Any) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
-from jaxcl import folder, network, saved
+from jaxcl import folder, manifests, network, saved
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.random import key_for
 from jaxcl.rl import gate
@@ -56,7 +56,7 @@ def load(run: Path, *, step: int | None = None, sharding: jax.sharding.Sharding 
         )
     if names != {name for name, _ in named_leaves(leaves)}:
         raise UserError(f"{run}: checkpoint {step} holds another model than run.json describes; restore run.json")
-    host = json.loads((run / "checkpoints" / str(step) / "host.json").read_text())
+    host = manifests.host(epath.Path(run / "checkpoints" / str(step)))
     return Weights(made, leaves, words, step, about, host["ledger"])
 
 

@@ -1,5 +1,8 @@
 """ACIL: the label gain, the choice of the regularisation and of the way to the weights, and what is refused."""
 
+import types
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
@@ -7,6 +10,8 @@ from closed_form import GAMMA, C, D, Learner, joint, off, rows
 
 from jaxcl import compose
 from jaxcl.methods import acil
+from jaxcl.ridge import learner as learners
+from jaxcl.ridge import moments
 from jaxcl.schema import UserError
 
 QUICK = True
@@ -56,6 +61,12 @@ def test_the_regularisation_is_chosen_by_what_is_least(by):
     assert path[0] < best < path[-1]
     assert learner.state.memory["gamma"] == np.float32(best)
     assert off(learner.head, joint(features, y, best)) < 1e-6
+
+
+def test_a_score_that_is_no_number_is_not_chosen(monkeypatch):
+    found = types.SimpleNamespace(gcv=jnp.array([jnp.nan, 2.0, 1.0, jnp.inf]))
+    monkeypatch.setattr(learners.solve, "path", lambda m, gammas: found)
+    assert learners.choose(moments.empty(2, 2), None, (1.0, 2.0, 3.0, 4.0), "gcv") == 3
 
 
 def test_the_choice_is_told_and_options_that_do_not_fit_are_refused():

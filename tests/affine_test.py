@@ -182,6 +182,30 @@ def test_rounding_is_covered_and_little_more(name):
     assert (middle != every).any()
 
 
+def test_sums_may_be_wrong_by_what_float32_allows(monkeypatch):
+    """What is given of many symbols, and what is summed later, as far off as sums in an unlucky order can be."""
+    rng, many = np.random.default_rng(6), 3000
+    centre, slope = drawn((4,), rng, 1.0)
+    generators = rng.normal(size=(many, K)).astype("f")
+    far = np.abs(slope.astype("d") @ generators.T.astype("d")).sum(-1)
+    mass = np.abs(slope.astype("d")) @ np.abs(generators.astype("d")).sum(0)
+    unlucky = 0.9 * (many + K) * float(np.finfo(np.float32).eps) / 2
+
+    def short(weight, generators):
+        exact = jnp.sum(jnp.abs(weight @ generators.T), 1)
+        return exact - unlucky * jnp.abs(weight) @ jnp.sum(jnp.abs(generators), 0)
+
+    monkeypatch.setattr("jaxcl.kernels.boxes.row_sums", short)
+    wide = Interval(*(jnp.asarray(centre + side * 2 * mass, jnp.float32) for side in (-1, 1)))
+    given = (jnp.float32(x) for x in (centre, slope, far - unlucky * mass, mass * (1 - unlucky)))
+    one = Form.of(*given, wide, many)
+    for function, scale in ((lambda x: x, 1.0), (lambda x: x + x, 2.0)):
+        low, high = jax.device_get(affine_bounds(function, jnp.asarray(generators))(one))
+        assert (low <= scale * (centre - far)).all()
+        assert (high >= scale * (centre + far)).all()
+        assert (high - low < 2.01 * scale * far).all()
+
+
 def test_what_has_no_rule_is_refused():
     generators = np.ones((S, K), "f")
     one = of(*drawn((2,), np.random.default_rng(0), 0.1), generators)

@@ -203,7 +203,7 @@ BAD = {
     ),
     "rows of another size": (
         {"model": {"name": "mlp", "inputs": 63, "hidden": (6,), "classes": 4}},
-        ["config.model", "takes no rows"],
+        ["config.model.inputs=63", "shape (8, 8, 1)", "set it to 64"],
     ),
     "no such run": (
         {"model": {"name": "mlp", "inputs": 64, "hidden": (6,), "classes": 4, "start": "no/run"}},

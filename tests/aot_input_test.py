@@ -1,5 +1,6 @@
 """Ahead of time, without a compiler: what users give, classifiers of tables, interruptions, and what is printed."""
 
+import importlib
 import json
 import os
 import re
@@ -243,9 +244,24 @@ def test_a_kernel_that_is_taken_needs_no_reason():
     assert attention.refused("cuda", 128, "bfloat16", implementation="kernel") is None
 
 
+@pytest.mark.parametrize(
+    ("part", "count", "platform", "words"),
+    [
+        ("acil", 1, "tpu", ""),
+        ("acil", 2, "tpu", "ridge sums: rows are cut over data: every device updates its own in plain XLA"),
+        ("acil", 1, "cuda", "ridge sums: that for Hopper GPUs has never run; kernel=True takes it"),
+        ("nmc", 1, "tpu", "the method updates no matrix of products"),
+    ],
+)
+def test_the_reason_of_ridge_sums_is_shown(part, count, platform, words):
+    config = main.plain(importlib.import_module("configs.analytic").get_config(part))
+    step = abstract.make(config | {"mesh": {"data": count}}, jax.devices()[:count])
+    assert (step.no_kernel(platform) or "") == words
+
+
 def test_the_reason_is_shown():
     def reason(shape):
-        step: Any = SimpleNamespace(plan=SimpleNamespace(network=SimpleNamespace(shape=shape)))
+        step: Any = SimpleNamespace(plan=SimpleNamespace(network=SimpleNamespace(shape=shape, analytic=None)))
         return abstract.Step.no_kernel(step, "tpu") or ""
 
     narrow = reason(transformer.shape(preset="tiny", vocab=264))

@@ -9,6 +9,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
+from experiments.aot import scaling
 from jaxcl import main
 from jaxcl.aot import __main__ as command
 from jaxcl.aot import abstract, examine, hlo, show, topology
@@ -29,7 +30,7 @@ def step_of(compile_):
     device = SimpleNamespace(device_kind="TPU v5 lite")
     lowered = SimpleNamespace(lower=lambda: SimpleNamespace(compile=compile_))
     return SimpleNamespace(
-        facts=lambda: {"flops_per_step": 3e15, "devices": 8},
+        facts=lambda: {"flops_per_step": 3e15, "devices": 8, "mesh": {"data": 1, "fsdp": 8}},
         plan=SimpleNamespace(mesh=SimpleNamespace(devices=SimpleNamespace(flat=[device]))),
         run=SimpleNamespace(trace=lambda *x: lowered),
         state=[1, 2, 3],
@@ -43,6 +44,53 @@ def test_floors_are_the_peak_of_all_chips_and_the_bandwidth_of_each():
     found = examine.floors(step_of(None), chips, verdict)
     assert found == pytest.approx({"compute_s": 3e15 / (8 * 197e12), "hbm_s": 4 * 2**30 / 0.819e12})
     assert examine.floors(step_of(None), chips, verdict._replace(details={})).keys() == {"compute_s"}
+
+
+def test_collectives_send_what_a_ring_has_to_and_the_links_of_a_chip_set_a_floor():
+    calls = {kind: {"bytes": 800} for kind in hlo.COLLECTIVES}
+    alone = {kind: hlo.sent({kind: calls[kind]}, 8) for kind in calls}
+    assert alone == {
+        "all-gather": 700, "all-reduce": 1400, "reduce-scatter": 5600, "all-to-all": 700, "ragged-all-to-all": 700,
+        "collective-permute": 800,
+    }  # fmt: skip
+    assert hlo.sent(calls, 8) == sum(alone.values())
+    known = {"memory_gib": {"arguments": 3.0, "outputs": 1.0}, "collectives": {"all-reduce": {"bytes": 8e9}}}
+    found = examine.floors(step_of(None), topology.parse("v5e:2x4"), examine.Verdict(5.0, 16.0, known, 1.0))
+    assert found["links_s"] == pytest.approx(2 * 7 / 8 * 8e9 / 200e9)
+    other = examine.floors(step_of(None), topology.parse("h200:8"), examine.Verdict(5.0, 16.0, known, 1.0))
+    assert "links_s" not in other  # its links are not known here
+
+
+def test_floors_bound_the_utilisation():
+    whole = {"compute_s": 3.0, "hbm_s": 0.1, "links_s": 1.0}
+    assert examine.bounds(whole, "none") == {"overlapped": 1.0, "in_turn": 0.75}
+    assert examine.bounds(whole, "full") == {"overlapped": 0.75, "in_turn": 0.6}
+    assert examine.bounds({**whole, "links_s": 12.0}, "full") == {"overlapped": 0.25, "in_turn": 0.1875}
+    assert examine.bounds({**whole, "hbm_s": 30.0}, None)["overlapped"] == 0.1
+    assert examine.bounds({"compute_s": 3.0, "hbm_s": 0.1}, "full") == {}
+
+
+def test_the_closed_form_of_collectives_is_that_of_compiled_programs():
+    for name in ("8b_v5e", "8b_v5p", "70b_v5p"):
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        model = name.split("_")[0]
+        had = sum(one["bytes"] for one in found["collectives"].values())
+        wanted = sum(one["bytes"] for one in scaling.formula(model, 1).values())
+        assert had == pytest.approx(wanted, rel=0.04)
+        kind = name.split("_")[1]
+        made = scaling.figures(model, kind, 256, 256, 1, found["needed_gib"], found["collectives"])
+        assert made["floors"]["compute_s"] == pytest.approx(found["floors"]["compute_s"], rel=1e-3)
+        needed = scaling.memory(model, kind, 256, 1, 1)
+        assert needed == pytest.approx(found["needed_gib"], rel=0.02)
+
+
+def test_the_table_of_scaling_is_that_of_its_parts():
+    rows = json.loads((RESULTS / "scaling" / "table.json").read_text())
+    assert [(r["model"], r["kind"], r["chips"]) for r in rows[:4]] == [("8b", "v5e", n) for n in (16, 64, 256, 1024)]
+    for made in rows:
+        assert made["mfu_bound"] == pytest.approx(examine.bounds(made["floors"], "full"))
+        assert made["needed_gib"] <= made["available_gib"]
+        assert made == json.loads(json.dumps(scaling.row(made["model"], made["kind"], made["chips"])))
 
 
 def test_a_program_that_is_refused_for_its_size_has_a_verdict_and_any_other_refusal_is_an_error():

@@ -45,6 +45,27 @@ print(json.dumps(found))
 """
 
 
+CUT = """
+import json, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxcl import mesh as meshes
+from jaxcl.aot import topology
+from jaxcl.kernels.attention import attention
+
+mesh = meshes.make(context=4, data=1, devices=topology.devices(topology.parse("v5e:2x2")))
+wide, rows = (NamedSharding(mesh, PartitionSpec(meshes.BATCH, *names)) for names in (("context",), ()))
+q, k = (jax.ShapeDtypeStruct((1, 2048, heads, 128), jnp.bfloat16, sharding=wide) for heads in (4, 2))
+segments = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=rows)
+
+def run(q, k, v, segments):
+    return jax.grad(lambda *x: jnp.sum(attention(*x, segments=segments, window=300) ** 2), (0, 1, 2))(q, k, v)
+
+step = jax.jit(meshes.on(mesh, run), out_shardings=(wide,) * 3)
+text = step.trace(q, k, k, segments).lower().compile().as_text()
+print(json.dumps([text.count(x) for x in ('custom_call_target="tpu_custom_call"', " all-gather(", " reduce-scatter(")]))
+"""
+
+
 def compiled(script):
     """Runs in a process of its own, as the compilers read their settings from the environment when they are loaded."""
     settings = {
@@ -78,3 +99,11 @@ def test_one_process_compiles_the_kernels_of_both_platforms():
     assert tpu[1] == 0
     assert gpu[0] == 0
     assert gpu[1] >= 1
+
+
+@pytest.mark.skipif(missing("libtpu"), reason="needs libtpu: pip install -e '.[aot]'")
+def test_queries_that_are_a_part_of_the_row_compile_for_four_chips():
+    """Two pieces of the queries, one kernel forward and two backward for each; keys and values travel once."""
+    calls, gathered, scattered = compiled(CUT)
+    assert calls == 6
+    assert gathered == scattered == 2

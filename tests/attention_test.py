@@ -267,7 +267,7 @@ def test_the_logsumexp_can_go_unused_and_stays_finite():
 
 def tiles(how):
     """The tiles that a loop visits, in its order."""
-    slots = jnp.zeros((how.tiles * how.tiles, 2), jnp.int32)
+    slots = jnp.zeros((how.tiles[0] * how.tiles[1], 2), jnp.int32)
 
     def note(i, j, carry):
         n, slots = carry
@@ -288,7 +288,8 @@ def test_exactly_the_tiles_of_packed_rows_that_hold_a_pair_are_visited(seed, cau
     frozen = rng.integers(0, 2, (2, length // block)).repeat(block, 1).astype(bool)
     for awake in (segments, np.where(frozen, 0, segments).astype(np.int32)):
         at = None if window is None else jnp.int32(window)
-        how = cpu._Scores(block, length // block, jnp.asarray(awake), jnp.asarray(segments), at, causal, None, None)
+        whole = (length // block, length // block)
+        how = cpu._Scores(block, whole, jnp.asarray(awake), jnp.asarray(segments), at, causal, None, None)
         seen = sight(length, segments, causal, window) & (awake > 0)[:, :, None]
         held = seen.any(0).reshape(length // block, block, length // block, block).any((1, 3))
         want = {(i, j) for i, j in np.ndindex(held.shape) if held[i, j]}
@@ -297,6 +298,9 @@ def test_exactly_the_tiles_of_packed_rows_that_hold_a_pair_are_visited(seed, cau
         assert want <= set(got)
         if not window or window >= block:  # a narrow window may end between two documents of a tile
             assert len(got) <= len(want) + (0 if not window else len(want) // 2)
+        if seed == 0:  # of queries that are a part of the row: those tiles
+            part = how._replace(tiles=(4, length // block), queries=how.queries[:, 24:56], first=jnp.int32(24))
+            assert tiles(part) == [(i - 3, j) for i, j in got if 3 <= i < 7]
 
 
 def test_temporaries_grow_with_the_length_not_its_square():

@@ -68,15 +68,24 @@ def test_a_run_that_was_stopped_is_continued_and_is_no_failure(cloud):
 
 
 def test_failures_are_retried_up_to_the_limit(cloud):
-    done = babysit(cloud, "--retries=2", grants=[["ACTIVE"]], jobs=[1, 4, 0])
+    done = babysit(cloud, "--retries=2", grants=[["ACTIVE"]], jobs=[1, 134, 0])
     assert done.returncode == 0, done
     assert "the job failed, exit status 1; retry 1 of 2 in 0 s" in done.stderr
+    assert "the process crashed, exit status 134; retry 2 of 2 in 0 s" in done.stderr
+    assert cloud.verbs().count("create") == 1
     cloud.run("delete.sh", *NAMED, "--yes")
     cloud.forget()
     done = babysit(cloud, "--retries=2", grants=[["ACTIVE"]], jobs=[1])
     assert done.returncode == 1
     assert "gave up after 2 retries" in done.stderr
     assert len(cloud.calls("job")) == 3
+
+
+def test_after_a_fault_of_the_machine_it_goes_on_with_other_machines(cloud):
+    done = babysit(cloud, "--retries=1", grants=[["ACTIVE"]], workers=2, jobs=[{"0.0": 4, "0.1": 75}, 0])
+    assert done.returncode == 0, done
+    assert "a fault of the machine, exit status 4; retry 1 of 1" in done.stderr
+    assert [verb for verb in cloud.verbs() if verb in ("create", "delete")] == ["create", "delete", "create"]
 
 
 def test_the_wait_doubles_with_every_failure(cloud):
@@ -86,7 +95,9 @@ def test_the_wait_doubles_with_every_failure(cloud):
     done = cloud.run("babysit.sh", "--yes", "--backoff=200", "--retries=4", *NAMED, *KIND, *JOB)
     assert done.returncode == 1
     assert "Quota limit 'TPUV5s' has been exceeded" in done.stderr
-    assert (cloud.place / "slept").read_text().split() == ["200", "400", "800", "900"]
+    slept = [int(text) for text in (cloud.place / "slept").read_text().split()]
+    assert len(slept) == 4
+    assert all(whole / 2 <= wait <= whole for whole, wait in zip((200, 400, 800, 900), slept, strict=True))
     assert cloud.verbs() == ["create"] * 5
 
 

@@ -10,6 +10,7 @@ import pytest
 import toys
 
 from jaxcl import compose
+from jaxcl.kernels.ridge import pair
 from jaxcl.methods import aef_ocl, air
 from jaxcl.random import named
 from jaxcl.ridge import classes as spreads
@@ -233,6 +234,10 @@ def test_what_is_made_up_is_in_the_head_and_not_in_the_sums(how):
             rows = slice(i * B, (i + 1) * B)
             state, _ = made.method.step(state, batch(*(part[rows] for part in stream[0])), jax.random.key(0))
         assert np.any(state.params["head"])
+
+
+def test_a_class_that_was_not_seen_lacks_nothing():
+    np.testing.assert_array_equal(aef_ocl.lacking(pair.of(np.float32([5, 0, 2]))), [0, 0, 3])
 
 
 def test_drawn_rows_are_those_of_the_classes_and_make_them_equal():

@@ -77,6 +77,9 @@ def test_a_scenario_is_one_pass_over_rows_that_sources_agree_on():
     assert [table.train["targets"].tolist() for table in tables.values()] == [
         whole.train["targets"][rows].tolist() for rows in came
     ]
+    for task, (a, b) in enumerate(zip(*blurred.classes_of(10, blurred.Part(0, 3, 60, 25, 2)), strict=True)):
+        own = blurred.own_classes(10, blurred.Part(task, 3, 60, 25, 2))
+        assert own.tolist() == sorted([*a.tolist(), *b.tolist()])
     held = [{*table.held_out["targets"].tolist()} for table in tables.values()]
     assert [len(a & b) for a, b in ((held[0], held[1]), (held[0], held[2]), (held[1], held[2]))] == [0, 0, 0]
     assert sum(len(table.held_out["targets"]) for table in tables.values()) == 6 * len(set.union(*held))

@@ -10,16 +10,16 @@ from jaxcl.models import hypernetwork, mlp, weight_boxes
 from jaxcl.schema import UserError
 from jaxcl.types import Model, Output
 
+SOURCE = {"name": "digits", "count": 20, "held_out": 10, "size": 8}
 STAGES = [{"name": f"t{t}", "steps": 2, "mixture": {f"t{t}": 1.0}} for t in range(2)]
 
 
 def config(**overrides):
     """Returns the sections of a run of two tasks on drawn digits; overrides replace them."""
-    source = {"name": "digits", "count": 20, "held_out": 10, "size": 8}
     return {
         "model": {"name": "mlp", "inputs": 64, "hidden": (4,), "classes": 2},
         "adapter": {"name": "hypernetwork", "embedding": 2, "hidden": (3,)},
-        "sources": {f"t{t}": {**source, "classes": [2 * t, 2 * t + 1]} for t in range(2)},
+        "sources": {f"t{t}": {**SOURCE, "classes": [2 * t, 2 * t + 1]} for t in range(2)},
         "stream": {"batch": 4, "stages": STAGES},
         "method": {"name": "hyperinterval", "steps": 2},
         "optim": {"name": "adam"},
@@ -43,6 +43,18 @@ BAD = {
     "one class": (
         {"model": {"name": "mlp", "inputs": 64, "hidden": (4,), "classes": 1}},
         ["config.model.classes=1", "labels up to 1", "set it to 2"],
+    ),
+    "a task with a class of its own": (
+        {"sources": {f"t{t}": {**SOURCE, "classes": list(range(2 * t, 2 * t + 2 + t))} for t in range(2)}},
+        ["config.model.classes=2", "labels up to 2", "set it to 3"],
+    ),
+    "rows of another shape": (
+        {"model": {"name": "mlp", "inputs": 49, "hidden": (4,), "classes": 2}},
+        ["config.model", "takes no rows of shape (8, 8, 1)"],
+    ),
+    "images of another side": (
+        {"model": {"name": "cnn", "inputs": (7, 8, 1), "channels": [2], "hidden": (), "classes": 2}},
+        ["config.model", "takes no rows of shape (8, 8, 1)"],
     ),
     "negative gamma": (adapter(gamma=-1.0), ["config.adapter.gamma=-1.0", "must not be negative"]),
     "infinite gamma": (adapter(gamma=float("inf")), ["config.adapter.gamma=inf"]),
@@ -103,6 +115,8 @@ METHOD = {
     "steps=3": ["steps=3", "a stage of config.stream has 2", "leave it out"],
     "spread=1e999": ["spread=inf", "finite"],
     "steps=0": ["steps=0", "at least 1"],
+    "select=-1": ["select=-1: must be a number of steps, or 0"],
+    "select=2, aside=0.0": ["aside=0.0: must lie between 0 and 1"],
     "sample=0": ["sample=0", "at least 1"],
     "spread=-1.0": ["spread=-1.0", "must not be negative"],
     "schedule='linear'": ["schedule='linear'", "'smooth' or 'published'"],

@@ -128,7 +128,12 @@ def test_the_ledger_of_one_network_is_common_to_all_tasks():
         raw = trial.made.boxes(params["generator"], jnp.array([t]), jnp.ones(1))
         assert np.all(where.lower >= (raw[0] - raw[1])[0] - 1e-6) or t
         params = {**params, "generator": shaken(params["generator"], jax.random.fold_in(key, t), 0.01)}
-    assert width[0] > width[1] > width[2] > 0
+    again = trial.close(trial.current(params, 0), 0)  # a second pass over a task may only take away
+    before, after = trial.limits(params, 0), trial.limits(again, 0)
+    assert (after.lower >= before.lower).all()
+    assert (after.upper <= before.upper).all()
+    width.append(float(jnp.mean(after.upper - after.lower)))
+    assert width[0] > width[1] > width[2] > width[3] > 0
     assert np.array_equal(params[LEDGER]["done"], np.ones(toys.T))
 
 
@@ -161,6 +166,14 @@ def test_a_clipped_weight_can_come_back_and_is_not_driven_away():
     np.testing.assert_array_equal(value, [-1, -1, 0.5, 1, 1])
     # a step is against the gradient: outside below, only a negative gradient leads back
     np.testing.assert_array_equal(back(jnp.array([-3.0, 3.0, 3.0, -3.0, 3.0]))[0], [-3, 0, 3, 0, 3])
+
+
+def test_a_box_holds_its_network_whatever_the_rounding():
+    """The point network is computed in another way than the middle of a tight box, and may be an ulp beside it."""
+    above = np.float32(1 + 2**-23)
+    free = Interval(jnp.full(3, -jnp.inf), jnp.full(3, jnp.inf))
+    found = boxes.around(jnp.ones(3), jnp.zeros(3), jnp.array([above, 1, 2 - above]), free)
+    np.testing.assert_array_equal(found, [[1, 1, 2 - above], [above, 1, 1]])
 
 
 def test_boxes_of_weights_nest_whatever_shift_and_scale_are():

@@ -23,10 +23,31 @@ def test_what_an_override_gives_can_be_overridden_and_taken_back():
     main.override(config, "--config.stream.stages[0].learn=dpo")
     main.override(config, "--config.objective=None")
     assert config == {"stream": {"stages": [{"name": "a", "learn": "dpo"}, {"name": "b"}]}, "objective": None}
+    main.override(config, "--config.objective=grpo(kl=0.1)")
+    main.override(config, "--config.objective={'name': 'grpo', 'kl': 0.2}")
+    assert config["objective"] == {"name": "grpo", "kl": 0.2}
     with pytest.raises(UserError, match=r"config\.stream\.stages\.2: no such section; choose from 0, 1"):
         main.override(config, "--config.stream.stages[2].learn=dpo")
     with pytest.raises(UserError, match=r"config\.stream\.stages\.0\.name\.x: no such section; before it stands 'a'"):
         main.override(config, "--config.stream.stages[0].name.x=1")
+
+
+@pytest.mark.parametrize("old", ["cpt", {"name": "cpt"}, [{"name": "cpt"}]])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("er(capacity=4) + reptile", "er(capacity=4) + reptile"),
+        ("{'name': 'er', 'capacity': 4}", {"name": "er", "capacity": 4}),
+        ("[{'name': 'er'}, {'name': 'reptile'}]", [{"name": "er"}, {"name": "reptile"}]),
+    ],
+)
+def test_a_method_may_be_a_text_a_dict_or_a_list_whatever_it_was(old, text, value):
+    config = {"method": old, "label": "run 1"}
+    main.override(config, f"--config.method={text}")
+    assert config["method"] == value
+    for label in ("7", "[]", "[7]", "(1, 2)"):
+        main.override(config, f"--config.label={label}")
+        assert config["label"] == label
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the loader of ml_collections

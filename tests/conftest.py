@@ -1,6 +1,8 @@
 """Eight virtual CPU devices, strict JAX settings and reproducible property tests for the whole suite."""
 
 import gc
+import tempfile
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -19,11 +21,43 @@ settings.load_profile("suite")
 # Every compiled program takes some mappings of memory; Linux allows a process 65,530, and the compiler crashes beyond.
 MAPPINGS = 16_000
 
+# Few tests, of minutes: they go first, so that no worker is left alone with one of them at the end.
+LONG = (
+    "notebook_test",
+    "resume_test",
+    "faults_test",
+    "train_processes_test",
+    "archive_resume_test",
+    "rl_processes_test",
+    "method_processes_test",
+    "elastic_test",
+    "rl_run_test",
+    "lora_run_test",
+    "hf_run_test",
+    "rl_explore_test",
+)
+
 
 def mappings():
     """Returns how many mappings of memory this process has; 0 where that is not told."""
     maps = Path("/proc/self/maps")
     return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+def pytest_configure(config):
+    """Keeps compiled programs on disk, for this process alone: tests build the same runs again and again."""
+    place = tempfile.TemporaryDirectory(prefix="jaxcl-compiled-")
+    config.add_cleanup(place.cleanup)
+    jax.config.update("jax_compilation_cache_dir", place.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    config.option.loadscopereorder = False  # of pytest-xdist: it would begin with the files of most tests
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Orders the files: the long ones, then those of most tests."""
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG, -count[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,6 +26,7 @@ LAYERS = (
         "guard",
         "alignment",
         "selection",
+        "slices",
     },
     {"models"},
     {"methods"},
@@ -33,15 +34,15 @@ LAYERS = (
     {"forgetting", "stability", "online", "seeds", "flops", "scores", "generate"}
     | {"metrics", "progress", "console", "certify"},
     {"folder", "report", "checkpoint", "saved", "manifests", "checksum", "distributed", "allocator", "hf"}
-    | {"goodput", "watch"},
+    | {"goodput", "watch", "retry"},
     {"network", "adapters", "domains", "practice"},
     {"plan", "feed"},
     {"program", "train", "weights"},
-    {"sweep", "main", "branch", "bpe", "evaluate", "aot", "commands"},
+    {"sweep", "main", "branch", "merge", "bpe", "evaluate", "aot", "commands", "rerun"},
 )
 IO_LAYERS = {"train", "program", "folder", "progress", "checkpoint", "metrics", "report", "distributed", "data", "hf"}
 IO_LAYERS |= {"main", "sweep", "branch", "bpe", "console", "manifests", "saved", "weights", "evaluate", "commands"}
-IO_LAYERS |= {"goodput", "watch"}
+IO_LAYERS |= {"goodput", "watch", "retry", "merge", "rerun"}
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 
 

@@ -262,16 +262,21 @@ def test_a_captured_array_would_be_found(big):
     assert sum(np.asarray(c).nbytes for c in constants(jax.make_jaxpr(jax.jit(method))(0.0))) > 4096
 
 
-MESHES = {"8 data": {"data": 8}, "2 fsdp x 4 tensor": {"fsdp": 2, "tensor": 4, "data": 1}}
+MESHES = {
+    "8 data": {"data": 8},
+    "2 fsdp x 4 tensor": {"fsdp": 2, "tensor": 4, "data": 1},
+    "2 data x 2 fsdp x 2 context": {"data": 2, "fsdp": 2, "context": 2},  # of text
+}
 SPREAD = [
     ("everything", "8 data"),
+    ("everything", "2 data x 2 fsdp x 2 context"),
     *[(case, "2 fsdp x 4 tensor") for case in ["everything", "cpt", *APART] if case not in BOXED],
 ]
 
 
 @pytest.mark.parametrize(("case", "sizes"), SPREAD)
 def test_topology_does_not_matter(case, sizes):
-    """The same losses on one device and with rows, parameters and what is shaped like them spread over eight."""
+    """The same losses on one device and with rows, their length, parameters and what is like them spread over eight."""
     mesh = meshes.make(**MESHES[sizes])
     method, init = built(case)[:2]
     state = init(params(case))
@@ -282,9 +287,10 @@ def test_topology_does_not_matter(case, sizes):
     step = toys.quick(method.step, out_shardings=(specs, meshes.replicated(mesh)))
     losses = []
     for i in range(3):
-        batch = jax.device_put(toy(case).rows(i, task=i // 2), meshes.batch_sharding(mesh))
+        batch = meshes.place(mesh, jax.device_get(toy(case).rows(i, task=i // 2)))
         state, metrics = step(state, batch, key(i))
         losses.append(float(metrics["loss"]))
+    assert mesh.shape["context"] == 1 or "context" in batch.inputs.sharding.spec
     np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
 
 

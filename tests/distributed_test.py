@@ -2,14 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import jax
+import namespaces
 import processes
 import pytest
 
 from jaxcl import distributed
 
 LAYOUTS = [(1, 4), (2, 2), (4, 1)]
+REASON = namespaces.why_not()
+apart = pytest.mark.skipif(REASON is not None, reason=f"no network namespaces: {REASON}")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,29 @@ def test_saved_by_two_processes_restored_by_one(runs):
     assert resumed["host"] == {"written by": 2}
     assert resumed["losses"] == straight[0]["losses"][4:]
     assert resumed["leaves"] == straight[0]["leaves"]
+
+
+@apart
+def test_processes_that_share_no_network_but_a_cable_train_together(runs, tmp_path):
+    _, reference = runs[1]
+    with namespaces.joined(tmp_path) as hosts:
+        place = {"hosts": hosts, "address": namespaces.ADDRESSES[0]}
+        started = processes.start("fsdp_tp", tmp_path / "run", 0, 4, 6, processes=2, devices=2, **place)
+        found = processes.finish(started, timeout=300)
+    for result in found:
+        assert result["losses"] == reference[0]["losses"]
+        assert result["leaves"] == reference[0]["leaves"]
+    assert [result["asked"] for result in found] == [[[0, 4]], [[4, 8]]]
+
+
+@apart
+def test_hosts_reach_each_other_by_the_cable_alone(tmp_path):
+    ask = "import socket, sys; print([socket.socket().connect_ex((name, 9)) for name in sys.argv[1:]])"
+    with namespaces.joined(tmp_path) as hosts:
+        for host in hosts:
+            command = [*host, sys.executable, "-I", "-S", "-W", "ignore", "-c", ask, *namespaces.ADDRESSES, "192.0.2.1"]
+            codes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert codes == "[111, 111, 101]\n"  # two refuse, and to the third there is no way
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step():
@@ -92,3 +120,17 @@ def test_compiled_programs_are_kept_unless_they_are_told_to_be_elsewhere(tmp_pat
     monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", "elsewhere", raising=False)
     assert distributed.cache_compilations() == "elsewhere"
     assert len(set_) == 1
+
+
+def test_a_fork_is_like_an_interpreter_of_its_own(tmp_path):
+    """And its neighbour hashes in another way, so that a program that depends on the order of a set is noticed."""
+    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAXCL_GIVEN": "yes"}
+    started = processes.start("order", "fail", 7, processes=2, env=env)
+    found = processes.finish(started, codes=(3,))
+    assert [one.pop("process") for one in found] == [0, 1]
+    assert found[0].pop("hash") != found[1].pop("hash")
+    told = {"arguments": ["fail", "7"], "quick": True, "cache": str(tmp_path), "least": 1.0, "given": "yes"}
+    assert found == [told, told]
+    assert all("to stderr" in one.log.read_text() for one in started)
+    (plain,) = processes.run("order")
+    assert (plain["quick"], plain["given"], plain["arguments"]) == (False, None, [])

@@ -330,6 +330,13 @@ def test_bad_pairs(tmp_path, record, options, message):
             r"config\.objective='rloo \+ grpo': name one for rollouts and dpo for pairs",
         ),
         ({"objective": "rloo + dpo"}, None, r"config\.objective dpo: no stage learns from pairs"),
+        ({"objective": "rloo"}, "dpo", r"config\.objective rloo: no stage learns from rollouts.* or leave rloo out"),
+        ({"objective": "grpo(kl=0.1)"}, "sft", r"config\.objective grpo: no stage learns from rollouts"),
+        (
+            {"loss": {"z_loss": 1e-4}},
+            "dpo",
+            r"config\.loss\.z_loss=0\.0001: .* since the stages have 'dpo'$",
+        ),
         ({"objective": "dpo"}, "rl", r"config\.objective: missing, but a stage has learn='rl'"),
         ({"method": "reference + er(capacity=8)"}, "sft dpo", r"config\.method: keeps rows.* learn in different ways"),
         ({"chosen": None, "rejected": None}, None, r"learn='dpo': questions has no pairs; name its fields chosen and"),

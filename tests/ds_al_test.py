@@ -7,6 +7,7 @@ import pytest
 import toys
 
 from jaxcl import compose
+from jaxcl.methods import ds_al
 from jaxcl.schema import UserError
 from jaxcl.types import Batch
 
@@ -129,6 +130,19 @@ def test_residues_are_of_new_classes_alone_and_without_them_it_is_acil(dual):
     assert not np.any(heads[0][WIDTH:])
 
 
+def test_the_bound_is_that_of_both_streams(dual):
+    _, method, params = dual
+    memory = trained(method, params, [(x[:4], y[:4]) for x, y in stream()[:1]], 4).memory  # fewer rows than features
+    bounds = []
+    for main, side in ((GAMMA, COMP), (1e-12, COMP), (GAMMA, 1e-12)):
+        options = ds_al.Options(main, side, RATIO, None)
+        bounds.append(
+            float(toys.quick(lambda memory, options=options: ds_al._solved(params, memory, options)[2])(memory))
+        )
+    assert bounds[0] < 1e-5
+    assert min(bounds[1:]) > 20 * bounds[0]
+
+
 def test_gkeal_is_ridge_regression_in_the_kernel_of_fixed_centres():
     sigma = 1.7
     adapter = {"expansion": "gaussian", "width": WIDTH, "sigma": sigma}
@@ -156,6 +170,7 @@ def test_models_and_options_that_do_not_fit_are_refused():
         ("ds_al.every=0: must be at least 1", "ds_al", dual, {"every": 0}),
         ("expansion='dual': 'gkeal' is of a kernel; set it to 'gaussian'", "gkeal", dual, {}),
         ("gkeal.gamma=-1.0: must be above 0", "gkeal", {"expansion": "gaussian"}, {"gamma": -1.0}),
+        ("gkeal.every=0: must be at least 1", "gkeal", {"expansion": "gaussian"}, {"every": 0}),
     ]
     for words, name, adapter, options in cases:
         with pytest.raises(UserError) as error:

@@ -75,6 +75,8 @@ class Cloud:
             folder.mkdir(parents=True)
         shutil.copytree(ROOT / "tpu", self.tree / "tpu")
         (self.tree / "configs").mkdir()
+        for name in ("__init__", "console", "goodput", "retry", "schema"):  # the standard library is enough for them
+            shutil.copy(ROOT / "jaxcl" / f"{name}.py", self.tree / "jaxcl")
         for name in ("README.md", "LICENSE", "pyproject.toml"):
             (self.tree / name).touch()
         for name in TOOLS:
@@ -113,7 +115,7 @@ class Cloud:
     def env(self, **more):
         return {"PATH": str(self.bin), "HOME": str(self.place / "home"), "FAKE": str(self.place), **more}
 
-    def run(self, script, *args, timeout=60, **more):
+    def run(self, script, *args, timeout=180, **more):
         """Runs a script of tpu/ to its end."""
         command = [str(self.tree / "tpu" / script), *args]
         options = {"capture_output": True, "text": True, "timeout": timeout, "stdin": subprocess.DEVNULL}

@@ -25,12 +25,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(folder, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        small.reuse(folder, monkeypatch)
-        assert train.run(small.config(folder), str(workdir)) == 0
-    return small.outcome(workdir)
+def straight(folder):
+    return small.outcome(small.straight(folder))
 
 
 def run(folder, workdir, plant=lambda patch: None, poison=lambda step, batch: batch, **loop):

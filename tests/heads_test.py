@@ -103,6 +103,8 @@ def test_means_are_there_after_every_step():
     learner, (x, y) = Learner("nmc", normalise=True), rows(16)
     learner.learn(x[:8], y[:8], over=False)
     close(learner.params["head"].T, means_of(learner.features(x[:8], y[:8]), y[:8]))
+    same = Learner("nmc", normalise=True).learn(x[:1].repeat(8, 0), y[:1].repeat(8), over=False)
+    assert same.params["scale"] == learners.SHARPEST  # rows of no variance
 
 
 def discriminant(x, y, epsilon):
@@ -160,14 +162,17 @@ def precision_of(c, gamma1, gamma2, correlation):
     return np.linalg.inv(c)
 
 
-@pytest.mark.parametrize(("shared", "correlation"), [(False, True), (False, False), (True, True)])
+@pytest.mark.parametrize(("shared", "correlation"), [(False, True), (False, False), (True, False)])
 def test_distances_are_those_of_shrunk_correlations(shared, correlation):
     adapter = {"head": "mahalanobis", "power": 0.5, "shared": shared}
     learner = Learner(f"fecam(correlation={correlation}, gamma2=0.5)", **adapter)
     x, y = (np.concatenate(part) for part in zip(rows(49), rows(48, 1, (0, 3)), strict=True))
     x, y = np.concatenate([x, x[:1]]), np.concatenate([y, np.int32([4])])  # a class of one row
-    learner.learn(x[:49], y[:49], size=7).learn(x[49:], y[49:], size=7)
-    features = learner.features(x, y)
+    learner.learn(x[:49], y[:49], size=7)
+    turned = np.sqrt(learner.features(x[:49], y[:49]))  # two classes are still to come
+    own = [precision_of(c, 1.0, 0.5, correlation) for c in covariances(turned, y[:49], shared)]
+    close(learner.params["precision"], np.stack(own), 1e-3)
+    features = learner.learn(x[49:], y[49:], size=7).features(x, y)
     turned, means = np.sqrt(features), np.sqrt(means_of(features, y))
     own = [precision_of(c, 1.0, 0.5, correlation) for c in covariances(turned, y, shared)]
     close(learner.params["precision"], np.stack(own), 1e-3)
@@ -203,6 +208,11 @@ def test_a_feature_that_never_varies_takes_no_part_in_the_shrinkage():
     scatter = (away.T @ away).astype(np.float32)
     found = fecam.precisions(scatter[None], np.float32([29]), 1.0, 1.0, True)[0]
     close(np.asarray(found, np.float64), precision_of(np.float64(scatter) / 29, 1.0, 1.0, True), 1e-3)
+
+
+def test_rows_that_are_all_the_same_have_the_identity():
+    found = fecam.precisions(np.zeros((2, D, D), np.float32), np.float32([3, 0]), 1.0, 1.0, True)
+    np.testing.assert_array_equal(found, np.stack([np.eye(D)] * 2))
 
 
 PATH = [10.0**n for n in range(-3, 4)]

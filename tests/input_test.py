@@ -49,6 +49,14 @@ SECTIONS = {
         {"stream__stages": [{"name": "a", "mixture": {"d7": 1.0}}]},
         ["config.stream.stages[0].mixture.d7", "no such source"],
     ),
+    "steps of no stage": (
+        {"stream__stages": [{"name": d, "steps": 2, "mixture": {d: 1.0}} for d in ("d0", "d1")]},
+        ["config.stream.steps=8", "every stage has its own", "leave config.stream.steps out"],
+    ),
+    "adapter as a model": (
+        {"model": {"name": "lora"}},
+        ["config.model.name='lora'", "does not stand alone", "choose from cnn, mlp, patches, transformer"],
+    ),
     "no stages": ({"stream__stages": []}, ["config.stream.stages", "at least one stage"]),
     "reservoir of no size": (
         {"stream__replay": {"fraction": 0.1, "over": "reservoir"}},

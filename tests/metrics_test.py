@@ -210,6 +210,37 @@ def test_plain_progress_is_calm_and_complete():
     assert "\x1b" not in "".join(lines)
 
 
+def test_the_last_evaluation_is_shown_once():
+    """The loop writes the last step, then the evaluation at the end of the last task."""
+    stream = io.StringIO()
+    show = progress.Progress(2, console=Console(file=stream, width=100), clock=Clock())
+    for step, loss in enumerate((3.0, 2.0, 1.0)):
+        if step:
+            show.write(train(step))
+        show.write({"kind": "eval", "step": step, "boundary": step - 1, "loss": {"en": loss}})
+    show.write({"kind": "ledger", "step": 2, "sources": {}})
+    show.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["0/2", "1/2", "2/2"]
+    assert [line[-10:] for line in lines] == ["[en 3.000]", "[en 2.000]", "[en 1.000]"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_of_classifiers_shows_what_is_right(terminal):
+    """Losses of a head in closed form on classes that it has not seen are of any size."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100, no_color=True)
+    show = progress.Progress(2, console=console, clock=Clock())
+    for step, right in ((0, 0.25), (1, 0.5)):
+        record = {"kind": "eval", "step": step, "boundary": step - 1, "loss": {"digits": 812.0}}
+        show.write({**record, "accuracy": {"digits": right}, "classes": {"digits": {"0": right}}})
+    show.close()
+    assert "812" not in stream.getvalue()
+    assert "25.0 % right" in stream.getvalue()
+    assert "50.0 % right" in stream.getvalue()
+    assert show.line() == "step 0/2  [digits 50.0 % right]"
+
+
 def test_progress_shows_the_share_of_the_peak_where_it_is_known():
     show = progress.Progress(10, console=Console(file=io.StringIO()))
     show.write(train(1, time={"tokens_per_s": 12345.0, "mfu": 0.4137}))

@@ -23,6 +23,8 @@ PRINTED = {"soft_rl": "pass@16", "hyperinterval": "every promise kept: True"}  #
 def test_notebook_runs(path, tmp_path):
     environment = os.environ | {"JAXCL_STEPS": "4", "IPYTHONDIR": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path)}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # a few steps: the compiler need not try
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")  # seeds are runs of one program
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     run = subprocess.run(
         [sys.executable, "-c", RUN, str(path)],
         check=False,

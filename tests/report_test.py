@@ -108,6 +108,17 @@ def test_page_of_a_run_says_it_in_words(one):
     assert str(one.parent) not in (one / "report.html").read_text()
 
 
+def test_the_slowest_of_several_processes_is_named(tmp_path):
+    run = fake_run.make(tmp_path / "run", steps=4, every=2)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for i, line in enumerate(line for line in lines if line["kind"] == "eval"):
+        line["time"] = {"seconds": 1.0, "skew": 1.5 + (i == 0), "slowest": 2 if i else 1}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, results = report.build([run])
+    assert "The slowest process was busy 1.50 times as long as the median one, most often process 2." in text
+    assert (results["time"]["skew"], results["time"]["slowest"]) == (1.5, 2.0)
+
+
 def test_equal_inputs_give_equal_reports(one, tmp_path):
     report.write([one], out=tmp_path / "a.html")
     report.write([one], out=tmp_path / "b.html")

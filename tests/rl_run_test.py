@@ -213,6 +213,10 @@ def test_demonstrations_a_reference_and_an_adapter_in_one_run():
         ({"objective": {"kl": 0.1}}, r"config\.objective=.*has no name"),
         ({"model__vocab": 4}, r"config\.model\.vocab=4: smaller than that of the tokenizer 'task'"),
         ({"packing": {"length": 8}}, r"config\.packing: of text"),
+        (
+            {"loss": {"z_loss": 1e-4}, "stream__stages": [{"name": "a", "mixture": {"three": 1.0}, "steps": 1}]},
+            r"config\.loss\.z_loss=0\.0001: .*learn='sft' alone.*since the stages have 'rl'",
+        ),
         ({"tokenizer": {"name": "byte"}}, r"config\.tokenizer: generated problems make their own vocabulary"),
         ({"method": "er(capacity=8)"}, r"config\.method: keeps rows.* stages learn in different ways"),
         ({"model": {"name": "mlp"}}, r"config\.model"),

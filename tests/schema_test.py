@@ -44,6 +44,15 @@ def test_make_names_the_nearest_module():
         schema.make("jaxcl.models", {"vocab": 3}, field="model")
 
 
+@pytest.mark.parametrize("name", ["lora", "bridge", "weight_boxes", "nothing like it"])
+def test_what_is_listed_are_the_modules_that_can_be_named(name):
+    """Adapters need a model first, and some modules make nothing."""
+    with pytest.raises(schema.UserError, match=rf"name='{name}'.*; choose from cnn, mlp, patches, transformer$"):
+        schema.make("jaxcl.models", {"name": name}, field="model")
+    with pytest.raises(schema.UserError, match=r"name='questions': does not stand alone"):
+        schema.make("jaxcl.rl.tasks", {"name": "questions"}, field="task")
+
+
 def test_parse_reads_names_options_and_sums():
     parts = schema.parse("er(rows=256, fraction=.25) + reptile(every=10,keep=0.5)+cpt", field="method")
     assert parts == [

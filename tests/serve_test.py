@@ -58,6 +58,19 @@ def test_a_run_that_has_nothing_to_show_yet_says_so(web, tmp_path):
     assert "metrics.jsonl is empty" not in ask(web)[1]
 
 
+def test_an_empty_folder_is_waited_for(tmp_path, monkeypatch, capsys):
+    (tmp_path / "new").mkdir()
+    live = serve.Live([str(tmp_path / "new")], None)
+    assert live.waiting() == f"{tmp_path / 'new'}: no run has written records there yet; the page waits for the first"
+    assert "no run has written records there yet" in live.page()
+    monkeypatch.setattr(serve.ThreadingHTTPServer, "serve_forever", lambda self: None)
+    command_line.main([str(tmp_path / "new"), "--serve", "--port=0"])
+    assert "the page waits for the first" in capsys.readouterr().out
+    fake_run.make(tmp_path / "new" / "run")
+    assert live.waiting() is None
+    assert "<svg" in live.page()
+
+
 @pytest.mark.parametrize("path", ["/run.json", "/../run.json", "/metrics.jsonl", "/version/", "/%2e%2e/run.json"])
 def test_nothing_else_can_be_read(web, path):
     assert ask(web, path)[0] == 404

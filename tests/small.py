@@ -8,6 +8,7 @@ import signal
 
 import jax
 import numpy as np
+import pytest
 
 from jaxcl import domains, metrics, plan, program, train
 from jaxcl.data import tokenizer
@@ -94,6 +95,16 @@ def shared(folder):
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     return settings, loop, made
+
+
+@functools.lru_cache(maxsize=1)
+def straight(folder):
+    """Returns the folder of a run of the shared program without incident. It is made once, so change a copy alone."""
+    workdir = pathlib.Path(folder) / "straight"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        reuse(folder, monkeypatch)
+        assert train.run(config(folder), str(workdir)) == 0
+    return workdir
 
 
 def session(folder, workdir, **loop):

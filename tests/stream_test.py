@@ -306,7 +306,7 @@ def test_rows_in_columns_and_evaluation_batches():
     ("change", "words"),
     [
         ({"stages": []}, "stages: empty"),
-        ({"batch": 0}, "batch=0"),
+        ({"batch": 0}, r"config\.stream\.batch=0: must be at least 1 row$"),
         ({"stages": [Stage("x", 0, {"a": 1})]}, r"stages\[0\].steps=0"),
         ({"stages": [Stage("x", 1, {"aa": 1})]}, "did you mean 'a'"),
         ({"stages": [Stage("x", 1, {"a": -0.5})]}, "mixture.a=-0.5"),

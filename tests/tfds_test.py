@@ -237,7 +237,10 @@ def test_images_are_trained_on_by_the_loop(folder, tmp_path, monkeypatch):
         branch.make(tmp_path / "run", tmp_path / "branch", vocab=50)
     for change, text in (
         ({"model": {**settings["model"], "classes": 2}}, r"config\.model\.classes=2: .* labels up to 2; set it to 3"),
-        ({"model": {**settings["model"], "inputs": 11}}, r"config\.model: takes no rows of shape \(4, 3, 1\)"),
+        (
+            {"model": {**settings["model"], "inputs": 11}},
+            r"config\.model\.inputs=11: .*\(4, 3, 1\); set it to 12",
+        ),
         ({"sources": {"low": {**data, "classes": [7]}}}, r"classes=\[7\]: no training row has a label of \[7\]"),
         (
             {"sources": settings["sources"] | {"t": {"name": "embedded", "domain": "prose"}}},

@@ -60,6 +60,16 @@ def test_only_one_process_writes(runs):
         assert json.loads((workdir / "run.json").read_text())["finished"]
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_evaluations_say_which_process_is_the_slowest(runs, count):
+    lines = [json.loads(line) for line in (runs[count] / "metrics.jsonl").read_text().splitlines()]
+    times = [line["time"] for line in lines if line["kind"] == "eval"]
+    assert all(("skew" in time) == (count > 1) for time in times)
+    assert all(time["skew"] >= 1 and 0 <= time["slowest"] < count for time in times if count > 1)
+    speed = json.loads((runs[count] / "report.json").read_text())["time"]
+    assert (speed["skew"] is not None) == (count > 1)
+
+
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 2, "tensor": 4}])
 def test_other_meshes_agree_in_the_first_steps(folder, runs, tmp_path, mesh):
     other = losses(command(folder, tmp_path / "run", 1, 8, mesh))

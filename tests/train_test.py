@@ -27,13 +27,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(folder, tmp_path_factory):
-    """The run without incident."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        small.reuse(folder, monkeypatch)
-        assert train.run(small.config(folder), str(workdir)) == 0
-    return workdir
+def straight(folder):
+    return small.straight(folder)
 
 
 def stopped_at(folder, workdir, step, settings=None, name="SIGTERM", method="account"):

@@ -223,3 +223,9 @@ def test_a_trace_covers_the_steps_that_were_asked_for(folder, tmp_path, monkeypa
 def test_what_is_wrong_is_said(tmp_path, options, text):
     with pytest.raises(UserError, match=text):
         watcher(tmp_path, **options)
+
+
+def test_the_skew_of_processes_is_that_of_the_slowest_over_the_median():
+    found = watch.skew(np.array([1.0, 4.0, 2.0, 1.0, 2.0]))
+    assert found == {"busy_least_s": 1.0, "busy_median_s": 2.0, "busy_most_s": 4.0, "skew": 2.0, "slowest": 1}
+    assert watch.skew(np.zeros(3))["skew"] == 1.0

@@ -9,7 +9,8 @@
 #   --yes       it may delete and request NAME again without asking
 #   --delete    delete the slices when the job has ended
 #   --retries   failures in a row before it gives up (default 5); preemptions and stopped runs are none
-#   --backoff   seconds before the first retry, twice as many before each further one, at most 900 (default 30)
+#   --backoff   seconds before the first retry, twice as many before each further one, at most 900 (default 30); it waits
+#               between half and the whole of that. What follows from which end is decided by jaxcl/retry.py
 #   --poll      (default 60)
 #   --dry-run   show what an undisturbed job takes
 # Ends with 0: finished; 2 or 3: that of the job, which must not be repeated; 130: stopped by stop.sh; 1: gave up.
@@ -24,6 +25,7 @@ check retries '[0-9]{1,4}' N
 check backoff '[0-9]{1,4}' SECONDS
 check poll '[0-9]{1,4}' SECONDS
 need_gcloud
+need python3 'install Python 3.9 or newer'
 if [ -z "$has_job" ]; then recall; fi
 check_job
 confirm "deleting and requesting $opt_name again whenever it is taken back"
@@ -52,26 +54,43 @@ if [ -n "$opt_dry_run" ]; then
   exit
 fi
 
-failures=0 # in a row
-uneven=0   # looks in a row at workers that do not agree
-since=     # when the job was started, or was first seen running; before that, how it ended is from another time
+uneven=0 # looks in a row at workers that do not agree
+well=    # when it was started, or last failed
+since=   # when the job was started, or was first seen running; before that, how it ended is from another time
 args=$(printf '%s\0' "${job_args[@]}" | cksum | tr ' ' -)
+history=$(mktemp) # of failures, as jaxcl/retry.py keeps it
+trap 'rm -f "$history"' EXIT
 
 pause() { [ "$1" = 0 ] || sleep "$1"; }
 
-# trouble WHAT: one failure more; waits, or gives up.
-trouble() {
-  failures=$((failures + 1))
-  if [ "$failures" -gt "$opt_retries" ]; then
-    say "error: $1; gave up after $opt_retries retries. $opt_name is left as it is, and costs: see status.sh, delete.sh"
-    exit 1
-  fi
-  local seconds=$opt_backoff i
-  for ((i = 1; i < failures && seconds < 900; i++)); do seconds=$((seconds * 2)); done
-  [ "$seconds" -le 900 ] || seconds=900
-  say "$1; retry $failures of $opt_retries in $seconds s"
-  pause "$seconds"
+# verdict FLAG...: `ACTION SECONDS STATUS TEXT`.
+verdict() {
+  PYTHONPATH=$root python3 -m jaxcl.retry judge --retries="$opt_retries" --backoff="$opt_backoff" --key="$opt_name" "$@"
 }
+
+# fail FLAG...: one failure more; waits, or gives up. Fails if the slices are given up for others.
+fail() {
+  local found action seconds status text
+  found=$(verdict --history="$history" --ran="$((SECONDS - ${well:-$SECONDS}))" "$@")
+  read -r action seconds status text <<<"$found"
+  [ -z "$well" ] || well=$SECONDS
+  case $action in
+    end)
+      say "error: $text. $opt_name is left as it is, and costs: see status.sh, delete.sh"
+      exit 1
+      ;;
+    now) say "$text" ;;
+    *) say "$text in $seconds s" ;;
+  esac
+  pause "$seconds"
+  if [ "$action" = elsewhere ]; then
+    again 'the machines are not trusted any more'
+    return 1
+  fi
+}
+
+# trouble WHAT: one failure of the cloud more.
+trouble() { fail --cause=cloud --why="$1"; }
 
 # finish STATUS WHAT
 finish() {
@@ -118,15 +137,14 @@ launch() {
     trouble 'starting failed'
     return
   fi
-  since=$SECONDS uneven=0
+  since=$SECONDS well=$SECONDS uneven=0
 }
 
 # judge: what to do, from the lines of all workers.
 judge() {
-  local count=$1 running codes
+  local count=$1 running found action="" seconds status="" text
   reported=$(printf '%s\n' "$reported" | grep -o 'jaxcl .*state=.*' || true)
   running=$(printf '%s\n' "$reported" | grep -c 'state=running' || true)
-  codes=$(printf '%s\n' "$reported" | sed -n 's/.*state=exit code=\([0-9]*\).*/\1/p' | sort -un | tr '\n' ' ')
   if [ "$(printf '%s\n' "$reported" | grep -c 'state=' || true)" != "$count" ]; then
     trouble "not all of the $count workers answer"
     return
@@ -136,20 +154,19 @@ judge() {
     launch
     return
   fi
-  if [ -n "$since" ]; then
-    case " $codes" in
-      *' 2 '*) finish 2 'the job ends with 2: bad input; its log says which (logs.sh)' ;;
-      *' 3 '*) finish 3 'the job ends with 3: training cannot go on; its log says why (logs.sh)' ;;
-      *' 130 '*) finish 130 'the job was interrupted by hand; resume.sh goes on with it' ;;
-    esac
-    case $reported in
-      *state=stopped*) [ "$running" != 0 ] || finish 130 'the job was stopped by hand; resume.sh goes on with it' ;;
-    esac
-  fi
+  case ${since:+$reported} in
+    *'state=exit code='*)
+      found=$(verdict --report="$reported" --retries=9999) # what follows at once, whatever was before
+      read -r action seconds status text <<<"$found"
+      [ "$action $status" = 'end 0' ] || [ "$action" != end ] || finish "$status" "the job ends with $status: $text (logs.sh)"
+      ;;
+  esac
+  case ${since:+$reported} in
+    *state=stopped*) [ "$running" != 0 ] || finish 130 'the job was stopped by hand; resume.sh goes on with it' ;;
+  esac
   if [ "$running" = "$count" ]; then
     uneven=0
-    since=${since:-$SECONDS}
-    [ $((SECONDS - since)) -lt 3600 ] || failures=0
+    since=${since:-$SECONDS} well=${well:-$SECONDS}
     pause "$opt_poll"
   elif [ "$running" != 0 ]; then
     uneven=$((uneven + 1)) # ending, or starting; or some died and the others wait for them
@@ -161,26 +178,18 @@ judge() {
       pause "$opt_poll"
     fi
   else
-    settle "$codes"
+    settle "$action $status"
   fi
 }
 
-# settle CODES: no worker runs the job.
+# settle 'ACTION STATUS': no worker runs the job.
 settle() {
-  local code bad=
-  for code in ${since:+$1}; do
-    case $code in
-      0 | "$STOPPED" | 143) ;; # 143: SIGTERM before the run could listen to it
-      *) bad="$bad $code" ;;
-    esac
-  done
-  case ${since:+$reported} in
-    *state=lost*) trouble 'a machine was started again under the job' ;;
-    *) if [ -n "$bad" ]; then
-      trouble "the job failed, exit status$bad"
-    elif [ "$1" = '0 ' ] && ! printf '%s\n' "$reported" | grep -v 'state=exit' >/dev/null; then
-      finish 0 'the job has finished'
-    fi ;;
+  if ! printf '%s\n' "$reported" | grep -v 'state=exit code=0 ' >/dev/null; then
+    finish 0 'the job has finished'
+  fi
+  case ${since:+$1/$reported} in
+    'end 0/'*) ;; # some have finished, and some never started
+    *'state=exit code='* | *state=lost*) fail --report="$reported" || return 0 ;;
   esac
   launch
 }

@@ -2,8 +2,9 @@
 # Runs on every worker of a slice; the other scripts call it there.
 #   worker.sh setup [HOST:/FOLDER]    puts this tree at ~/jaxcl, makes ~/jaxcl-venv, mounts the folder at /mnt/runs
 #   worker.sh start JOB ARG...        starts `python -m jaxcl.main ARG...`, detached
-#   worker.sh status JOB              a line: state=running, exit (with code=), stopped (by hand), lost, absent, or bare:
-#                                     not set up; args= is a checksum of what the job was started with
+#   worker.sh status JOB              a line: state=running, exit (with code=, and cause= and step= of jaxcl/retry.py),
+#                                     stopped (by hand), lost, absent, or bare: not set up; args= is a checksum of what
+#                                     the job was started with
 #   worker.sh halt JOB [SECONDS]      SIGTERM, after which the run saves and leaves; SIGKILL when SECONDS are over
 #   worker.sh stop JOB [SECONDS]      the same, and the babysitter does not start it again
 #   worker.sh log JOB [LINES [follow]]
@@ -85,7 +86,7 @@ start() {
   mkdir -p "$folder"
   exec 9>>"$folder/lock"
   flock -n 9 || die "job $job is running; resume.sh stops it and goes on" 5
-  rm -f "$folder/exit" "$folder/pid" "$folder/stopped"
+  rm -f "$folder/exit" "$folder/cause" "$folder/pid" "$folder/stopped"
   (umask 077 && printf '%s\0' "$@" >"$folder/args")
   printf '\n== %s: starts\n' "$(date -u +%FT%TZ)" >>"$folder/log"
   nohup setsid bash "${BASH_SOURCE[0]}" attend "$job" "$@" >>"$folder/log" 2>&1 </dev/null &
@@ -108,9 +109,17 @@ attend() {
   child=$!
   printf '%s\n' "$child" >"$folder/pid"
   wait "$child" || code=$?
+  name "$folder" "$code" "$@" >"$folder/cause"
   printf '%s\n' "$code" >"$folder/exit.new"
   mv "$folder/exit.new" "$folder/exit"
-  printf '== %s: ends with %s\n' "$(date -u +%FT%TZ)" "$code"
+  printf '== %s: ends with %s\n' "$(date -u +%FT%TZ)" "$code $(cat "$folder/cause")"
+}
+
+# name FOLDER CODE ARG...: why the run ended, from its status, its log and its ledger; nothing if that cannot be said.
+name() {
+  local folder=$1 code=$2
+  shift 2
+  "$venv/bin/python" -m jaxcl.retry name --status="$code" --ran="$SECONDS" --log="$folder/log" -- "$@" 2>/dev/null || true
 }
 
 status() {
@@ -124,7 +133,7 @@ status() {
   elif [ -f "$folder/stopped" ]; then
     state=stopped
   elif [ -f "$folder/exit" ]; then
-    state="exit code=$(cat "$folder/exit")"
+    state="exit code=$(cat "$folder/exit") $(cat "$folder/cause" 2>/dev/null || true)"
   else
     state=lost # the machine was started again, or attend was killed
   fi

@@ -6,7 +6,9 @@ The step of `jaxcl.methods.hyperinterval` with the published loss, compiled as t
 hyperinterval_torch.py, for t earlier tasks that all enter the regulariser; storage is for t + 1 tasks. jaxcl keeps
 freed memory, as its loop does; torch runs with an allocator that does so too ("tuned") and as it comes. Three processes
 take turns, or run one after the other where they do not fit into memory together (--apart). Peaks are of each process
-from its start. Before that both sides take four steps from the same parameters: `parity` are the greatest relative
+from its start. --growth=4of5,4of10,9of10 measures jaxcl alone, for 4 earlier tasks with storage for 5 and so on: one
+process each, in turns. In a stream of ten tasks the first and the last step are the same program with another mask.
+Before that both sides take four steps from the same parameters: `parity` are the greatest relative
 differences of their losses. Raw results go to results/hyperinterval_step.json.
 """
 
@@ -21,6 +23,7 @@ import resource
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 
 from absl import app, flags
 
@@ -32,6 +35,7 @@ SIZES = flags.DEFINE_list("sizes", ["split", "split_tasks"], "names of the shape
 EARLIER = flags.DEFINE_list("earlier", ["0", "1", "4", "9"], "numbers of earlier tasks t")
 SIDES = flags.DEFINE_list("sides", ["jaxcl", "tuned", "default"], "what to run; tuned and default are torch")
 APART = flags.DEFINE_bool("apart", False, "one side after the other")
+GROWTH = flags.DEFINE_list("growth", [], "numbers of earlier tasks with storage for so many, instead of the sides")
 WARM = flags.DEFINE_integer("warm", 1, "steps of each side that are not counted")
 PARITY = flags.DEFINE_bool("parity", True, "compare the losses too")
 RESULT = flags.DEFINE_string("result", str(HERE / "results" / "hyperinterval_step.json"), "raw results, added to")
@@ -52,6 +56,7 @@ class Shape:
     gamma: float
     beta: float
     task: int = 0
+    storage: int = 0  # tasks that the targets are stored for; 0 = task + 1
     start: str = ""  # file of the parameters to start from
 
 
@@ -86,7 +91,7 @@ def jaxcl_step(shape: Shape):
     from jaxcl.random import key_for
     from jaxcl.types import TrainState
 
-    tasks, steps = shape.task + 1, 1000
+    tasks, steps = shape.storage or shape.task + 1, 1000
     target = mlp.make(inputs=shape.widths[0], hidden=shape.widths[1:-1], classes=shape.widths[-1])
     sizes = {"embedding": shape.embedding, "hidden": shape.hidden, "gamma": shape.gamma, "start": "published"}
     made = hypernetwork.make(target, tasks=tasks, universal=shape.universal, **sizes)
@@ -196,17 +201,43 @@ def timed(shape: Shape) -> dict[str, train_step.Side]:
     """Returns the sides with their repeats, in turns or one after the other."""
     sides = {}
     for group in [[name] for name in SIDES.value] if APART.value else [SIDES.value]:
-        sides |= {name: side(name, shape) for name in group}
-        for i in range(WARM.value + train_step.REPEATS.value):
-            for name in group:
-                result = sides[name].step()
-                if i >= WARM.value:
-                    sides[name].repeats.append(result)
-        for name in group:
-            sides[name].close()
+        sides |= in_turns({name: side(name, shape) for name in group})
     if len({one.about["params"] for one in sides.values()}) > 1:
         raise RuntimeError(f"not the same hypernetwork: {[one.about for one in sides.values()]}")
     return sides
+
+
+def in_turns(sides: dict[str, train_step.Side]) -> dict[str, train_step.Side]:
+    """Lets every side take its steps, ends them and returns them."""
+    for i in range(WARM.value + train_step.REPEATS.value):
+        for one in sides.values():
+            result = one.step()
+            if i >= WARM.value:
+                one.repeats.append(result)
+    for one in sides.values():
+        one.close()
+    return sides
+
+
+def growth(shape: Shape) -> dict:
+    """Returns what a step costs with several numbers of earlier tasks, and medians over that of the first of them."""
+    load, found = os.getloadavg()[0], {}
+    for name in GROWTH.value:
+        task, storage = map(int, name.split("of"))
+        found[name] = side("jaxcl", dataclasses.replace(shape, task=task, storage=storage))
+    cpu = {name: [r["cpu_s"] for r in one.repeats] for name, one in in_turns(found).items()}
+    middle = {name: statistics.median(values) for name, values in cpu.items()}
+    base = cpu[GROWTH.value[0]]
+    return {
+        "load_average": load,
+        "cpu_s_min": {name: min(values) for name, values in cpu.items()},
+        "cpu_s_median": middle,
+        # A turn of all is a pair: what else the machine does falls on its members alike.
+        "ratio_to_first": {n: statistics.median(b / a for a, b in zip(base, v, strict=True)) for n, v in cpu.items()},
+        "peak_rss_mb": {name: one.repeats[-1]["peak_rss_mb"] for name, one in found.items()},
+        "load_average_after": os.getloadavg()[0],
+        "repeats": {name: one.repeats for name, one in found.items()},
+    }
 
 
 def measure(shape: Shape) -> dict:
@@ -229,6 +260,18 @@ def measure(shape: Shape) -> dict:
     }
 
 
+def cases(name: str) -> Iterator[tuple[str, dict]]:
+    """Yields title and results of what the flags ask for of one size."""
+    if GROWTH.value:
+        told = f"--growth={','.join(GROWTH.value)} --sizes={name} --repeats={train_step.REPEATS.value}"
+        command = {"command": f"python -m experiments.benchmarks.hyperinterval_step {told}"}
+        yield f"{name} growth", command | {"shape": dataclasses.asdict(SHAPES[name])} | growth(SHAPES[name])
+        return
+    for t in map(int, EARLIER.value):
+        shape = dataclasses.replace(SHAPES[name], task=t)
+        yield f"{name} {t}", {"shape": dataclasses.asdict(shape)} | measure(shape)
+
+
 def show(title: str, case: dict) -> None:
     """Prints the figures of one case."""
     parts = (
@@ -244,7 +287,7 @@ def main(argv: list[str]) -> None:
         told = json.loads(train_step.WORKER.value)
         serve(*jaxcl_step(Shape(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})))
         return
-    if train_step.PEER_PYTHON.value is None and SIDES.value != ["jaxcl"]:
+    if train_step.PEER_PYTHON.value is None and SIDES.value != ["jaxcl"] and not GROWTH.value:
         raise app.UsageError("give --peer_python, an interpreter that has torch")
     # XLA runs independent operations on one thread per core that it sees, whatever its flags say.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -260,11 +303,9 @@ def main(argv: list[str]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     print("CPU-seconds of a step, least (median), and peak memory")
     for name in SIZES.value:
-        for t in map(int, EARLIER.value):
-            shape = dataclasses.replace(SHAPES[name], task=t)
-            case = measure(shape)
-            results["cases"][f"{name} {t}"] = about | {"shape": dataclasses.asdict(shape)} | case
-            show(f"{name} t={t}", case)
+        for title, case in cases(name):
+            results["cases"][title] = about | case
+            show(title, case)
             output.write_text(json.dumps(results, indent=1) + "\n")
 
 

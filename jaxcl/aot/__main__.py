@@ -129,6 +129,7 @@ class Session:
 
         step = abstract.make(config, self.devices)
         verdict = examine.examine(step, self.target)
+        floors = examine.floors(step, self.target, verdict)
         return {
             "config": self.name,
             "topology": self.target.name,
@@ -137,7 +138,8 @@ class Session:
             "needed_gib": verdict.needed,
             "available_gib": verdict.available,
             **step.facts(),
-            "floors": examine.floors(step, self.target, verdict),
+            "floors": floors,
+            "mfu_bound": examine.bounds(floors, step.remat),
             **verdict.details,
             "no_kernel": step.no_kernel(self.target.platform),
             "notes": [*self.notes, *step.notes],

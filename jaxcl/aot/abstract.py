@@ -17,7 +17,7 @@ from jaxcl.data import rows as tables
 from jaxcl.data import tokenizer as tokenizers
 from jaxcl.data.sources import Table
 from jaxcl.hf import read
-from jaxcl.kernels import attention
+from jaxcl.kernels import attention, ridge
 from jaxcl.models import transformer
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, TrainState
@@ -36,11 +36,23 @@ class Step(NamedTuple):
     notes: tuple[str, ...]  # what was assumed
 
     def no_kernel(self, platform: str) -> str | None:
-        """Returns why the attention of the model is no Pallas kernel on a platform; None if it is one."""
+        """Returns why attention, or the update of ridge sums, is no Pallas kernel on a platform; None if it is one."""
+        if (made := self.plan.network.analytic) is not None:
+            if not any(name.endswith("gram/high") for name, _ in tree.named_leaves(self.state.memory)):
+                return "the method updates no matrix of products"
+            with jax.sharding.use_abstract_mesh(self.plan.mesh.abstract_mesh):
+                found = ridge.refused(made.width, self.plan.flow.width, platform=platform)
+            return found and f"ridge sums: {found}"
         if (shape := self.plan.network.shape) is None:
             return "no attention in the model"
-        found = attention.refused(platform, shape.head_dim, shape.compute_dtype, implementation=shape.attention)
+        how = {"part": self.plan.mesh.shape["context"] > 1, "implementation": shape.attention}
+        found = attention.refused(platform, shape.head_dim, shape.compute_dtype, **how)
         return found and f"config.model: {found}"
+
+    @property
+    def remat(self) -> str | None:
+        """Returns what a language model computes again in the backward pass; None for other models."""
+        return getattr(self.plan.network.shape, "remat", None)
 
     def facts(self) -> dict[str, Any]:
         """Returns the sizes that the program follows from."""
@@ -114,8 +126,8 @@ def make(config: Mapping[str, Any], devices: Sequence[Any]) -> Step:
         network = adapters.make(network, model, text["adapter"], example, len(stages))
     made = plan.make(mesh, network, **pieces)(dict.fromkeys(sources, table))
     ready = program.compiled(made)
-    cut = meshes.batch_sharding(mesh)
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), made.setting.example)
+    cut = jax.tree.map(lambda x: meshes.batch_sharding(mesh, shape=x.shape), made.setting.example)
+    rows = meshes.with_shardings(made.setting.example, cut)
     params = jax.eval_shape(network.model.init, jax.eval_shape(lambda: jax.random.key(0)))
     notes += meshes.explain(mesh, network.model.axes, params)
     return Step(made, ready["abstract"], rows, ready["step"], length, tuple(notes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +102,7 @@ def floors(step: Step, topology: Topology, verdict: Verdict) -> dict[str, float]
     `compute`: the FLOPs of forward and backward pass at the peak of all devices. Recomputation (remat), attention of a
     method's further passes and communication come on top.
     `hbm`: every input is read once and every output written once.
+    `links`: what the collectives must send, over all links of every chip at once.
     """
     facts, device = step.facts(), step.plan.mesh.devices.flat[0]
     out, peak = {}, flops.peak(device)
@@ -108,4 +110,25 @@ def floors(step: Step, topology: Topology, verdict: Verdict) -> dict[str, float]
         out["compute_s"] = facts["flops_per_step"] / (peak * facts["devices"])
     if known := verdict.details.get("memory_gib"):
         out["hbm_s"] = (known["arguments"] + known["outputs"]) * GIB / topology.chip.bandwidth
+    sizes = [size for size in facts["mesh"].values() if size > 1]
+    if topology.chip.links and sizes and "collectives" in verdict.details:
+        out["links_s"] = hlo.sent(verdict.details["collectives"], min(sizes)) / topology.chip.links
     return out
+
+
+def bounds(found: Mapping[str, float], remat: str | None) -> dict[str, float]:
+    """Returns the model FLOPs utilisation that floors leave, between 0 and 1; nothing if they are not known.
+
+    `overlapped`: communication and reading hide behind arithmetic, or the reverse, without rest.
+    `in_turn`: all of the communication waits for the arithmetic and the reverse. What is measured lies below the first
+    bound, and with it below what arithmetic at less than its peak leaves; it may lie above the second.
+
+    Args:
+      found: of `floors`.
+      remat: `full` computes the forward pass twice: 8 FLOPs for each parameter and token in place of 6.
+    """
+    if not {"compute_s", "hbm_s", "links_s"} <= found.keys():
+        return {}
+    useful, links = found["compute_s"], found["links_s"]
+    done = useful * (4 / 3 if remat == "full" else 1.0)
+    return {"overlapped": useful / max(done, links, found["hbm_s"]), "in_turn": useful / (done + links)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -65,6 +66,20 @@ def read(text: str) -> dict[str, Any]:
         for key, value in (("sites", 1), ("times", count), ("bytes", moved)):
             total[key] += value
     return {"collectives": collectives, "pallas": dict(pallas), "custom_calls": dict(other), "aliased": _aliased(text)}
+
+
+def sent(collectives: Mapping[str, Mapping[str, int]], group: int) -> float:
+    """Returns the bytes that each device has to send at the least, by the best algorithm for a ring or torus.
+
+    An array of S bytes is gathered by sending S (n - 1)/n, and summed by twice that (Patarasuk and Yuan, 2009).
+
+    Args:
+      collectives: of `read`; their bytes are those of the results, for a reduce-scatter 1/n of what is summed.
+      group: n, the fewest devices that take part in one of them.
+    """
+    part = (group - 1) / group
+    factors = {"all-reduce": 2 * part, "all-gather": part, "all-to-all": part, "reduce-scatter": group - 1}
+    return sum(factors.get(kind, part if "all" in kind else 1.0) * one["bytes"] for kind, one in collectives.items())
 
 
 def size(shape: str, *, largest: bool = False) -> int:

@@ -49,6 +49,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
     out += _program(result) if "memory_gib" in result else []
     for name, seconds in result["floors"].items():
         out.append(line("floor", f"{duration(seconds)} a step from {WORDS[name]}"))
+    if bound := result.get("mfu_bound"):
+        text = f"at most {bound['overlapped']:.0%}, all communication hidden; {bound['in_turn']:.0%} with none hidden"
+        out.append(line("utilisation", text))
     out += [line("note", note) for note in result["notes"]]
     out.append(line("compiler", f"{result['seconds']:.0f} s" if "memory_gib" in result else "refuses the program"))
     if result["fits"]:
@@ -65,7 +68,11 @@ def table(result: Mapping[str, Any]) -> list[str]:
     return out
 
 
-WORDS = {"compute_s": "arithmetic at peak", "hbm_s": "reading inputs and writing outputs once"}
+WORDS = {
+    "compute_s": "arithmetic at peak",
+    "hbm_s": "reading inputs and writing outputs once",
+    "links_s": "sending over all links at once",
+}
 
 
 def _step(result: Mapping[str, Any]) -> str:

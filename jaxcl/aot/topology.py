@@ -38,20 +38,22 @@ class Chip(NamedTuple):
     hbm: float  # GiB that a program may use
     bandwidth: float  # bytes per second between HBM and the chip
     dimensions: int  # of the torus; 0 = a number of GPUs
+    links: float | None  # bytes per second that leave a device over all of its links to others; None = not known
     config: str | None = None  # "megacore": the two cores of a chip are one device
 
 
 # HBM is what the compiler of the chip allows (libtpu 0.0.42: its RESOURCE_EXHAUSTED names it), for the GPU 95 % of what
 # nvidia-smi shows. Bandwidth: https://cloud.google.com/tpu/docs/system-architecture and the H200 data sheet. The two
-# devices of a TPU v7x chip have half of it each.
+# devices of a TPU v7x chip have half of it each. Links: half of the "bidirectional inter-chip interconnect bandwidth"
+# of https://cloud.google.com/tpu/docs/v5e, v5p and v6e (400, 1200 and 800 GB/s), which counts both directions.
 CHIPS = MappingProxyType(
     {
-        "v4": Chip(30.75, 1.2e12, 3, "megacore"),
-        "v5e": Chip(15.75, 0.819e12, 2),
-        "v5p": Chip(95.74, 2.765e12, 3),
-        "v6e": Chip(31.25, 1.64e12, 2),
-        "tpu7x": Chip(94.75, 3.69e12, 3),
-        "h200": Chip(133.3, 4.8e12, 0),
+        "v4": Chip(30.75, 1.2e12, 3, None, "megacore"),
+        "v5e": Chip(15.75, 0.819e12, 2, 200e9),
+        "v5p": Chip(95.74, 2.765e12, 3, 600e9),
+        "v6e": Chip(31.25, 1.64e12, 2, 400e9),
+        "tpu7x": Chip(94.75, 3.69e12, 3, None),
+        "h200": Chip(133.3, 4.8e12, 0, None),
     }
 )
 

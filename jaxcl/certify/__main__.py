@@ -6,15 +6,15 @@ Certifies a checkpoint of a run anew, on its held-out rows, and compares it with
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 
-from jaxcl import certify, console, domains, folder, program, saved, train
+from jaxcl import certify, console, domains, folder, manifests, program, saved, train
 from jaxcl.report import certificates, run, terminal
 from jaxcl.schema import UserError
 from jaxcl.tree import named_leaves
@@ -39,7 +39,7 @@ def check(path: Path, step: int | None = None) -> dict[str, Any]:
     made = program.build(**pieces)
     step, params = saved.params(path / "checkpoints", step=step)
     fitting(path, made.abstract.params, params)
-    held = json.loads((path / "checkpoints" / str(step) / "host.json").read_text())["held_out"]
+    held = manifests.host(epath.Path(path / "checkpoints" / str(step))).get("held_out")
     if held != made.held_out:
         raise UserError(f"{path}: the held-out rows are not those of the run; restore the sources of its config")
     told = run.load(path)

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcl.data import template as templates
 from jaxcl.data.sources import Chat
 from jaxcl.schema import UserError
 
@@ -179,28 +179,25 @@ def _jinja(template: Template) -> Render:
     """Returns a template's rendering, with what the templates of released models expect to find."""
 
     @functools.cache
-    def compiled() -> Any:
+    def compiled() -> tuple[Any, templates.Budget]:
         try:
             import jinja2  # noqa: PLC0415  (only those who have chats need it)
-            import jinja2.sandbox  # noqa: PLC0415
         except ImportError as error:
             raise UserError(f"{template.place}: a chat template needs Jinja: pip install 'jaxcl[hf]'") from error
-        made = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_generation(), "jinja2.ext.loopcontrols"]
-        )
 
         def fail(message: str) -> None:
             raise jinja2.TemplateError(message)
 
-        made.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
-        made.globals |= {"raise_exception": fail, "strftime_now": _TODAY.strftime}
-        return made.from_string(template.text)
+        names = {"raise_exception": fail, "strftime_now": _TODAY.strftime}
+        return templates.make(template.text, [_generation(), "jinja2.ext.loopcontrols"], names)
 
     def render(turns: Turns, prompt: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         options = {"tools": None, "documents": None, "add_generation_prompt": prompt, **template.names}
         try:
-            return compiled().render(messages=messages, **options)
+            made, budget = compiled()
+            budget.begin(sum(len(role) + len(content) for role, content in turns))
+            return made.render(messages=messages, **options)
         except UserError:
             raise
         except Exception as error:  # a template is a program: it can fail in any way

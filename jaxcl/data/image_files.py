@@ -10,6 +10,7 @@ import gzip
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from typing import IO, NamedTuple
@@ -26,7 +27,8 @@ _RATIO = 1032  # output of deflate per byte of input, at most (zlib's technical 
 _UBYTE = 8  # type code of IDX
 _CHUNK = 2**20
 # What reading a damaged file raises; RuntimeError is that of an archive that is encrypted or packed in a foreign way.
-BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError)
+BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, struct.error, MemoryError)
+BROKEN += (TypeError, SyntaxError, OverflowError, tokenize.TokenError)  # NumPy, of a header that is no header
 
 
 class Images(NamedTuple):

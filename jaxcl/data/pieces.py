@@ -22,8 +22,11 @@ def load(content: bytes, path: str) -> Any:
     except ImportError as error:
         raise UserError(f"config.tokenizer.path={path!r}: needs SentencePiece: pip install 'jaxcl[hf]'") from error
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(content)
+        model.id_to_piece(list(range(model.get_piece_size())))  # all of them are text
+        return model
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"config.tokenizer.path={path!r}: not a SentencePiece model; replace the file") from error
 
 

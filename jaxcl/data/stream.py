@@ -367,8 +367,10 @@ def make(
 
 def _check(rows: Mapping[str, Rows], stages: Sequence[Stage], batch: int, multiple: int) -> None:
     """Raises UserError unless the stage table and the sources fit together."""
-    if batch < 1 or multiple < 1:
-        raise UserError(f"config.stream.batch={batch}, multiple={multiple}: both must be at least 1")
+    if batch < 1:
+        raise UserError(f"config.stream.batch={batch}: must be at least 1 row")
+    if multiple < 1:
+        raise ValueError(f"multiple={multiple}: must be at least 1")
     if not stages:
         raise UserError("config.stream.stages: empty; give at least one stage with a name, steps and a mixture")
     for i, stage in enumerate(stages):

@@ -16,6 +16,7 @@ from jaxcl.data.sources import Chat
 from jaxcl.schema import UserError
 
 BYTE_NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")  # of the tokens that the byte tokenizer adds
+MOST = 2**24  # tokens: a model has a row for each number
 _BOS = ("<|begin_of_text|>", "<bos>", "<s>", "<|startoftext|>", "[CLS]")
 _EOS = ("<|end_of_text|>", "<eos>", "</s>", "<|endoftext|>", "[SEP]")
 _PAD = ("<pad>", "[PAD]", "<|pad|>")
@@ -96,18 +97,26 @@ def _folder(path: str) -> _Folder:
     config, place = {}, os.path.join(root, "tokenizer_config.json")
     for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second has the last word
         if os.path.isfile(os.path.join(root, file)):
-            try:
-                with open(os.path.join(root, file), encoding="utf-8") as stream:
-                    config |= json.load(stream)
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{os.path.join(root, file)}: not a JSON object; replace the file") from error
+            config |= _json(os.path.join(root, file))
     known = {key: x.get("content") if isinstance(x, dict) else x for key, x in config.items() if key.endswith("_token")}
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"{place}: chat_template is {type(found).__name__}, not text; replace the file")
     if os.path.isfile(file := os.path.join(root, "chat_template.jinja")):
         found, place = _read(file), file
     return _Folder({key: x for key, x in known.items() if isinstance(x, str)}, found, place)
+
+
+def _json(path: str) -> dict[str, Any]:
+    """Returns the object of a JSON file."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return dict(json.load(stream))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON object; replace the file") from error
 
 
 def _template(path: str | None, folder: _Folder, **names: str) -> chat.Template | None:
@@ -175,6 +184,9 @@ def _hf(
     special = {number: token.content for number, token in added.items() if token.special}
     end = _token(tok, path, "eos", eos, folder, _EOS, special)
     begin = _token(tok, path, "bos", bos, folder, (*_BOS, *_EOS, tok.id_to_token(end)), special)
+    highest = max(tok.get_vocab(with_added_tokens=True).values())  # numbers may have gaps
+    if highest >= MOST:
+        raise UserError(f"config.tokenizer.path={path!r}: a token has the number {highest:,}, above {MOST:,}; mend it")
     names = {"bos_token": tok.id_to_token(begin), "eos_token": tok.id_to_token(end)}
     form = _template(template, folder, **({} if folder.names else names))
     pads = [number for number in map(tok.token_to_id, _PAD) if number is not None]
@@ -195,7 +207,7 @@ def _hf(
     )
     return Tokenizer(
         "hf",
-        1 + max(tok.get_vocab(with_added_tokens=True).values()),  # numbers may have gaps
+        1 + highest,
         begin,
         end,
         pads[0] if pads else None,
@@ -259,7 +271,7 @@ def _sentencepiece(
     """Returns the tokenizer of a SentencePiece model."""
     model, ends = pieces.load(content, path), {}
     if os.path.isfile(file := os.path.join(os.path.dirname(path), "added_tokens.json")):
-        for token in json.loads(_read(file)):
+        for token in _json(file):
             if pieces.number(model, token) is None:
                 raise UserError(f"{file}: {token!r} is not in the model; save the folder with a tokenizer.json instead")
     for end, asked, own in (("bos", bos, model.bos_id()), ("eos", eos, model.eos_id())):

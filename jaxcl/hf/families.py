@@ -182,9 +182,11 @@ def fields(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     kind = family(config, place)
     known = dict(kind.defaults) | {key: value for key, value in config.items() if value is not None}
     known["sliding_window"] = config.get("sliding_window", kind.defaults.get("sliding_window"))  # null: there is none
+    _check_types(known, place)
     rope = _rope(known, place)
     _refuse(known | rope, place)
     out = {ours: known[theirs] for ours, theirs in _FIELDS.items() if theirs in known}
+    out["norm_eps"] = float(out["norm_eps"])
     for name in ("vocab", "layers", "embed", "heads", "mlp"):
         if name not in out:
             raise UserError(f"{place}: has no {_FIELDS[name]!r}; take the config.json that came with the weights")
@@ -232,12 +234,33 @@ def unseen(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     }
 
 
+_WHOLE = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_WHOLE += ("intermediate_size", "max_position_embeddings", "sliding_window", "max_window_layers")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+
+
+def _check_types(known: Mapping[str, Any], place: str) -> None:
+    """Raises UserError for values of another type, or of a size that no model has."""
+    for key, value in known.items():
+        most = 10_000 if key == "num_hidden_layers" else 2**31
+        if key in _WHOLE and value is not None and not (type(value) is int and 0 <= value < most):
+            raise UserError(f"{place}: {key}={str(value)[:40]}: must be a whole number below {most:,}; fetch it again")
+        if key in _FLAGS and not isinstance(value, bool):
+            raise UserError(f"{place}: {key}={str(value)[:40]}: must be true or false; fetch it again")
+    types = known.get("layer_types") or []
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise UserError(f"{place}: layer_types={str(types)[:40]}: must be a list of names; fetch it again")
+    for key in ("rope_theta", "rms_norm_eps"):
+        if not isinstance(known[key], (int, float)) or not 0 < known[key] < 1e30:
+            raise UserError(f"{place}: {key}={str(known[key])[:40]}: must be a positive number; fetch it again")
+
+
 def _numbers(rope: Mapping[str, Any], known: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Returns our `rope_theta` and `rope_scaling`."""
     try:
         theta = float(rope.get("rope_theta", known["rope_theta"]))
         return {"rope_theta": theta, "rope_scaling": _scaling(rope, known, place)}
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError):
         raise UserError(f"{place}: its RoPE has values that are no numbers: {rope}; take the original one") from None
 
 

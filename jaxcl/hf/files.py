@@ -79,11 +79,13 @@ def open_folder(folder: str | os.PathLike[str]) -> Tensors:
         other = [*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.pth")]
         found = f"only {other[0].name}, a pickle, which is never loaded" if other else "none"
         raise UserError(f"{place}: holds no safetensors files ({found}); save the model in that format")
-    for file in set(table.values()):
-        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+    for file in table.values():
+        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", "..") or "\0" in file:
             raise UserError(
                 f"{place / INDEX}: names {file!r}, which is no file of its folder; do not use this checkpoint"
             )
+    if not table:
+        raise UserError(f"{place / SINGLE}: holds no tensors; fetch it again")
     handles = {file: open_file(place / file) for file in sorted(set(table.values()))}
     held = {file: set(handle.keys()) for file, handle in handles.items()}
     for name, file in table.items():

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -65,8 +65,11 @@ def options(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(start, str) and start.lower().startswith(_MOVED):
         raise UserError(f"{place}: init_lora_weights={start!r} changes the base; convert it to a plain LoRA in PEFT")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    dropout = config.get("lora_dropout") or 0.0
+    if type(rank) is not int or not 1 <= rank < 2**20 or not _is_number(alpha, 1e9):
         raise UserError(f"{place}: r={rank!r}, lora_alpha={alpha!r}: must be numbers; fetch it again")
+    if not _is_number(dropout, 1) or dropout < 0:
+        raise UserError(f"{place}: lora_dropout={dropout!r}: must be a number from 0 to below 1; fetch it again")
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)  # alpha / sqrt(r), as alpha / r of another alpha
     tensors = _open(folder)
@@ -76,8 +79,12 @@ def options(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "rank": rank,
         "alpha": float(alpha),
         "targets": [f"{path}$" for path in paths],
-        "dropout": float(config.get("lora_dropout") or 0.0),
+        "dropout": float(dropout),
     }
+
+
+def _is_number(value: Any, most: float) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and abs(value) < most  # of NaN, false
 
 
 def base(folder: str | os.PathLike[str]) -> str:
@@ -104,6 +111,8 @@ def check_base(folder: str | os.PathLike[str], params: Params) -> None:
     if not (Path(folder).expanduser() / "jaxcl.json").is_file():
         return
     told = files.config(folder, "jaxcl.json").get("base_checksums") or {}
+    if not isinstance(told, dict) or not all(isinstance(one, list) and len(one) == 3 for one in told.values()):
+        raise UserError(f"{folder}: jaxcl.json has base_checksums that are none; fetch it again")
     for name, found in checksum.table(params).items():
         if name in told and told[name][:2] == found[:2] and told[name][2] != found[2]:
             raise UserError(

@@ -103,10 +103,13 @@ def check(
         if parsed.theirs[0] == ("vocab",):  # ours is padded, and may have grown
             theirs = (vocab, *theirs[1:])
         for layer in range(config.layers if layered else 1):
-            wanted[entry.tensor.format(layer)] = theirs
+            name = entry.tensor.format(layer)
+            if name not in tensors.file_of:
+                raise UserError(
+                    f"{tensors.folder}: has no tensor {name!r}; the checkpoint does not fit its config.json"
+                )
+            wanted[name] = theirs
     for name, shape in wanted.items():
-        if name not in tensors.file_of:
-            raise UserError(f"{tensors.folder}: has no tensor {name!r}; the checkpoint does not fit its config.json")
         found = tensors.shape(name)
         if found != shape:
             raise UserError(

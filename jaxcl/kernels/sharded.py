@@ -3,10 +3,11 @@
 The idea. A program runs under `jax.sharding.use_abstract_mesh` (see `jaxcl.mesh.on`); models and methods stay as they
 are written, for global arrays. A custom kernel is opaque to the partitioner, which would gather its operands; but
 attention is independent between rows and between heads. So the call is put inside `jax.shard_map`: rows over the
-batch axes, heads over the tensor axis, and every device runs the kernel on its own part, without communication. A
-softmax over the vocabulary is independent between tokens: rows over the batch axes, positions over all others, the head
-whole on every device and its gradient summed. A symmetric matrix is cut by rows, and every device updates its own from
-operands that all have whole. Without a mesh, or on one device, nothing is wrapped.
+batch axes, heads over the tensor axis, and every device runs the kernel on its own part, without communication; only
+where the length of the rows is cut are keys and values gathered first (`lengths.py`). A softmax over the vocabulary is
+independent between tokens: rows over the batch axes, positions over all others, the head whole on every device and its
+gradient summed. A symmetric matrix is cut by rows, and every device updates its own from operands that all have whole.
+Without a mesh, or on one device, nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from jaxcl.kernels import lengths
+
 # As in jaxcl.mesh, which kernels do not import; a test compares them.
 BATCH = ("replica", "data", "fsdp")
 HEADS = "tensor"
+LENGTH = lengths.AXIS
 
 
 def current() -> AbstractMesh | None:
@@ -43,7 +47,9 @@ def check(x: jax.Array, name: str) -> None:
 
 
 def rows(x: jax.Array) -> jax.Array:
-    """Returns `x` [B, ...], cut over the batch axes as far as they divide B and not at all otherwise.
+    """Returns `x` [B, ...], cut over the batch axes as far as they divide B, and not at all otherwise.
+
+    Of [B, L, D] the length is cut too, over the context axis.
 
     Parameters are cut along dimensions that activations share with them. Left alone, the partitioner may cut the
     activations like the parameters and copy the rows to every device, which costs more memory than the parameters do.
@@ -51,7 +57,8 @@ def rows(x: jax.Array) -> jax.Array:
     mesh = current()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(_divisors(mesh, BATCH, x.shape[0])))
+    length = [_length(mesh, x.shape[1])] if x.ndim > 2 else []
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_divisors(mesh, BATCH, x.shape[0]), *length))
 
 
 def whole(x: jax.Array) -> jax.Array:
@@ -100,17 +107,20 @@ def strips(size: int) -> Strips | None:
     return Strips(mesh, tuple(name for name in _divisors(mesh, BATCH, size) if mesh.shape[name] > 1))
 
 
-def attention(f: Callable[..., Any], *, lse: bool = False) -> Callable[..., Any]:
+def attention(f: Callable[..., Any], *, lse: bool = False, causal: bool | None = None) -> Callable[..., Any]:
     """Returns `f` on the mesh that is set when it is called.
 
     `f(q, k, v, *rest)` is attention that knows no mesh, differentiable if it is to be differentiated: q [B, L, H, K];
     k, v [B, S, G, K]; `rest` are arrays with rows first (segments [B, L], frozen [B, L]), scalars (a window) or None.
-    If the heads are cut over more devices than there are key heads, these are repeated; heads that cannot be cut evenly
-    are copied to all devices of the axis, and rows likewise.
+    The last of them, if `causal` is given, is the place of the first query, None for a whole row: then the length is
+    cut over the context axis if that divides it, and each device has its own queries and all keys. If the heads are cut
+    over more devices than there are key heads, these are repeated; heads that cannot be cut evenly are copied to all
+    devices of the axis, and rows likewise.
 
     Args:
       f: returns mixed [B, L, H, K].
       lse: whether it returns (mixed, lse [B, H, L]).
+      causal: whether a query is kept from later keys, if `f` takes a part of the queries.
     """
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> Any:
@@ -121,11 +131,13 @@ def attention(f: Callable[..., Any], *, lse: bool = False) -> Callable[..., Any]
         heads, times = _heads(mesh.shape[HEADS], q.shape[2], k.shape[2])
         if times > 1:
             k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
-        wide = PartitionSpec(batch, None, heads, None)
+        length = None if causal is None or q.shape[1] != k.shape[1] else _length(mesh, q.shape[1])
+        own = f if length is None else lengths.attention(f, mesh.shape[LENGTH], balanced=bool(causal))
+        wide = PartitionSpec(batch, length, heads, None)
         narrow = [PartitionSpec(batch) if getattr(x, "ndim", 0) else PartitionSpec() for x in rest]
-        out = (wide, PartitionSpec(batch, heads)) if lse else wide
+        out = (wide, PartitionSpec(batch, heads, length)) if lse else wide
         # The kernels do not say over which axes their results vary, so that cannot be checked.
-        cut = jax.shard_map(f, mesh=mesh, in_specs=(wide, wide, wide, *narrow), out_specs=out, check_vma=False)
+        cut = jax.shard_map(own, mesh=mesh, in_specs=(wide, wide, wide, *narrow), out_specs=out, check_vma=False)
         return cut(q, k, v, *rest)
 
     return run
@@ -170,8 +182,15 @@ def tokens(shape: Sequence[int]) -> Tokens | None:
     mesh = current()
     if mesh is None or not shape or shape[0] % math.prod(mesh.shape[name] for name in BATCH):
         return None
-    others = [name for name in mesh.axis_names if name not in BATCH]
+    # The length first, as it is in the activations: then every device cuts what it has.
+    others = sorted((name for name in mesh.axis_names if name not in BATCH), key=lambda name: name != LENGTH)
     return Tokens(mesh, (BATCH, *(_divisors(mesh, others, size) for size in shape[1:2])))
+
+
+def _length(mesh: AbstractMesh, size: int) -> str | None:
+    """Returns the mesh axis that rows of this length are cut over, if there is one and divides it."""
+    parts = mesh.shape.get(LENGTH, 1)
+    return LENGTH if parts > 1 and size % parts == 0 else None
 
 
 def _heads(parts: int, heads: int, groups: int) -> tuple[str | None, int]:

@@ -115,6 +115,11 @@ def _method(setting: Setting, options: Options) -> Method:
     return Method(init, step, end_task)
 
 
+def merger(**_: object) -> learner.Merger:
+    """Returns what adds what two runs keep; see `jaxcl.compose.merger`."""
+    return learner.by_entry(moments=moments.merge, spread=spreads.merge, age=jnp.add)
+
+
 def lacking(counts: Pair) -> jax.Array:
     """Returns how many rows each class lacks of the largest, whole numbers float32 [C]; 0 for one that was not seen."""
     number = counts.high

@@ -106,6 +106,16 @@ def _method(setting: Setting, gamma: float, count: int, every: int | None) -> Me
     return Method(init, step, end_task)
 
 
+def merger(*, slots: int | None = None, **_: object) -> learner.Merger:
+    """Returns what adds what two runs keep; see `jaxcl.compose.merger`."""
+    if slots is not None:
+        raise UserError(
+            f"config.method air.slots={slots}: sums of classes that are over have lost their numbers of rows; merge "
+            "runs that were trained with slots=None"
+        )
+    return learner.by_entry(cross=pair.add, counts=pair.add, open=moments.merge, age=jnp.add)
+
+
 def _empty(count: int, d: int) -> Moments:
     """Returns the moments of no rows of one class, stacked."""
     return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), moments.empty(d, 1))

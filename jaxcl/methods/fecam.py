@@ -32,6 +32,8 @@ from jaxcl.ridge import learner, moments
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Method, Metrics, Params, TrainState
 
+Around = tuple[jax.Array, jax.Array, jax.Array]  # means [C, d], scatters [C or 1, d, d], rows [C]
+
 
 def make(setting: Setting, *, gamma1: float = 1.0, gamma2: float = 1.0, correlation: bool = True) -> Method:
     """Returns the complete method.
@@ -89,20 +91,41 @@ def merged(means: jax.Array, scatter: jax.Array, counts: jax.Array, rows: learne
       counts: float32 [C], rows before.
       rows: their features are those that the scatters are of.
     """
-    precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
     own = rows.weights[:, None] * jax.nn.one_hot(rows.labels, counts.shape[0])  # [B, C]
     new = jnp.sum(own, axis=0)
     fresh = pair.contract(own, rows.x, 0, 0) / jnp.where(new > 0, new, 1.0)[:, None]
     away = rows.x - pair.contract(jax.nn.one_hot(rows.labels, counts.shape[0]), fresh, 1, 0)
-    gap, total = fresh - means, counts + new
-    share = new / jnp.where(total > 0, total, 1.0)
     if scatter.shape[0] == counts.shape[0]:
-        inside = jnp.einsum("bc,bd,be->cde", own, away, away, **precise)
-        between = (counts * share)[:, None, None] * gap[:, :, None] * gap[:, None, :]
+        inside = _sums("bc,bd,be->cde", own, away, away)
     else:
-        inside = jnp.einsum("b,bd,be->de", rows.weights, away, away, **precise)[None]
-        between = jnp.einsum("c,cd,ce->de", counts * share, gap, gap, **precise)[None]
-    return means + share[:, None] * gap, scatter + inside + between
+        inside = _sums("b,bd,be->de", rows.weights, away, away)[None]
+    return joined((means, scatter, counts), (fresh, inside, new))
+
+
+def _sums(which: str, *x: jax.Array) -> jax.Array:
+    return jnp.einsum(which, *x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def joined(a: Around, b: Around) -> tuple[jax.Array, jax.Array]:
+    """Returns means and scatters of the rows of both."""
+    gap, total = b[0] - a[0], a[2] + b[2]
+    share = b[2] / jnp.where(total > 0, total, 1.0)
+    if a[1].shape[0] == total.shape[0]:
+        between = (a[2] * share)[:, None, None] * gap[:, :, None] * gap[:, None, :]
+    else:
+        between = _sums("c,cd,ce->de", a[2] * share, gap, gap)[None]
+    return a[0] + share[:, None] * gap, a[1] + b[1] + between
+
+
+def merger(**_: object) -> learner.Merger:
+    """Returns what adds what two runs keep; see `jaxcl.compose.merger`."""
+
+    def add(a: learner.Sums, b: learner.Sums) -> learner.Sums:
+        means, scatter = joined(*((one["means"], one["scatter"], one["counts"].high) for one in (a, b)))
+        sums = {name: pair.add(a[name], b[name]) for name in ("cross", "counts")}
+        return {**sums, "means": means, "scatter": scatter}
+
+    return add
 
 
 def precisions(scatter: jax.Array, freedom: jax.Array, gamma1: float, gamma2: float, correlation: bool) -> jax.Array:

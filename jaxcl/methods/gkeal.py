@@ -48,6 +48,12 @@ def make(
     return acil.make(setting, gamma=gamma, every=every, how=how)
 
 
+def merger(*, gamma: float | str = 0.1, **_: object) -> learner.Merger:
+    """Returns what adds what two runs keep; see `jaxcl.compose.merger`."""
+    learner.check_sums("gkeal", gamma)
+    return acil.merger(gamma=gamma)
+
+
 def explain(setting: Setting, **options: object) -> str:
     """Returns how the weights are come by, and why."""
     return acil.explain(setting, **options)  # type: ignore[arg-type]

@@ -352,10 +352,10 @@ def _checked(setting: Setting, options: Options) -> Boxed:
     for name in ("kappa", "ramp"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"{where}{name}={getattr(options, name)}: must lie in [0, 1]; it is a share")
-    if options.select < 0 or (options.select and not 0 < options.aside < 1):
-        raise UserError(
-            f"{where}select={options.select}, aside={options.aside}: must not be negative, and a share between 0 and 1"
-        )
+    if options.select < 0:
+        raise UserError(f"{where}select={options.select}: must be a number of steps, or 0 for none")
+    if options.select and not 0 < options.aside < 1:
+        raise UserError(f"{where}aside={options.aside}: must lie between 0 and 1; it is a share of the rows")
     if options.sample is not None and options.sample < 1:
         raise UserError(f"{where}sample={options.sample}: must be at least 1; None takes all earlier tasks")
     return made

@@ -13,6 +13,8 @@ Memory: 8 d C bytes. Compute: b d operations for the sums; weights after every s
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from jaxcl.compose import Setting
@@ -39,21 +41,33 @@ def make(setting: Setting, *, cosine: bool = False) -> Method:
         memory["squares"] = pair.zeros()
         return TrainState(jnp.zeros((), jnp.int32), params, (), memory)
 
+    def settled(params: Params, memory: dict[str, Any]) -> Params:
+        counts, squares = memory["counts"], memory["squares"]
+        means = learner.means_of(memory["cross"], counts).high
+        lengths = jnp.sum(means * means, axis=0)  # [C]
+        total, inside = jnp.sum(counts.high), squares.high - jnp.sum(counts.high * lengths)
+        scale = jnp.minimum(total * made.width / jnp.maximum(inside, 1e-30), learner.SHARPEST)
+        if cosine:
+            return learner.written(params, analytic.unit(means.T).T, counts, scale=scale)
+        return learner.written(params, means, counts, bias=-0.5 * lengths, scale=scale)
+
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         del key
         rows, memory = learner.rows_of(setting, state.params, batch), state.memory
         metrics = learner.told(setting, state.params, batch, rows, gradient=False)
         cross, counts = moments.add_classes(memory["cross"], memory["counts"], *rows.counted)
-        means = learner.means_of(cross, counts).high
-        lengths = jnp.sum(means * means, axis=0)  # [C]
         squares = pair.plus(memory["squares"], jnp.sum(rows.weights[:, None] * rows.x * rows.x))
-        total, inside = jnp.sum(counts.high), squares.high - jnp.sum(counts.high * lengths)
-        scale = jnp.minimum(total * made.width / jnp.maximum(inside, 1e-30), learner.SHARPEST)
-        if cosine:
-            params = learner.written(state.params, analytic.unit(means.T).T, counts, scale=scale)
-        else:
-            params = learner.written(state.params, means, counts, bias=-0.5 * lengths, scale=scale)
         memory = {"cross": cross, "counts": counts, "squares": squares}
-        return TrainState(state.step + 1, params, (), memory), metrics | {"rows": total}
+        metrics |= {"rows": jnp.sum(counts.high)}
+        return TrainState(state.step + 1, settled(state.params, memory), (), memory), metrics
 
-    return Method(init, step, lambda state, batch, key: state)
+    def end_task(state: TrainState, batch: Batch, key: Key) -> TrainState:
+        del batch, key
+        return TrainState(state.step, settled(state.params, state.memory), (), state.memory)  # of a merge they are new
+
+    return Method(init, step, end_task)
+
+
+def merger(**_: object) -> learner.Merger:
+    """Returns what adds what two runs keep; see `jaxcl.compose.merger`."""
+    return learner.by_entry(cross=pair.add, counts=pair.add, squares=pair.add)

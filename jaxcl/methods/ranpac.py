@@ -75,3 +75,9 @@ def make(
         return TrainState(state.step, learner.written(state.params, found.weights, m.counts, scale=scale), (), memory)
 
     return Method(init, step, end_task)
+
+
+def merger(*, gamma: float | str = "held_out", **_: object) -> learner.Merger:
+    """Returns what adds what two runs keep; see `jaxcl.compose.merger`."""
+    learner.check_sums("ranpac", gamma)
+    return learner.by_entry(moments=moments.merge)

@@ -69,6 +69,11 @@ def make(setting: Setting, *, epsilon: float = 1e-4, every: int | None = None) -
     return Method(init, step, end_task)
 
 
+def merger(**_: object) -> learner.Merger:
+    """Returns what adds what two runs keep; see `jaxcl.compose.merger`."""
+    return learner.by_entry(moments=moments.merge, age=jnp.add)
+
+
 def discriminant(m: Moments, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns W [d, C], bias [C], and the bound on the relative error of W, float32 [].
 

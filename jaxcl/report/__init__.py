@@ -15,6 +15,9 @@ from jaxcl.report import compare, figures, many, page, single
 from jaxcl.report.run import Run, load
 from jaxcl.schema import UserError
 
+# What records of another form than ours lead to: they may come from anywhere, and every figure has its own needs.
+_UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
+
 
 def write(
     paths: Sequence[str | os.PathLike[str]], *, out: str | os.PathLike[str] | None = None, control: str | None = None
@@ -44,7 +47,19 @@ def write(
 
 def build(paths: Sequence[str | os.PathLike[str]], *, control: str | None = None) -> tuple[str, dict[str, Any]]:
     """Returns the HTML of a report and what report.json holds; arguments and errors as for `write`."""
-    runs = [load(folder) for folder in expand([Path(path) for path in paths])]
+    folders = expand([Path(path) for path in paths])
+    try:
+        return _build([load(folder) for folder in folders], control)
+    except _UNFIT as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(
+            f"{folders[0] if len(folders) == 1 else 'one of these runs'}: metrics.jsonl, config.json or run.json holds "
+            f"what no run writes ({text}); restore it from a copy"
+        ) from error
+
+
+def _build(runs: Sequence[Run], control: str | None) -> tuple[str, dict[str, Any]]:
+    """Returns the HTML of a report and what report.json holds."""
     if len(runs) == 1:
         if control is not None:
             raise UserError(f"--control={control}: there is only one run to report on; give at least two")

@@ -26,6 +26,8 @@ def main(argv: list[str]) -> None:
             raise UserError("--out: --serve writes no file; leave one of them out")
         with serve.server(options.runs, options.port, options.control) as web:
             print(f"http://{serve.HOST}:{web.server_address[1]}/  (Ctrl-C ends it)", flush=True)
+            if reason := serve.Live(options.runs, options.control).waiting():
+                print(reason, flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 web.serve_forever()
         return

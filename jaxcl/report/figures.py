@@ -94,8 +94,11 @@ def tokens(run: Run) -> dict[str, int]:
 def speed(run: Run) -> dict[str, float]:
     """Returns what a typical step reached, the median of each: `tokens_per_s` (targets trained on, replayed ones too),
     `model_flops_per_s` (their FLOPs by `jaxcl.flops`, forward and backward) and `mfu` (share of the devices' peak); and
-    `train_s`, the seconds of all steps. NaN where not known.
+    `train_s`, the seconds of all steps; of several processes `skew`, the median of their greatest over their median own
+    time, and `slowest`, which process it was most often (see `jaxcl.watch.skew`). NaN where not known.
     """
+    hosts = run.hosts.get("slowest", np.array([]))
+    hosts = hosts[(hosts >= 0) & (hosts < 2**20)].astype(np.int64)
     tokens_per_s = _median(run.speed.get("tokens_per_s", np.array([])))
     cost = run.about.get("facts", {}).get("flops_per_token")
     seconds = run.speed.get("step_s", np.array([]))
@@ -104,6 +107,8 @@ def speed(run: Run) -> dict[str, float]:
         "model_flops_per_s": tokens_per_s * cost if cost else float("nan"),
         "mfu": _median(run.speed.get("mfu", np.array([]))),
         "train_s": float(np.nansum(seconds)) if seconds.size else float("nan"),
+        "skew": _median(run.hosts.get("skew", np.array([]))),
+        "slowest": float(np.bincount(hosts).argmax()) if hosts.size else float("nan"),
     }
 
 

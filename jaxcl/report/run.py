@@ -16,6 +16,7 @@ from jaxcl.schema import UserError
 
 SCORES = ("bits_per_byte", "accuracy")  # of an evaluation, besides the loss: domain -> value
 CLASSES = ("classes",)  # accuracies of a classifier: domain -> label -> value
+MOST = 10_000  # tasks of a stream
 THINKING = ("inference", "entropy", "drift")  # the same by mode of inference: domain -> mode -> values
 
 
@@ -40,6 +41,7 @@ class Run:
     certificates: dict[int, dict[str, Any]]  # boundary -> domain -> what was certified; empty if nothing was
     train: dict[str, np.ndarray]  # column -> float [M], with "step" and "task"
     speed: dict[str, np.ndarray]  # columns of "time"
+    hosts: dict[str, np.ndarray]  # of several processes, at evaluations: see `jaxcl.watch.skew`; else empty
     ledger: dict[str, dict[str, int]]  # source -> counts at the end
     events: list[dict[str, Any]]
     steps: int | None  # planned steps, None if the config does not say
@@ -92,8 +94,20 @@ def load(path: Path) -> Run:
     evals = [record for record in records if record["kind"] == "eval" and record.get("loss")]
     if not evals:
         raise UserError(f"{path}: no evaluation recorded yet; wait for the first, or set config.evaluation.every")
+    _check(path, records)
     run = _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals, path.resolve().name)
     return replace(run, goodput=goodput.summary(path) if (path / goodput.FILE).exists() else None)
+
+
+def _check(path: Path, records: list[dict[str, Any]]) -> None:
+    """Raises UserError for records of another form than those that a run writes."""
+    tables = ("loss", *SCORES, *CLASSES, *THINKING, "alignment", "certificate", "sources", "time")
+    for record in records:
+        named = [name for name in tables if not isinstance(record.get(name) or {}, dict)]
+        if record["kind"] in ("eval", "ledger") and named:
+            raise UserError(f"{path}: metrics.jsonl: {named[0]} at step {record['step']} is no object; remove the line")
+        if any(not -1 <= record[name] < MOST for name in ("task", "boundary") if isinstance(record.get(name), int)):
+            raise UserError(f"{path}: metrics.jsonl: a task at step {record['step']} beyond {MOST:,}; remove the line")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -106,7 +120,7 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON; remove it to report on the run without it") from error
     return value if isinstance(value, dict) else {}
 
@@ -163,6 +177,7 @@ def _assemble(
         certificates={r["boundary"]: r["certificate"] for r in evals if _is_boundary(r) and r.get("certificate")},
         train=_columns(train),
         speed=_columns([{"step": r["step"], **r.get("time", {})} for r in train]),
+        hosts=_columns([{"step": r["step"], **r["time"]} for r in evals if "skew" in (r.get("time") or {})]),
         ledger=ledgers[-1].get("sources", {}) if ledgers else {},
         events=[record for record in records if record["kind"] == "event"],
         steps=_planned(stages, _section(config, "stream")),

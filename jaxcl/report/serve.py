@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import threading
@@ -16,7 +18,7 @@ from jaxcl.schema import UserError
 HOST = "127.0.0.1"  # reports name files and settings: they are for who may log in here
 REFRESH_S = 5  # seconds between two looks of a page
 # Asks whether the records have changed and loads the page anew only then, where the reader was.
-SCRIPT = """<script>
+SCRIPT = """
 let seen = null;
 setInterval(async () => {
   try {
@@ -25,7 +27,21 @@ setInterval(async () => {
     seen = now;
   } catch (error) { document.title = "(stopped) " + document.title.replace("(stopped) ", ""); }
 }, %d);
-</script>"""
+"""
+
+ICON = '<link rel="icon" href="data:,">'  # browsers ask for one
+
+
+def script() -> str:
+    """Returns the script of the page."""
+    return SCRIPT % (1000 * REFRESH_S)
+
+
+def policy() -> str:
+    """Returns what a browser may do with the page: run this one script, and ask this server; load nothing."""
+    own = base64.b64encode(hashlib.sha256(script().encode()).digest()).decode()
+    parts = [f"script-src 'sha256-{own}'", "style-src 'unsafe-inline'", "connect-src 'self'", "img-src data:"]
+    return "; ".join(["default-src 'none'", *parts, "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
 
 
 class Live:
@@ -34,6 +50,11 @@ class Live:
     def __init__(self, paths: Sequence[str], control: str | None):
         self._paths, self._control = paths, control
         self._lock, self._page, self._of = threading.Lock(), "", ""
+
+    def waiting(self) -> str | None:
+        """Returns which folder has no records yet, as a line; None if all have some."""
+        empty = [folder for folder in report.expand([Path(path) for path in self._paths]) if not _begun(folder)]
+        return f"{empty[0]}: no run has written records there yet; the page waits for the first" if empty else None
 
     def version(self) -> str:
         """Returns a text that changes when records are added."""
@@ -48,8 +69,9 @@ class Live:
                 try:
                     text, _ = report.build(self._paths, control=self._control)
                 except UserError as error:
-                    text = f"<!doctype html><title>jaxcl</title><body><p>{html.escape(str(error))}</p></body>"
-                self._page = text.replace("</body>", SCRIPT % (1000 * REFRESH_S) + "</body>")
+                    reason = html.escape(self.waiting() or str(error))
+                    text = f"<!doctype html><title>jaxcl</title><body><p>{reason}</p></body>"
+                self._page = text.replace("</body>", f"{ICON}<script>{script()}</script></body>")
                 self._of = version
             return self._page
 
@@ -90,6 +112,8 @@ def server(paths: Sequence[str], port: int, control: str | None = None) -> Threa
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
+            self.send_header("Content-Security-Policy", policy())
+            self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
             self.wfile.write(body)
 
@@ -100,3 +124,8 @@ def server(paths: Sequence[str], port: int, control: str | None = None) -> Threa
         return ThreadingHTTPServer((HOST, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port={port}: {error}; choose another, or 0 for any that is free") from None
+
+
+def _begun(folder: Path) -> bool:
+    """Returns whether a run has records."""
+    return (folder / "metrics.jsonl").exists()

@@ -51,15 +51,21 @@ def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
 
 
 def speed(figures: dict[str, float], unit: str = "tokens") -> str:
-    """Returns the speed of a typical step: tokens or rows, model arithmetic and its share of the peak, if known."""
+    """Returns the speed of a typical step: tokens or rows, model arithmetic and its share of the peak, if known.
+
+    Of several processes also how much longer the slowest is busy than the median one, and which that is.
+    """
     tokens, arithmetic, share = (figures[name] for name in ("tokens_per_s", "model_flops_per_s", "mfu"))
     if math.isnan(tokens):
         return ""
     text = f"Median {count(tokens)} {unit} per second, counting targets trained on, replayed ones too."
-    if math.isnan(arithmetic):
+    if not math.isnan(arithmetic):
+        text += f" That is {measure(arithmetic, 'FLOP/s')} of model arithmetic"
+        text += "." if math.isnan(share) else f", {percent(share, 1)} of the bfloat16 peak (MFU)."
+    if math.isnan(skew := figures.get("skew", math.nan)):
         return text
-    text += f" That is {measure(arithmetic, 'FLOP/s')} of model arithmetic"
-    return f"{text}." if math.isnan(share) else f"{text}, {percent(share, 1)} of the bfloat16 peak (MFU)."
+    worst = f", most often process {figures['slowest']:.0f}" if skew > 1 else ""
+    return f"{text} The slowest process was busy {skew:.2f} times as long as the median one{worst}."
 
 
 def percent(part: float, whole: float) -> str:

@@ -79,10 +79,11 @@ def _add_block(s: Spread, rows: tuple[jax.Array, ...]) -> Spread:
     away = pair.add(pair.of(x), pair.negative(Pair(*(part[place] for part in mean))))
     column = Pair(*(jnp.broadcast_to(w, x.shape) for w in (weights[:, None], jnp.zeros((1, 1)))))
     squares = by_class(pair.times(pair.times(away, away), column))
-    return _merged(s, Spread(mean, squares, counts))
+    return merge(s, Spread(mean, squares, counts))
 
 
-def _merged(a: Spread, b: Spread) -> Spread:
+def merge(a: Spread, b: Spread) -> Spread:
+    """Returns what is known of the rows of both."""
     counts = pair.add(a.counts, b.counts)
     new = _columns(pair.times(b.counts, learner.inverse_of(counts)), a.mean)  # n_b / n'
     delta = pair.add(b.mean, pair.negative(a.mean))

@@ -27,6 +27,8 @@ from jaxcl.ridge.moments import Moments
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Metrics, Output, Params
 
+Sums = dict[str, Any]  # the entries of a memory that are sums over rows
+Merger = Callable[[Sums, Sums], Sums]  # see `jaxcl.compose.merger`
 By = Literal["gcv", "loo", "held_out"]
 SHARPEST = 1e3  # scale of logits, at most
 GAMMAS = tuple(10.0**n for n in range(-4, 5))  # a path to choose from
@@ -151,6 +153,20 @@ def when_due(
     if not every:
         return params, memory
     return jax.lax.cond(memory["age"] % every == 0, settle, lambda *both: both, params, memory)
+
+
+def by_entry(**adders: Callable[[Any, Any], Any]) -> Merger:
+    """Returns a merger of memories from those of their entries, by name."""
+    return lambda a, b: {name: add(a[name], b[name]) for name, add in adders.items()}
+
+
+def check_sums(name: str, gamma: float | str) -> None:
+    """Raises UserError if a regularisation is chosen by rows, of which a merge of runs has none."""
+    if isinstance(gamma, str) and gamma != "gcv":
+        raise UserError(
+            f"config.method {name}.gamma={gamma!r}: is chosen by rows, of which a merge has none; give a number, or "
+            "'gcv', which looks at the sums"
+        )
 
 
 def check_every(name: str, every: int | None) -> None:

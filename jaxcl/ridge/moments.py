@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcl import schema
 from jaxcl.kernels import ridge, sharded
@@ -89,6 +90,9 @@ def add(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Mome
       labels: int32 [b] in 0..C - 1. A row of another label counts as padding: under `jit` nothing can be raised, so
         call `check` on the host.
       weights: float32 [b] >= 0. A row of weight 0 is padding; what its features are, NaN included, has no effect.
+
+    Raises:
+      UserError: features of another size.
     """
     return _accumulate(m, x, labels, weights, 1.0)
 
@@ -99,7 +103,12 @@ def remove(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> M
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Returns the moments of the rows of both; `check_merge` says on the host whether they belong together."""
+    """Returns the moments of the rows of both.
+
+    Raises:
+      UserError: see `check_merge`; under `jit` sizes alone are compared.
+    """
+    check_merge(a, b)
     gram, cross, counts = (pair.add(x, y) for x, y in ((a.gram, b.gram), (a.cross, b.cross), (a.counts, b.counts)))
     return Moments(gram, cross, counts, a.features)
 
@@ -121,6 +130,7 @@ def add_classes(cross: Pair, counts: Pair, x: jax.Array, labels: jax.Array, weig
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
+    check_width(x.shape, m.gram.high.shape[0])
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
     return pair.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
 
@@ -159,8 +169,7 @@ def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None)
     """
     features, labels = np.asarray(features), np.asarray(labels)
     width, classes = m.cross.high.shape
-    if features.ndim != 2 or features.shape[1] != width:
-        raise schema.UserError(f"features of shape {list(features.shape)}: the moments are of [b, {width}] features")
+    check_width(features.shape, width)
     if labels.shape != features.shape[:1]:
         found = f"labels of shape {list(labels.shape)} for {len(features)} rows of features"
         raise schema.UserError(f"{found}: give one label for every row")
@@ -176,6 +185,12 @@ def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None)
         check_gamma(gamma)
 
 
+def check_width(shape: tuple[int, ...], width: int) -> None:
+    """Raises UserError unless features have the shape [b, width]."""
+    if len(shape) != 2 or shape[1] != width:
+        raise schema.UserError(f"features of shape {list(shape)}: the moments are of [b, {width}] features")
+
+
 def check_gamma(gamma: float) -> None:
     """Raises UserError unless gamma is a positive number."""
     if not 0 < float(gamma) < float("inf"):
@@ -183,10 +198,13 @@ def check_gamma(gamma: float) -> None:
 
 
 def check_merge(a: Moments, b: Moments) -> None:
-    """Raises UserError unless the moments are of the same sizes and features."""
+    """Raises UserError unless the moments are of the same sizes and, where it is known, of the same features."""
     if a.cross.high.shape != b.cross.high.shape:
         found = f"cross of shapes {list(a.cross.high.shape)} and {list(b.cross.high.shape)}"
         raise schema.UserError(f"{found}: merge moments of as many features and classes")
-    if int(a.features) != int(b.features):
-        found = f"features={int(a.features)} and {int(b.features)}"
+    if isinstance(a.features, Tracer) or isinstance(b.features, Tracer):
+        return
+    maps = [np.asarray(m.features) for m in (a, b)]
+    if np.any(maps[0] != maps[1]):
+        found = f"features={maps[0]} and {maps[1]}"
         raise schema.UserError(f"{found}: made by different maps; merge moments of one backbone and projection")

@@ -28,7 +28,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxcl.kernels import ridge
 from jaxcl.kernels.ridge import pair
 from jaxcl.ridge import solve
-from jaxcl.ridge.moments import Moments, prepare
+from jaxcl.ridge.moments import Moments, check_width, prepare
 
 _Carry = tuple[jax.Array, jax.Array, jax.Array]  # R before the last block, V of that block, W
 
@@ -107,6 +107,7 @@ def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, 
     if block < 1:
         raise ValueError(f"block={block}: expected at least one row")
     classes, count = inverse.w.shape[1], x.shape[0]
+    check_width(x.shape, inverse.r.shape[0])
     if not count:
         return inverse
     x, weights = prepare(x, labels, weights, classes)

@@ -6,7 +6,8 @@ Iterative refinement (Wilkinson 1963; Carson & Higham 2018 for three precisions)
 here about 2^-40, if the condition is below about 2^24 / d; conjugate gradients inside reach beyond that, where the
 factor is that of a shifted matrix or of an older one.
 
-Cost: d^3 / 3 for the factor, and per round about 12 d^2 C for the residual and 4 d^2 C for a step of CG.
+Cost: d^3 / 3 for the factor, and per round about 12 d^2 C for the residual and 4 d^2 C for a step of CG. On a mesh A is
+cut by rows and a factorisation is not: A is gathered, and every device factors all of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jax.scipy.linalg import solve_triangular
 
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
-from jaxcl.ridge.moments import Moments, prepare
+from jaxcl.ridge.moments import Moments, check_gamma, prepare
 
 Gamma = Pair | jax.Array | float  # a pair or Python number keeps digits that an array of float32 does not
 
@@ -164,7 +165,13 @@ def _spectrum(gram: jax.Array, gamma: jax.Array, lower: jax.Array) -> tuple[jax.
 
 
 def normal(gram: Pair, right: Pair, gamma: Gamma) -> Solution:
-    """Returns the solution of (A + gamma I) W = B for pairs A [d, d] and B [d, C]; see `weights`."""
+    """Returns the solution of (A + gamma I) W = B for pairs A [d, d] and B [d, C]; see `weights`.
+
+    Raises:
+      UserError: a gamma that is known when the program is traced, and not positive.
+    """
+    if isinstance(gamma, (int, float)):
+        check_gamma(gamma)
     ridge, lower = pair.of(gamma), factor(gram, gamma)
     largest, least = _spectrum(gram.high, ridge.high, lower)
     w, found = _refine(gram, right, ridge, _apply(lower), pair.zeros(*right.high.shape), largest)
@@ -196,6 +203,8 @@ def refresh(m: Moments, gamma: Gamma, factor: jax.Array, w: jax.Array, iteration
       w: [d, C], weights to start from.
       iterations: of conjugate gradients, all in one sequence.
     """
+    if isinstance(gamma, (int, float)):
+        check_gamma(gamma)
     ridge = pair.of(gamma)
     r = _residual(m.gram, m.cross, ridge, pair.of(w))
     return w + _correction(m.gram.high, ridge.high, r, _apply(factor), iterations)

@@ -164,6 +164,8 @@ def python(argv):
     """An interpreter on a worker: makes environments, installs nothing, trains nothing."""
     if argv[:2] == ["-m", "jaxcl.main"]:
         return job(argv[2:])
+    if argv[:2] == ["-m", "jaxcl.retry"]:
+        os.execv(sys.executable, [sys.executable, *argv])
     if argv[0] == "-c":
         sys.exit(1 if scenario().get("python") == "old" else 0)
     record("python", argv)

@@ -139,7 +139,11 @@ def read(path: str) -> tuple[Bank, Bank | None]:
 def _mapped(path: str) -> np.ndarray:
     """Returns the array of an `.npy`, which is read when it is used."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            found.close()
+            raise UserError(f"{path}: is an archive, not one array; name it .npz, or save it with np.save")
+        return found
     except image_files.BROKEN as error:
         raise records.broken(path, error) from error
 

@@ -73,19 +73,19 @@ def _is_saved(root: Path) -> bool:
 def _saved(root: Path, split: str) -> tuple[Path, list[str]]:
     """Returns the folder of a split that `save_to_disk` wrote, and its files."""
     if (root / "dataset_dict.json").exists():
-        splits = _json(root / "dataset_dict.json").get("splits", [])
+        splits = _list(root / "dataset_dict.json", "splits", str)
         if split not in splits:
             raise _no_split(root, split, splits)
         root = root / split
     state = _json(root / "state.json")
     own = state.get("_split")  # null for a dataset made of several
     if own and own != split:
-        raise _no_split(root, split, [own])
+        raise _no_split(root, split, [str(own)])
     if state.get("_indices_data_files"):
         raise UserError(
             f"{root / 'state.json'}: is of an old version, rows by an index; save it again with datasets 2+"
         )
-    found = [root / str(entry.get("filename")) for entry in state.get("_data_files", [])]
+    found = [root / str(entry.get("filename")) for entry in _list(root / "state.json", "_data_files", dict)]
     for file in found:
         if file.parent != root or file.name == "..":
             name = os.path.relpath(file, root)
@@ -152,11 +152,12 @@ def _arrow(name: str, columns: Sequence[str]) -> Iterator[tuple[str, records.Rec
                     raise records.absent(column, batches.schema.names, name)
             number = 0
             for batch in batches:
+                batch.validate(full=True)  # of a forged one the library would read memory that is not the file's
                 for start in range(0, len(batch), parquet.BATCH):
                     for row in batch.slice(start, parquet.BATCH).select(list(columns)).to_pylist():
                         yield f"{name}[{number}]", row
                         number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise records.broken(name, error) from error
 
 
@@ -164,8 +165,16 @@ def _json(path: Path) -> dict[str, Any]:
     """Returns the object of a JSON file."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: missing or damaged; copy the folder again") from error
+
+
+def _list(path: Path, key: str, kind: type) -> list[Any]:
+    """Returns a list of a JSON file."""
+    found = _json(path).get(key) or []
+    if not isinstance(found, list) or not all(isinstance(item, kind) for item in found):
+        raise UserError(f"{path}: {key} is no list of {kind.__name__}; copy the folder again")
+    return found
 
 
 def _licence(folder: Path) -> str | None:
@@ -177,5 +186,6 @@ def _licence(folder: Path) -> str | None:
         if found:
             return (found[1] or found[2]).strip("'\"")
     if (folder / "dataset_info.json").is_file():
-        return _json(folder / "dataset_info.json").get("license") or None
+        found = _json(folder / "dataset_info.json").get("license")
+        return found if found and isinstance(found, str) else None
     return None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxcl.data import pages
 from jaxcl.data.sources import Source, files, records
 
-BATCH = 1024  # rows in memory at a time
+BATCH = 1024  # rows in memory at a time, at the most
 _BUFFER = 2**20  # bytes read ahead per column, instead of a whole row group
 
 
@@ -51,10 +52,11 @@ def read(name: str, columns: Sequence[str]) -> Iterator[tuple[str, records.Recor
             for column in columns:
                 if column not in table.schema_arrow.names:
                     raise records.absent(column, table.schema_arrow.names, name)
-            number = 0
-            for batch in table.iter_batches(BATCH, columns=list(columns)):
+            number, rows = 0, pages.rows(name, columns, BATCH)
+            for batch in table.iter_batches(rows, columns=list(columns)):
+                batch.validate(full=True)
                 for row in batch.to_pylist():
                     yield f"{name}[{number}]", row
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise records.broken(name, error) from error

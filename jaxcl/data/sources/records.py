@@ -166,8 +166,10 @@ def _chat(record: Record, column: str, place: str) -> Chat | None:
     if isinstance(found, Mapping) and any(isinstance(value, str | bytes) for value in found.values()):
         raise UserError(f"{place}: column {column!r} holds a single message; put it in a list")
     if isinstance(found, Mapping):  # a table of columns: the same, stored the other way round
-        rows = zip(*(_plain(value, column, place) for value in found.values()), strict=True)
-        found = [dict(zip(found, row, strict=True)) for row in rows]
+        parts = [_plain(value, column, place) for value in found.values()]
+        if not all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+            raise UserError(f"{place}: column {column!r} holds columns that are no lists of one length; choose another")
+        found = [dict(zip(found, row, strict=True)) for row in zip(*parts, strict=True)]
     if found is None:
         return None
     if not isinstance(found, list) or not all(isinstance(message, Mapping) for message in found):

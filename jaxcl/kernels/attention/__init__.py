@@ -22,12 +22,13 @@ class Kernel(NamedTuple):
     backward: Callable[..., Any]
     dtypes: tuple[str, ...]
     auto: bool  # whether "auto" takes them: not before they have run on the hardware or on a faithful simulation
+    parts: bool = False  # whether they take queries that are a part of the row
 
 
 # By the platform that a program is lowered for. They take WIDTHS; `cpu` takes everything, on every platform.
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
-        "tpu": Kernel(tpu.forward, tpu.backward, ("float32", "bfloat16"), auto=True),
+        "tpu": Kernel(tpu.forward, tpu.backward, ("float32", "bfloat16"), auto=True, parts=True),
         "cuda": Kernel(gpu.forward, gpu_backward.backward, ("bfloat16", "float16"), auto=False),
     }
 )
@@ -59,6 +60,7 @@ def attention(
     the program is lowered for and keep no scores for the backward pass: a kernel of `KERNELS` for heads of 64, 128 or
     256 without a bias, else tiles in plain XLA. All else is the reference. Self-attention has no derivative in forward
     mode (`jax.jvp`). A query whose keys are all hidden by a bias below -1e29 gets zeros, as if they were masked.
+    On a mesh that cuts the length of rows every device has its own queries and gathers the keys and values.
     Within `jax.shard_map` its option check_vma must be False; axes of a mesh must be `AxisType.Auto`.
 
     Args:
@@ -87,14 +89,17 @@ def attention(
     how = _How(causal, scale, None if soft_cap is None else float(soft_cap), implementation)
     found: Any
     if bias is None:  # every device runs the kernel on its own rows and heads
-        found = sharded.attention(lambda *x: _packed(how, *x, None), lse=True)(q, k, v, segments, window, frozen)
+        alone = sharded.attention(lambda *x: _packed(how, *x, None), lse=True, causal=causal)
+        found = alone(q, k, v, segments, window, frozen, None)
     else:
         bias = bias.astype(jnp.promote_types(q.dtype, jnp.float32))
-        found = _packed(how, q, k, v, segments, window, frozen, bias)
+        found = _packed(how, q, k, v, segments, window, frozen, None, bias)
     return found if return_lse else found[0]
 
 
-def refused(platform: str, width: int, dtype: str, *, bias: bool = False, implementation: str = "auto") -> str | None:
+def refused(
+    platform: str, width: int, dtype: str, *, bias: bool = False, part: bool = False, implementation: str = "auto"
+) -> str | None:
     """Returns why the kernel of a platform does not take attention with these arguments; None if it does.
 
     Args:
@@ -102,6 +107,7 @@ def refused(platform: str, width: int, dtype: str, *, bias: bool = False, implem
       width: K of a head.
       dtype: name of that of queries, keys and values.
       bias, implementation: see `attention`.
+      part: whether the length of the rows is cut over devices.
     """
     kernel = KERNELS.get(platform)
     if kernel is None:
@@ -114,6 +120,8 @@ def refused(platform: str, width: int, dtype: str, *, bias: bool = False, implem
         return f"heads of width {width}; they take {', '.join(map(str, WIDTHS))}"
     if dtype not in kernel.dtypes:
         return f"{dtype}; that for {platform} takes {' or '.join(kernel.dtypes)}"
+    if part and not kernel.parts:
+        return f"that for {platform} takes no rows whose length is cut; leave mesh.context at 1"
     return "there is a bias, which they do not take" if bias else None
 
 
@@ -134,11 +142,11 @@ class _How(NamedTuple):
         return {"causal": self.causal, "scale": self.scale, "soft_cap": self.soft_cap}
 
 
-def _kernels(how: _How, q: jax.Array, bias: Whole) -> Mapping[str, Kernel]:
+def _kernels(how: _How, q: jax.Array, first: Whole, bias: Whole) -> Mapping[str, Kernel]:
     """Returns those of `KERNELS` that are asked for and take these arguments."""
     if not how.scale > 0:
         return {}
-    asked = {"bias": bias is not None, "implementation": how.implementation}
+    asked = {"bias": bias is not None, "part": first is not None, "implementation": how.implementation}
     return {n: kernel for n, kernel in KERNELS.items() if not refused(n, q.shape[-1], q.dtype.name, **asked)}
 
 
@@ -151,9 +159,10 @@ def _packed(
     segments: Whole,
     window: Whole,
     frozen: Whole,
+    first: Whole,
     bias: Whole,
 ) -> tuple[jax.Array, jax.Array]:
-    return _packed_fwd(how, q, k, v, segments, window, frozen, bias)[0]
+    return _packed_fwd(how, q, k, v, segments, window, frozen, first, bias)[0]
 
 
 def _packed_fwd(
@@ -164,21 +173,23 @@ def _packed_fwd(
     segments: Whole,
     window: Whole,
     frozen: Whole,
+    first: Whole,
     bias: Whole,
 ) -> tuple[Any, Any]:
-    own = {name: partial(kernel.forward, **how.options) for name, kernel in _kernels(how, q, bias).items()}
+    own = {name: partial(kernel.forward, **how.options) for name, kernel in _kernels(how, q, first, bias).items()}
     tiled = partial(cpu.forward, bias=bias, **how.options)
-    mixed, lse = jax.lax.platform_dependent(q, k, v, segments, window, **own, default=tiled)
-    return (mixed, lse), (q, k, v, segments, window, frozen, mixed, lse, bias)
+    at = () if first is None else (first,)
+    mixed, lse = jax.lax.platform_dependent(q, k, v, segments, window, *at, **own, default=tiled)
+    return (mixed, lse), (q, k, v, segments, window, frozen, mixed, lse, first, bias)
 
 
 def _packed_bwd(how: _How, saved: Any, d: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
-    *saved, bias = saved
-    q = saved[0]
-    own = {name: partial(kernel.backward, **how.options) for name, kernel in _kernels(how, q, bias).items()}
+    *saved, first, bias = saved
+    q, at = saved[0], () if first is None else (first,)
+    own = {name: partial(kernel.backward, **how.options) for name, kernel in _kernels(how, q, first, bias).items()}
     tiled = partial(cpu.backward, bias=bias, **how.options)
-    grads = jax.lax.platform_dependent(*saved, *d, **own, default=tiled)
-    return *grads[:3], None, None, None, None if bias is None else grads[3]
+    grads = jax.lax.platform_dependent(*saved, *d, *at, **own, default=tiled)
+    return *grads[:3], None, None, None, None, None if bias is None else grads[3]
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.kernels.attention.tiles import Part
+
 # Tokens of a tile's side, for rows of up to SHORT tokens (where small tiles skip more of the future) and for longer
 # ones. Measured with heads of 32 and 64 on an AVX-512 core: 32, 256 and 512 are slower.
 SMALL, LARGE, SHORT = 64, 128, 512
@@ -27,13 +29,14 @@ class _Scores(NamedTuple):
     """What makes scores of products: the tiles' side, the mask's parts (padded to whole tiles) and the two maps."""
 
     block: int
-    tiles: int  # per row
+    tiles: tuple[int, int]  # of the queries and of the keys of a row
     queries: Whole  # int32 [B, L] document of a query, 0 = sees nothing
-    keys: Whole  # int32 [B, L]
+    keys: Whole  # int32 [B, S]
     window: Whole
     causal: bool
     soft_cap: float | None
-    bias: Whole  # [B | 1, G | 1, R | 1, L | 1, L | 1]
+    bias: Whole  # [B | 1, G | 1, R | 1, L | 1, S | 1]
+    first: Whole = None  # int32 [], place of the first query in the row; None = 0, and L = S
 
 
 def forward(
@@ -42,6 +45,7 @@ def forward(
     v: jax.Array,
     segments: Whole,
     window: Whole,
+    first: Whole = None,
     *,
     causal: bool,
     scale: float,
@@ -50,15 +54,13 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mixed values [B, L, H, K] in the dtype of `q`, and the logsumexp of the scores [B, H, L].
 
-    See `jaxcl.kernels.attention.attention` for the arguments; rows attend to themselves: S = L.
+    See `jaxcl.kernels.attention.attention` for the arguments; rows attend to themselves: S = L. With `first` (int32 [])
+    the queries are the L of S tokens from that place on; `segments` is that of all S, and there is no bias.
     """
     (rows, length, heads, _), groups, dtype = q.shape, k.shape[2], q.dtype
-    block, padded = _sides(length)
-    own = _documents(segments, rows, length, padded, causal)
-    how = _Scores(
-        block, padded // block, own, own, window, causal, soft_cap, _grouped(bias, groups, heads, length, padded)
-    )
-    q, k, v = _split(q, groups, padded) * scale, _split(k, groups, padded), _split(v, groups, padded)
+    how, padded, slots = _scores_of(q, k, segments, None, window, first, causal, soft_cap, bias)
+    block = how.block
+    q, k, v = _split(q, groups, padded) * scale, _split(k, groups, slots), _split(v, groups, slots)
 
     def visit(i: jax.Array, j: jax.Array, carry: Any) -> Any:
         top, total, mixed = carry
@@ -92,6 +94,7 @@ def backward(
     lse: jax.Array,
     d_mixed: jax.Array,
     d_lse: Whole,
+    first: Whole = None,
     *,
     causal: bool,
     scale: float,
@@ -102,16 +105,8 @@ def backward(
 
     Tiles of which all queries are frozen are not visited.
     """
-    (rows, length, heads, _), groups = q.shape, k.shape[2]
-    block, padded = _sides(length)
-    if frozen is not None and segments is None:
-        segments = jnp.ones((rows, length), jnp.int32)
-    own = _documents(segments, rows, length, padded, causal)
-    # A frozen query is to the backward pass what padding is: it sees nothing.
-    awake = own if frozen is None or own is None else jnp.where(_pad(frozen, 1, padded), 0, own)
-    how = _Scores(
-        block, padded // block, awake, own, window, causal, soft_cap, _grouped(bias, groups, heads, length, padded)
-    )
+    length, groups, slots = q.shape[1], k.shape[2], k.shape[1]
+    how, padded, behind = _scores_of(q, k, segments, frozen, window, first, causal, soft_cap, bias)
     wide = _split(d_mixed, groups, padded)
     # sum_s P_ls dP_ls = <dO_l, O_l>: one pass over K numbers per query instead of S. And d lse / d score = P.
     delta = jnp.sum(_split(mixed, groups, padded) * wide, axis=-1)  # [B, G, R, L]
@@ -119,11 +114,12 @@ def backward(
         delta = delta - _pad(d_lse, 2, padded).reshape(delta.shape)
     # exp(NEVER - NEVER) would be 1 for a query that sees nothing.
     lse = _pad(jnp.where(lse < _LOWEST, 0.0, lse), 2, padded).reshape(delta.shape)
-    split = _split(q, groups, padded) * scale, _split(k, groups, padded), _split(v, groups, padded)
+    split = _split(q, groups, padded) * scale, _split(k, groups, behind), _split(v, groups, behind)
     d_q, d_k, d_v, d_bias = _cotangents(how, *split, lse, delta, wide)
-    grads = [_join(x, length) for x in (d_q * scale, d_k, d_v)]
+    grads = [_join(d_q * scale, length), _join(d_k, slots), _join(d_v, slots)]
     if frozen is not None:
-        grads = [jnp.where(frozen[:, :, None, None], 0.0, x) for x in grads]
+        still = (_own(frozen, first, length), frozen, frozen)
+        grads = [jnp.where(stop[:, :, None, None], 0.0, x) for stop, x in zip(still, grads, strict=True)]
     grads = [x.astype(old.dtype) for x, old in zip(grads, (q, k, v), strict=True)]
     if bias is None:
         return tuple(grads)
@@ -133,10 +129,43 @@ def backward(
     return *grads, crop.reshape(bias.shape).astype(bias.dtype)
 
 
+def _scores_of(
+    q: jax.Array,
+    k: jax.Array,
+    segments: Whole,
+    frozen: Whole,
+    window: Whole,
+    first: Whole,
+    causal: bool,
+    soft_cap: float | None,
+    bias: Whole,
+) -> tuple[_Scores, int, int]:
+    """Returns what makes the scores, and the lengths of queries and of keys, padded to whole tiles."""
+    (rows, length, heads, _), (_, slots, groups, _) = q.shape, k.shape
+    block, padded = _sides(length)
+    behind = -(-slots // block) * block
+    if segments is None and (frozen is not None or not (causal or (padded, behind) == (length, slots))):
+        segments = jnp.ones((rows, slots), jnp.int32)  # the padding is not behind every query
+    queries = keys = None
+    if segments is not None:
+        keys = _pad(segments, 1, behind)
+        queries = _pad(_own(segments, first, length), 1, padded)
+        if frozen is not None:  # a frozen query is to the backward pass what padding is: it sees nothing
+            queries = jnp.where(_pad(_own(frozen, first, length), 1, padded), 0, queries)
+    grouped = _grouped(bias, groups, heads, length, padded)
+    tiles = padded // block, behind // block
+    return _Scores(block, tiles, queries, keys, window, causal, soft_cap, grouped, first), padded, behind
+
+
+def _own(x: jax.Array, first: Whole, length: int) -> jax.Array:
+    """Returns the entries [B, L] of the queries from those of all tokens [B, S]."""
+    return x if first is None else Part(first, length).of(x)
+
+
 def _cotangents(
     how: _Scores, q: jax.Array, k: jax.Array, v: jax.Array, lse: jax.Array, delta: jax.Array, d_mixed: jax.Array
 ) -> Any:
-    """Returns the cotangents of q (scaled), k, v, each [B, G, R, L, K], and of the bias as in `how`."""
+    """Returns the cotangents of q (scaled), k, v, as they are given, and of the bias as in `how`."""
     block = how.block
 
     def visit(i: jax.Array, j: jax.Array, carry: Any) -> Any:
@@ -164,9 +193,10 @@ def _cotangents(
 
 def _over_tiles(how: _Scores, visit: Any, start: Any) -> Any:
     """Folds `visit` over the tiles (of queries i, of keys j) that may hold a visible pair, ordered by j, then i."""
-    pairs = [(i, j) for j in range(how.tiles) for i in range(j if how.causal else 0, how.tiles)]
+    known = how.causal and how.first is None
+    pairs = [(i, j) for j in range(how.tiles[1]) for i in range(j if known else 0, how.tiles[0])]
     table, count = jnp.asarray(np.array(pairs, np.int32)), len(pairs)
-    if how.queries is not None or how.window is not None:
+    if how.queries is not None or how.window is not None or how.first is not None:
         wanted = _wanted(how, table[:, 0], table[:, 1])
         # A stable sort moves the wanted tiles to the front and keeps their order.
         table, count = table[jnp.argsort(~wanted, stable=True)], jnp.sum(wanted)
@@ -182,15 +212,18 @@ def _wanted(how: _Scores, i: jax.Array, j: jax.Array) -> jax.Array:
     if how.queries is not None and how.keys is not None:
 
         def ends(documents: jax.Array) -> tuple[jax.Array, jax.Array]:
-            split = documents.reshape(documents.shape[0], how.tiles, how.block)
+            split = documents.reshape(documents.shape[0], -1, how.block)
             low = jnp.min(jnp.where(split > 0, split, jnp.iinfo(split.dtype).max), axis=2)
             return low, jnp.max(split, axis=2)  # [B, tiles]; low > high in padding
 
         (first, last), (low, high) = ends(how.queries), ends(how.keys)
         touch = jnp.maximum(first[:, i], low[:, j]) <= jnp.minimum(last[:, i], high[:, j])
         wanted = jnp.any(touch, axis=0)
+    query = i * how.block if how.first is None else i * how.block + how.first
+    if how.causal and how.first is not None:
+        wanted &= j * how.block <= query + how.block - 1
     if how.window is not None:
-        nearest = i * how.block - (j * how.block + how.block - 1)  # from the first query back to the last key
+        nearest = query - (j * how.block + how.block - 1)  # from the first query back to the last key
         wanted &= (nearest < how.window) | (how.window <= 0)
     return wanted
 
@@ -213,6 +246,7 @@ def _score(how: _Scores, q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array)
     masks, shape = [], (1, block, block)
     key = j * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     query = i * block + jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    query = query if how.first is None else query + how.first
     if how.causal:
         masks.append(key <= query)
     if how.window is not None:
@@ -247,13 +281,6 @@ def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
     """Returns x with zeros (False) behind, up to `length` along `axis`."""
     more = length - x.shape[axis]
     return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)]) if more else x
-
-
-def _documents(segments: Whole, rows: int, length: int, padded: int, causal: bool) -> Whole:
-    """Returns the segments [B, padded], or None if nothing has to be masked by them."""
-    if segments is None and (causal or padded == length):
-        return None  # the padding is behind every query
-    return _pad(jnp.ones((rows, length), jnp.int32) if segments is None else segments, 1, padded)
 
 
 def _grouped(bias: Whole, groups: int, heads: int, length: int, padded: int) -> Whole:

@@ -6,6 +6,8 @@ reaches its keys: L * tiles comparisons, never L * L.
 
     visit [i, J] = min(rank[stop_i], rank[J.stop]) > max(rank[start_i], rank[J.start])    rank = wanted keys before
 
+The queries may be a part of the row, on a device that has no others: all lists then have tiles of that part alone.
+
 Kernels read the lists by scalar prefetch or plain loads: their loops go over `count` slots, and slots past the
 count repeat the tile before them, so that a pipeline that copies a tile when its index changes copies nothing.
 """
@@ -18,6 +20,17 @@ import jax
 import jax.numpy as jnp
 
 SKIP, BOUNDARY, FULL = 0, 1, 2  # no visible pair in the tile; some, so that the kernel has to mask; all
+
+
+class Part(NamedTuple):
+    """Queries that are some of the tokens of a row."""
+
+    first: jax.Array  # int32 [], place of the first
+    length: int  # L
+
+    def of(self, x: jax.Array) -> jax.Array:
+        """Returns the entries [B, L, ...] of the queries from those of all tokens [B, S, ...]."""
+        return jax.lax.dynamic_slice_in_dim(x, self.first, self.length, axis=1)
 
 
 class Tiles(NamedTuple):
@@ -34,7 +47,15 @@ class Tiles(NamedTuple):
     count: jax.Array
 
 
-def forward(segments: jax.Array, window: jax.Array | None, *, causal: bool, block_q: int, block_kv: int) -> Tiles:
+def forward(
+    segments: jax.Array,
+    window: jax.Array | None,
+    *,
+    causal: bool,
+    block_q: int,
+    block_kv: int,
+    part: Part | None = None,
+) -> Tiles:
     """Returns for every tile of queries the tiles of keys that one of its queries sees.
 
     Exact if the tokens of a document are neighbours. A row in which a segment comes back after another one counts as
@@ -46,8 +67,9 @@ def forward(segments: jax.Array, window: jax.Array | None, *, causal: bool, bloc
       causal: whether a query is kept from later keys.
       block_q: queries per tile; the last tile may be ragged and is then never FULL.
       block_kv: keys per tile.
+      part: which tokens are queries; None = all.
     """
-    return _listed(_kinds(segments, window, None, None, causal, block_q, block_kv))
+    return _listed(_kinds(segments, window, None, None, causal, block_q, block_kv, part))
 
 
 def d_queries(
@@ -58,6 +80,7 @@ def d_queries(
     causal: bool,
     block_q: int,
     block_kv: int,
+    part: Part | None = None,
 ) -> Tiles:
     """Returns for every tile of queries the tiles of keys that its gradient needs: those of unfrozen queries.
 
@@ -65,7 +88,7 @@ def d_queries(
     not look at `frozen`: the kernel gives those queries a cotangent of zero.
     """
     live = None if frozen is None else ~frozen
-    return _listed(_kinds(segments, window, live, None, causal, block_q, block_kv))
+    return _listed(_kinds(segments, window, live, None, causal, block_q, block_kv, part))
 
 
 def d_keys(
@@ -76,10 +99,11 @@ def d_keys(
     causal: bool,
     block_q: int,
     block_kv: int,
+    part: Part | None = None,
 ) -> Tiles:
     """Returns for every tile of keys the tiles of queries that its gradient needs: unfrozen on both sides."""
     live = None if frozen is None else ~frozen
-    return _listed(_kinds(segments, window, live, live, causal, block_q, block_kv).swapaxes(1, 2))
+    return _listed(_kinds(segments, window, live, live, causal, block_q, block_kv, part).swapaxes(1, 2))
 
 
 def _kinds(
@@ -90,6 +114,7 @@ def _kinds(
     causal: bool,
     block_q: int,
     block_kv: int,
+    part: Part | None,
 ) -> jax.Array:
     """Returns the kind of every tile, int32 [B, tiles of queries, tiles of keys]; unwanted tokens visit nothing."""
     length = segments.shape[1]
@@ -107,10 +132,13 @@ def _kinds(
         rank = jnp.pad(jnp.cumsum(keys, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))  # [B, L + 1]
         start, stop = (jnp.take_along_axis(rank, x, axis=1) for x in (start, stop))
         edges = rank[:, edges[0]]
+    if part is not None:
+        start, stop, wanted = part.of(start), part.of(stop), part.of(wanted)
     below = jnp.minimum(stop[:, :, None], edges[:, None, 1:])
     above = jnp.maximum(start[:, :, None], edges[:, None, :-1])
     visit = _split((below > above) & wanted[:, :, None], block_q).any(axis=2)
-    return jnp.where(visit, jnp.where(_full(segments, window, causal, block_q, block_kv), FULL, BOUNDARY), SKIP)
+    full = _full(segments, window, causal, block_q, block_kv, part)
+    return jnp.where(visit, jnp.where(full, FULL, BOUNDARY), SKIP)
 
 
 def _documents(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -134,15 +162,19 @@ def _documents(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(torn, 0, start), jnp.where(torn, length, stop)
 
 
-def _full(segments: jax.Array, window: jax.Array | None, causal: bool, block_q: int, block_kv: int) -> jax.Array:
+def _full(
+    segments: jax.Array, window: jax.Array | None, causal: bool, block_q: int, block_kv: int, part: Part | None
+) -> jax.Array:
     """Returns whether every query of a tile sees every key, bool [B, tiles of queries, tiles of keys]."""
 
-    def ids(block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def ids(segments: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         tiles = _split(segments, block)
         start = jnp.arange(tiles.shape[1], dtype=jnp.int32) * block
         return tiles.min(axis=2), tiles.max(axis=2), start
 
-    (q_low, q_high, q_start), (low, high, start) = ids(block_q), ids(block_kv)
+    (low, high, start), own = ids(segments, block_kv), segments if part is None else part.of(segments)
+    q_low, q_high, q_start = ids(own, block_q)
+    q_start = q_start if part is None else q_start + part.first
     one = (q_low == q_high) & (q_low > 0)
     full = one[:, :, None] & (low == high)[:, None] & (q_low[:, :, None] == low[:, None])
     if causal:

@@ -56,6 +56,7 @@ def forward(
     v: jax.Array,
     segments: jax.Array | None,
     window: jax.Array | None,
+    first: jax.Array | None = None,
     *,
     causal: bool,
     scale: float,
@@ -69,10 +70,11 @@ def forward(
 
     Args:
       q: float32 or bfloat16 [B, L, H, K].
-      k: [B, L, G, K]; H is a multiple of G.
-      v: [B, L, G, K].
-      segments: int32 [B, L], 0 = padding; None = one document per row.
+      k: [B, S, G, K]; H is a multiple of G.
+      v: [B, S, G, K].
+      segments: int32 [B, S], 0 = padding; None = one document per row.
       window: int32 [] or None; 0 or below = all.
+      first: int32 [], the place of the first of the L queries in the row of S tokens; None = 0, and L = S.
       causal: whether a query is kept from later keys.
       scale: factor on the scores.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None = as they are.
@@ -83,13 +85,12 @@ def forward(
       ValueError: sizes that do not fit together.
     """
     (rows, length, heads, width), groups = q.shape, k.shape[2]
-    blocks = _checked(blocks or default_blocks(length, width, q.dtype))
-    segments = jnp.ones((rows, length), jnp.int32) if segments is None else segments
-    inputs = _inputs(q, k, v, segments, blocks)
+    blocks, segments, part = _filled(q, k, segments, first, blocks)
+    inputs = _inputs(q, k, v, segments, part, blocks)
     column, padded = (blocks.q, LANES), inputs["q"][0].shape
-    mixed, lse = _Launch(blocks, causal, scale, soft_cap, window, heads, groups, interpret)(
+    mixed, lse = _Launch(blocks, causal, scale, soft_cap, window, first, heads, groups, interpret)(
         kernels.forward,
-        tiles.forward(segments, window, causal=causal, block_q=blocks.q, block_kv=blocks.kv),
+        tiles.forward(segments, window, causal=causal, block_q=blocks.q, block_kv=blocks.kv, part=part),
         inputs,
         [(padded, q.dtype, "q"), ((rows, heads, 1, padded[2]), jnp.float32, "q_row")],
         [(column, jnp.float32), (column, jnp.float32), ((blocks.q, width), jnp.float32), (column, jnp.int32)],
@@ -109,6 +110,7 @@ def backward(
     lse: jax.Array,
     d_mixed: jax.Array,
     d_lse: jax.Array | None,
+    first: jax.Array | None = None,
     *,
     causal: bool,
     scale: float,
@@ -119,24 +121,23 @@ def backward(
     """Returns the cotangents of (q, k, v) in their dtypes, given what `forward` returned and its cotangents.
 
     Args as for `forward`; in addition:
-      frozen: bool [B, L], tokens whose q, k, v and outputs carry no gradient; tiles without any are not visited.
-      mixed: [B, L, H, K].
+      frozen: bool [B, S], tokens whose q, k, v and outputs carry no gradient; tiles without any are not visited.
+      mixed, d_mixed: [B, L, H, K].
       lse: float32 [B, H, L].
-      d_mixed: [B, L, H, K].
       d_lse: float32 [B, H, L] or None.
     """
-    (rows, length, heads, width), groups = q.shape, k.shape[2]
-    blocks = _checked(blocks or default_blocks(length, width, q.dtype))
-    segments = jnp.ones((rows, length), jnp.int32) if segments is None else segments
-    d_mixed, delta = _cotangents(mixed, d_mixed, d_lse, frozen)
-    launch = _Launch(blocks, causal, scale, soft_cap, window, heads, groups, interpret)
-    inputs = _inputs(q, k, v, segments, blocks) | {
+    (_, length, heads, width), (_, slots, groups, _) = q.shape, k.shape
+    blocks, segments, part = _filled(q, k, segments, first, blocks)
+    still = frozen if frozen is None or part is None else part.of(frozen)
+    d_mixed, delta = _cotangents(mixed, d_mixed, d_lse, still)
+    launch = _Launch(blocks, causal, scale, soft_cap, window, first, heads, groups, interpret)
+    inputs = _inputs(q, k, v, segments, part, blocks) | {
         # A query without keys has a logsumexp below that of any key: lifted, its weights vanish instead of growing.
         "lse": (_row(jnp.maximum(lse, kernels.LOWEST) * kernels.LOG2E, blocks.q), "q_row"),
         "delta": (_row(delta, blocks.q), "q_row"),
         "d_mixed": (_heads(d_mixed.astype(q.dtype), blocks.q), "q"),
     }
-    where = {"causal": causal, "block_q": blocks.q, "block_kv": blocks.kv}
+    where = {"causal": causal, "block_q": blocks.q, "block_kv": blocks.kv, "part": part}
     column = ((blocks.q, LANES), jnp.float32)
     (d_q,) = launch(
         kernels.d_queries,
@@ -154,7 +155,7 @@ def backward(
         [((blocks.kv, width), jnp.float32)] * 2 + [((blocks.kv, LANES), jnp.int32)],
         products=4,
     )
-    d_q, d_k, d_v = (_tokens(x, length) for x in (d_q, d_k, d_v))
+    d_q, d_k, d_v = _tokens(d_q, length), _tokens(d_k, slots), _tokens(d_v, slots)
     if frozen is not None:
         d_k, d_v = (jnp.where(frozen[:, :, None, None], 0, x) for x in (d_k, d_v))
     return d_q, d_k, d_v
@@ -168,6 +169,7 @@ class _Launch(NamedTuple):
     scale: float
     soft_cap: float | None
     window: jax.Array | None
+    first: jax.Array | None
     heads: int
     groups: int
     interpret: Any
@@ -184,9 +186,9 @@ class _Launch(NamedTuple):
         """Returns the outputs; inputs and outputs name the role that says which block a step sees: see `_specs`."""
         by_key = kernel is kernels.d_keys
         share = self.heads // self.groups
-        steps, number = _steps(listed, self.window)
+        steps, number = _steps(listed, self.window, self.first)
         options = kernels.Options(
-            self.causal, self.window is not None, self.scale, self.soft_cap, compute=self.blocks.compute
+            self.causal, self.window is not None, self.first is not None, self.scale, self.soft_cap, self.blocks.compute
         )
         width = inputs["q"][0].shape[3]
         specs = self._specs(width, by_key)
@@ -239,7 +241,7 @@ class _Launch(NamedTuple):
         }
 
 
-def _steps(listed: tiles.Tiles, window: jax.Array | None) -> tuple[kernels.Steps, jax.Array]:
+def _steps(listed: tiles.Tiles, window: jax.Array | None, first: jax.Array | None) -> tuple[kernels.Steps, jax.Array]:
     """Returns the visits of all tiles one after the other, and how many there are.
 
     A tile without visits gets a step that only writes its zeros.
@@ -255,9 +257,21 @@ def _steps(listed: tiles.Tiles, window: jax.Array | None) -> tuple[kernels.Steps
         own=order // slots % own,
         other=listed.index.reshape(-1)[order],
         flags=flags.reshape(-1)[order],
-        window=near.reshape(1),
+        numbers=jnp.stack([near, jnp.asarray(0 if first is None else first, jnp.int32)]),
     )
     return steps, jnp.sum(count)
+
+
+def _filled(
+    q: jax.Array, k: jax.Array, segments: jax.Array | None, first: jax.Array | None, blocks: Blocks | None
+) -> tuple[Blocks, jax.Array, tiles.Part | None]:
+    """Returns tiles and segments, which may have been left out, and which tokens are queries, if not all."""
+    (rows, length, _, width), slots = q.shape, k.shape[1]
+    if blocks is None:
+        own = default_blocks(length, width, q.dtype)
+        blocks = default_blocks(slots, width, q.dtype)._replace(q=own.q)
+    segments = jnp.ones((rows, slots), jnp.int32) if segments is None else segments
+    return _checked(blocks), segments, None if first is None else tiles.Part(first, length)
 
 
 def _checked(blocks: Blocks) -> Blocks:
@@ -273,15 +287,16 @@ def _pad(x: jax.Array, axis: int, block: int, value: int = 0) -> jax.Array:
 
 
 def _inputs(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, blocks: Blocks
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, part: tiles.Part | None, blocks: Blocks
 ) -> dict[str, tuple[jax.Array, str]]:
     """Returns what every kernel reads, with its role, padded to whole tiles and in the order of their references."""
+    own = segments if part is None else part.of(segments)
     keys = jnp.where(segments > 0, segments, -1)  # the padding of keys has an id that no query has
     return {
         "q": (_heads(q, blocks.q), "q"),
         "k": (_heads(k, blocks.kv), "kv"),
         "v": (_heads(v, blocks.kv), "kv"),
-        "q_ids": (_pad(segments, 1, blocks.q)[:, None], "q_ids"),
+        "q_ids": (_pad(own, 1, blocks.q)[:, None], "q_ids"),
         "kv_ids": (_pad(keys, 1, blocks.kv, -1)[:, None], "kv_ids"),
     }
 

@@ -31,30 +31,31 @@ class Steps(NamedTuple):
       own: tile that owns the accumulators.
       other: tile of the other side.
       flags: kind of the tile | FIRST | LAST.
-      window: int32 [1], places that a query sees; huge for all.
+      numbers: int32 [2], how many places a query sees, huge for all; and the place of the first query.
     """
 
     row: Any
     own: Any
     other: Any
     flags: Any
-    window: Any
+    numbers: Any
 
 
 class Options(NamedTuple):
-    """Static choices: see `tpu.forward`; `windowed` says whether `Steps.window` is to be looked at."""
+    """Static choices: see `tpu.forward`; the second and the third say whether `Steps.numbers` are to be looked at."""
 
     causal: bool
     windowed: bool
+    shifted: bool
     scale: float
     soft_cap: float | None
     compute: int
 
 
-def forward(row, own, other, flags, window, *refs: Any, options: Options) -> None:
+def forward(row, own, other, flags, numbers, *refs: Any, options: Options) -> None:
     """o = softmax(q k^T) v by online softmax; refs: q, k, v, ids of queries and keys, o, lse, then scratch."""
     q, k, v, q_ids, kv_ids, o, lse, top, total, mixed, ids = refs
-    steps, step = Steps(row, own, other, flags, window), pl.program_id(1)
+    steps, step = Steps(row, own, other, flags, numbers), pl.program_id(1)
     flag = flags[step]
 
     @pl.when(flag & FIRST != 0)
@@ -92,10 +93,10 @@ def forward(row, own, other, flags, window, *refs: Any, options: Options) -> Non
         lse[...] = value.T[:1]
 
 
-def d_queries(row, own, other, flags, window, *refs: Any, options: Options) -> None:
+def d_queries(row, own, other, flags, numbers, *refs: Any, options: Options) -> None:
     """dq = scale * dS k, dS = P (dP - delta); refs: q, k, v, ids, lse, delta, do, dq, then scratch."""
     q, k, v, q_ids, kv_ids, lse, delta, d_mixed, d_q, total, ids, lse_column, delta_column = refs
-    steps, step = Steps(row, own, other, flags, window), pl.program_id(1)
+    steps, step = Steps(row, own, other, flags, numbers), pl.program_id(1)
     flag = flags[step]
 
     @pl.when(flag & FIRST != 0)
@@ -125,10 +126,10 @@ def d_queries(row, own, other, flags, window, *refs: Any, options: Options) -> N
         d_q[...] = (total[...] * options.scale).astype(d_q.dtype)
 
 
-def d_keys(row, own, other, flags, window, *refs: Any, options: Options) -> None:
+def d_keys(row, own, other, flags, numbers, *refs: Any, options: Options) -> None:
     """dk = scale * dS^T q and dv = P^T do, summed over the R query heads; refs as in `d_queries`, dk and dv."""
     q, k, v, q_ids, kv_ids, lse, delta, d_mixed, d_k, d_v, k_total, v_total, ids = refs
-    steps, step, head = Steps(row, own, other, flags, window), pl.program_id(1), pl.program_id(2)
+    steps, step, head = Steps(row, own, other, flags, numbers), pl.program_id(1), pl.program_id(2)
     flag = flags[step]
 
     @pl.when((flag & FIRST != 0) & (head == 0))
@@ -184,11 +185,13 @@ def _seen(
     if not options.causal and not options.windowed:
         return own
     query = query + jax.lax.broadcasted_iota(jnp.int32, rows.shape, query_axis)
+    if options.shifted:
+        query = query + steps.numbers[1]
     key = key + jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1 - query_axis)
     if options.causal:
         own &= key <= query
     if options.windowed:
-        own &= query - key < steps.window[0]
+        own &= query - key < steps.numbers[0]
     return own
 
 

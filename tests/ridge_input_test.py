@@ -1,0 +1,79 @@
+"""Bad input of ridge sums: a clear error before anything is computed, and the state is as it was."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ridge_test import B, C, D, add, rows, stream
+
+from jaxcl.ridge import moments, recursion, solve
+from jaxcl.schema import UserError
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": np.asarray([0, C], np.int32)}, rf"labels={C}: the head has classes 0 to {C - 1}"),
+        ({"labels": np.asarray([-1, 0], np.int32)}, "labels=-1"),
+        ({"labels": np.zeros(3, np.int32)}, r"labels of shape \[3\] for 2 rows"),
+        ({"features": np.full((2, D), np.nan)}, r"features\[0, 0\]=nan: not finite"),
+        ({"features": np.zeros((2, D + 1))}, rf"\[2, {D + 1}\]: the moments are of \[b, {D}\]"),
+        ({"gamma": 0.0}, "gamma=0.0"),
+        ({"gamma": float("nan")}, "gamma=nan"),
+    ],
+)
+def test_bad_batches_are_named(change, message):
+    good = {"features": np.zeros((2, D), np.float32), "labels": np.zeros(2, np.int32), "gamma": 0.1}
+    m = stream(rows(B))
+    before = jax.tree.map(np.array, m)
+    moments.check(m, **good)
+    with pytest.raises(UserError, match=message):
+        moments.check(m, **(good | change))
+    jax.tree.map(np.testing.assert_array_equal, m, before)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1, float("nan"), float("inf")])
+def test_no_weights_come_of_a_gamma_that_is_not_positive(gamma):
+    m, eye = moments.empty(D, C), jnp.eye(D)
+    for solved in (
+        lambda: solve.weights(m, gamma),
+        lambda: jax.jit(solve.weights, static_argnums=1)(m, gamma),
+        lambda: solve.refresh(m, gamma, eye, jnp.zeros((D, C))),
+        lambda: solve.decompose(m, m, gamma),
+        lambda: recursion.start(m, gamma),
+    ):
+        with pytest.raises(UserError, match=f"gamma={gamma}: the inverse needs a positive number"):
+            solved()
+
+
+def test_rows_of_another_size_are_refused_when_a_program_is_traced():
+    x, labels, weights = rows(4)
+    m, inverse = moments.empty(D, C), recursion.Inverse(jnp.eye(D), jnp.zeros((D, C)))
+    for function, state in (
+        (moments.add, m),
+        (moments.remove, m),
+        (recursion.update, inverse),
+        (recursion.downdate, inverse),
+    ):
+        with pytest.raises(
+            UserError, match=rf"features of shape \[4, {D - 1}\]: the moments are of \[b, {D}\] features"
+        ):
+            jax.eval_shape(function, state, x[:, 1:], labels, weights)
+
+
+def test_only_moments_of_one_map_are_merged():
+    mapped = [moments.fingerprint({"w": np.full((2, 3), value, np.float32)}) for value in (0, 0, 1)]
+    assert mapped[0] == mapped[1] != mapped[2]
+    a, b = (moments.empty(D, C, mapped[n]) for n in (0, 2))
+    moments.check_merge(a, moments.empty(D, C, mapped[1]))
+    with pytest.raises(UserError, match="different maps"):
+        moments.check_merge(a, b)
+    with pytest.raises(UserError, match="as many features and classes"):
+        moments.check_merge(a, moments.empty(D, C + 1, mapped[0]))
+    before = jax.tree.map(np.array, (a, b))
+    with pytest.raises(UserError, match="different maps"):
+        moments.merge(a, b)
+    with pytest.raises(UserError, match="as many features and classes"):
+        jax.jit(moments.merge)(a, moments.empty(D + 1, C))  # sizes are known when it is traced
+    jax.tree.map(np.testing.assert_array_equal, (a, b), before)
+    assert add(a, *rows(B)).features == mapped[0]
