@@ -37,8 +37,8 @@ PARTS = {
     "ranpac": ("ranpac", RELU | {"width": 10000, "scale": "normal"}, 768, ("even", 10), 128),
     "slda": ("slda(epsilon=1e-4)", NONE, 512, ("even", 10), 128),
     "fecam": ("fecam(gamma1=1.0, gamma2=1.0)", NONE | {"head": "mahalanobis", "power": 0.5}, 64, ("half", 10), 128),
-    "aef_ocl": ("aef_ocl(gamma=0.1)", RELU, 768, ("tail", 10), 64),
-    "air": ("air(gamma=0.1, slots=10)", RELU, 64, ("tail", 10), 64),
+    "aef_ocl": ("aef_ocl(gamma=0.1)", RELU, 768, ("tail", 10), 32),
+    "air": ("air(gamma=0.1, slots=10)", RELU, 64, ("tail", 10), 32),
 }
 
 
