@@ -30,7 +30,7 @@ def read(folder: Path) -> dict:
         accuracy = [float(told.accuracy[domain][at]) for domain in told.own]
         past = {k: record for k, record in told.certificates.items() if k <= boundary}
         block = certificates.compared(told.tasks, told.own, past) if past else None
-        shown = boundary < 5 or boundary == len(told.own) - 1  # of thirty tasks it would be a megabyte
+        shown = boundary < 5 or boundary == max(told.boundaries)  # of thirty tasks it would be a megabyte
         found[str(boundary)] = {"accuracy": accuracy, "certificates": block if shown else None}
     seconds = sorted(told.speed["step_s"].tolist()) if "step_s" in told.speed else [math.nan]
     return {"boundaries": found, "median_step_s": seconds[len(seconds) // 2]}
