@@ -211,7 +211,7 @@ def test_affine_forms_through_the_target_certify_more_and_never_too_much():
 def test_every_row_counts_once_and_by_its_weight(monkeypatch):
     """Rows that are cut into batches, and brought together anew for affine forms, eight at a time."""
     monkeypatch.setattr(certify, "ROWS", 8)
-    made, params, rows = toy(False)
+    made, params, rows = wide()
     (batch,) = rows["task 0"]
     share = jnp.asarray(np.arange(32) % 3 > 0, jnp.float32)
 
@@ -228,7 +228,9 @@ def test_every_row_counts_once_and_by_its_weight(monkeypatch):
     number = float(share.sum())
     parts = (number * np.asarray(some) + (32 - number) * np.asarray(rest)) / 32
     np.testing.assert_allclose(parts, every, rtol=1e-6)
-    assert (np.abs(np.asarray(some) - rest) > 1e-3).sum() > 4
+    assert all(told["some"][name] != told["rest"][name] for name in ("deployed", "promised", "affine", "joint"))
+    assert told["every"]["joint"] > told["every"]["affine"] > 0
+    assert 32 * (1 - told["every"]["affine"]) > 8  # more than one piece goes through affine forms
 
 
 def test_a_margin_within_rounding_is_not_certified():
