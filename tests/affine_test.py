@@ -206,6 +206,20 @@ def test_sums_may_be_wrong_by_what_float32_allows(monkeypatch):
         assert (high - low < 2.01 * scale * far).all()
 
 
+def test_long_sums_hold_the_exact_sum():
+    """Terms that cancel, of which interval arithmetic is told nothing: the room for rounding is that of the form."""
+    rng = np.random.default_rng(7)
+    centre, w = rng.normal(size=(64, 2048)).astype("f"), rng.normal(size=2048).astype("f")
+    zero, nothing = jnp.zeros((64, 2048)), jnp.full((64, 2048), jnp.inf)
+    one = Form.of(jnp.asarray(centre), jnp.zeros((64, 2048, K)), zero, zero, Interval(-nothing, nothing), S)
+    for function, factor in ((lambda x: x.sum(1), 1.0), (lambda x: x @ w, w)):
+        low, high = jax.device_get(affine_bounds(function, jnp.ones((S, K)))(one))
+        exact = (centre.astype("d") * factor).sum(1)
+        assert (low <= exact).all()
+        assert (exact <= high).all()
+        assert (high - low < 10).all()
+
+
 def test_what_has_no_rule_is_refused():
     generators = np.ones((S, K), "f")
     one = of(*drawn((2,), np.random.default_rng(0), 0.1), generators)

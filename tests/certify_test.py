@@ -1,5 +1,6 @@
 """Certificates of real runs and of toys: recorded promises are kept, and what cannot be promised is refused."""
 
+import dataclasses
 import functools
 
 import boxed_oracle as oracle
@@ -13,13 +14,16 @@ import small
 import toys
 
 from jaxcl import certify
+from jaxcl.certify import __main__ as command
 from jaxcl.data import scenarios
 from jaxcl.methods import hyperinterval
 from jaxcl.models import boxed as boxes
 from jaxcl.models import hypernetwork, mlp
 from jaxcl.models.boxed import LEDGER
+from jaxcl.models.interval import Interval
 from jaxcl.schema import UserError
 
+QUICK = True
 STEPS, TASKS = 60, 3
 KINDS = {
     "task networks": ({"gamma": 0.5}, {"beta": 0.01}),
@@ -29,7 +33,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request, tmp_path_factory):
-    """Returns the kind, and the certificates at every boundary of a run on drawn digits, by task."""
+    """Returns the kind, the certificates at every boundary of a run on drawn digits, by task, and its folder."""
     adapter, method = KINDS[request.param]
     source = {"name": "digits", "count": 300, "held_out": 64, "size": 8}
     sources, stages = scenarios.split(source, classes=2 * TASKS, groups=TASKS, steps=STEPS)
@@ -51,14 +55,14 @@ def trained(request, tmp_path_factory):
     try:
         rl_small.run(settings, place)
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", QUICK)
     found = [r for r in small.records(place, "eval") if r["boundary"] is not None]
     assert [r["boundary"] for r in found] == [-1, *range(TASKS)]
-    return request.param, found
+    return request.param, found, place
 
 
 def test_promises_are_kept_to_the_end(trained):
-    kind, found = trained
+    kind, found, _ = trained
     for t in range(TASKS):
         own = [r["certificate"][f"task_{t:02d}"] for r in found[t + 1 :]]
         assert all(one["over"] and one["task"] == t for one in own)
@@ -79,7 +83,7 @@ def test_promises_are_kept_to_the_end(trained):
 
 
 def test_what_a_kind_of_network_tells(trained):
-    kind, found = trained
+    kind, found, _ = trained
     assert all(one["promised"] is None and not one["over"] for one in found[0]["certificate"].values())
     assert all(one["joint"] is None for one in found[0]["certificate"].values())
     for record in found:
@@ -97,6 +101,27 @@ def test_what_a_kind_of_network_tells(trained):
     else:
         assert last[0]["kept_radius"] >= last[1]["kept_radius"] >= last[2]["kept_radius"] > 0
         assert all("guessed" not in one for one in last)
+
+
+def test_a_run_is_certified_again_from_its_folder(trained):
+    """On all devices of this process, whatever it was trained on."""
+    kind, found, place = trained
+    if kind == "one network":  # which is the same but for its boxes
+        return
+    block = command.check(place)
+    assert block["kept"]
+    assert len(block["tasks"]) == TASKS
+    for one in block["tasks"]:
+        told = found[-1]["certificate"][one["domain"]]
+        assert one["now"] == pytest.approx(told["promised"], abs=1e-6)
+        assert one["joint_now"] == pytest.approx(told["joint"], abs=1e-6)
+
+
+def test_the_ledger_of_another_network_is_refused(tmp_path):
+    own, other = (jax.eval_shape(toys.boxed(width=width).boxed.model.init, jax.random.key(0)) for width in (8, 9))
+    command.fitting(tmp_path, own, own)
+    with pytest.raises(UserError, match=r"ledger is of another network: \S+ has the shape .*; restore run\.json"):
+        command.fitting(tmp_path, own, other)
 
 
 @functools.cache
@@ -141,14 +166,21 @@ def test_no_network_of_the_box_is_worse_than_certified(universal):
     assert told["task 0"]["promised"] is None
 
 
-def test_affine_forms_through_the_target_certify_more_and_never_too_much():
-    """What the hypernetwork makes of an embedding, of which some rows are right everywhere."""
+@functools.cache
+def wide():
+    """Returns the first toy with embeddings of twenty times the radius: boxes certify a part of the rows."""
     _, params, rows = toy(False)
-    wider = toys.boxed(gamma=0.6).boxed
-    params = {**params, LEDGER: wider.model.init(jax.random.key(0))[LEDGER]}
-    close = toys.quick(lambda params, task: boxes.close(wider, params, task))
+    made = toys.boxed(gamma=0.6).boxed
+    params = {**params, LEDGER: made.model.init(jax.random.key(0))[LEDGER]}
+    close = toys.quick(lambda params, task: boxes.close(made, params, task))
     for t in range(2):
         params = close({**params, LEDGER: {**params[LEDGER], "current": jnp.float32(t)}}, t)
+    return made, params, rows
+
+
+def test_affine_forms_through_the_target_certify_more_and_never_too_much():
+    """What the hypernetwork makes of an embedding, of which some rows are right everywhere."""
+    wider, params, rows = wide()
     run = certify.make(wider, rows)
     told = run(params)["certificate"]
     generator, rng, shares = oracle.wide(params["generator"]), np.random.default_rng(2), []
@@ -176,6 +208,83 @@ def test_affine_forms_through_the_target_certify_more_and_never_too_much():
         np.testing.assert_allclose(one["clipped"], below + above, rtol=1e-5, err_msg=domain)
 
 
+def test_every_row_counts_once_and_by_its_weight(monkeypatch):
+    """Rows that are cut into batches, and brought together anew for affine forms, eight at a time."""
+    monkeypatch.setattr(certify, "ROWS", 8)
+    made, params, rows = wide()
+    (batch,) = rows["task 0"]
+    share = jnp.asarray(np.arange(32) % 3 > 0, jnp.float32)
+
+    def halves(weights):
+        whole = dataclasses.replace(batch, weights=weights)
+        return [jax.tree.map(lambda x, i=i: x[16 * i : 16 * i + 16], whole) for i in range(2)]
+
+    every = halves(jnp.ones(32))
+    given = {"every": every, "turned": every[::-1], "some": halves(share), "rest": halves(1 - share)}
+    told = certify.make(made, given)(params)["certificate"]
+    names = ("deployed", "promised", "interval", "affine", "joint", "guessed", "guessed_interval")
+    every, turned, some, rest = ([told[domain][name] for name in names] for domain in given)
+    assert turned == every
+    number = float(share.sum())
+    parts = (number * np.asarray(some) + (32 - number) * np.asarray(rest)) / 32
+    np.testing.assert_allclose(parts, every, rtol=1e-6)
+    assert all(told["some"][name] != told["rest"][name] for name in ("deployed", "promised", "affine", "joint"))
+    assert told["every"]["joint"] > told["every"]["affine"] > 0
+    assert 32 * (1 - told["every"]["affine"]) > 8  # more than one piece goes through affine forms
+
+
+def test_a_margin_within_rounding_is_not_certified():
+    """A box of one network whose logits differ by two ulps: float32 has them right, exact arithmetic need not."""
+    made, params, rows = toy(False)
+    (batch,) = rows["task 0"]
+    rng = np.random.default_rng(0)
+    layers = {
+        "layer_0": {"bias": np.ones(8), "kernel": 0.1 * rng.normal(size=(4, 8))},
+        "layer_1": {"bias": 1 + 2.0**-22 * (np.arange(4) == 1), "kernel": np.tile(0.05 * rng.uniform(size=(8, 1)), 4)},
+    }
+    vector = boxes.ravel(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), layers))
+    head = {"weight": 0 * params["generator"]["head"]["weight"], "bias": vector}
+    ledger = {**params[LEDGER], "lower": jnp.tile(vector[None], (3, 1)), "upper": jnp.tile(vector[None], (3, 1))}
+    params = {**params, "generator": {**params["generator"], "head": head}, LEDGER: ledger}
+    batch = dataclasses.replace(batch, targets=jnp.ones(32, jnp.int32))
+    told = certify.make(made, {"task 0": [batch]})(params)["certificate"]["task 0"]
+    assert told["deployed"] == 1
+    assert [told[name] for name in ("promised", "interval", "affine", "joint")] == [0, 0, 0, 0]
+
+
+def test_a_tie_is_not_certain():
+    same = Interval(*[jnp.zeros((8, 4))] * 2)
+    assert not boxes.certain(same, toys.classes(0)).any()
+
+
+def test_tasks_are_guessed_by_their_entropy():
+    """Against float64; a task that is not over takes no part, sure as its network may be."""
+    made, params, rows = toy(False)
+    place = params["generator"]["embedding"]
+    place = {**place, "centre": place["centre"].at[2].mul(100.0)}
+    params = {**params, "generator": {**params["generator"], "embedding": place}}
+    told = certify.make(made, rows)(params)["certificate"]
+    for t, (domain, (batch,)) in enumerate(rows.items()):
+        plain, interval, classes = [], [], []
+        for k in range(3):
+            other = dataclasses.replace(batch, task=jnp.full(32, k, jnp.int32))
+            logits = np.asarray(made.model.apply(params, other).logits, np.float64)
+            share = np.exp(logits - logits.max(-1, keepdims=True))
+            share = share / share.sum(-1, keepdims=True)
+            term = -share * np.log(np.maximum(share, 1e-300))
+            if k < 2:
+                box = boxes.limits(made, params, jnp.int32(k))
+                found = jax.device_get(boxes.logits(made, params, box, batch, outward=True))
+                interval.append((term / (1e-3 + found.upper - found.lower)).sum(-1))
+            plain.append(term.sum(-1))
+            classes.append(logits.argmax(-1))
+        assert (plain[2] < np.minimum(*plain[:2])).mean() > 0.5
+        for name, entropy in (("guessed", plain[:2]), ("guessed_interval", interval)):
+            chosen = np.argmin(entropy, axis=0)
+            right = (chosen == t) & (np.asarray(classes)[chosen, np.arange(32)] == np.asarray(batch.targets))
+            np.testing.assert_allclose(told[domain][name], right.mean(), atol=1e-6)
+
+
 def test_what_all_boxes_have_in_common():
     names = ["first", "second", "third"]
     made, params, _ = toy(True)
@@ -189,6 +298,21 @@ def test_what_all_boxes_have_in_common():
     made, params, _ = toy(False)  # embeddings of different tasks are far from each other
     with pytest.raises(UserError, match=r"box of second misses .* no network is in all of them.*project=True"):
         certify.common(made, params, names)
+
+
+def test_the_last_of_three_boxes_misses_the_first_alone():
+    """In one weight of two; boxes are compared with all before them."""
+    made = toys.boxed().boxed
+    ends = np.array([[[0, 2], [0, 2]], [[1, 4], [1, 4]], [[3, 5], [1.5, 5]]], "f")
+
+    def apart(generator, which, scales):
+        return ends[which].mean(-1), np.ptp(ends[which], -1) / 2
+
+    names, params = ["first", "second", "third"], {LEDGER: {"done": jnp.ones(3)}, "generator": {}}
+    with pytest.raises(UserError, match=r"box of third misses .* in 50 % of the weights"):
+        certify.common(made._replace(boxes=apart), params, names)
+    ends[2, 0, 0] = 2
+    np.testing.assert_array_equal(certify.common(made._replace(boxes=apart), params, names), [[2, 1.5], [2, 2]])
 
 
 def test_thirty_tasks_are_not_forgotten():

@@ -171,6 +171,18 @@ def test_the_worst_case_is_no_better_than_any_network_of_the_box(universal):
     alone = kappa.step(at(kappa.begin(), STEPS), rows, jax.random.key(0))[1]
     np.testing.assert_allclose(alone["loss"], own, rtol=1e-5)
     assert worst > own * 1.01
+    # What is trained is what is deployed: the network that the ledger clips.
+    closed = at(states[1], STEPS)
+    moved = jax.tree.map(lambda w: w + 0.2 * jnp.sign(w), closed.params["generator"])
+    ledger = {**closed.params[LEDGER], "current": jnp.float32(0)}
+    params = {**closed.params, "generator": moved, LEDGER: ledger}
+    clipped = dataclasses.replace(closed, params=params, memory={"age": jnp.int32(STEPS)})
+    told = kappa.step(clipped, rows, jax.random.key(0))[1]
+    total, weight = toys.cross_entropy(run.made.model.apply(params, rows), rows)
+    np.testing.assert_allclose(told["loss"], total / weight, rtol=1e-5)
+    free = {**params, LEDGER: states[0].params[LEDGER]}
+    bare, _ = toys.cross_entropy(run.made.model.apply(free, rows), rows)
+    assert abs(float(bare / total) - 1) > 0.02
 
 
 @pytest.mark.parametrize("universal", UNIVERSAL)

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import grad
 from jaxcl.models import boxed as boxes
 from jaxcl.models.boxed import LEDGER, Boxed
 from jaxcl.models.interval import Interval
@@ -53,18 +52,13 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
       weights of the point network that the ledger moves; and, of task networks, `guessed` and `guessed_interval`: the
       share of rows of which task and class are right if the task is that of the least (interval) entropy.
     """
-    find = jax.jit(functools.partial(_boxes, made))
-    count = jax.jit(functools.partial(_counts, made))
-    shape = jax.jit(functools.partial(_shape, made))
-    guess = jax.jit(functools.partial(_guesses, made))
-    whole = jax.jit(lambda params, batch: boxes.zonotope(made, params, batch.task[0]))
-    together = jax.jit(functools.partial(_together, made))
+    find, count, shape, guess = (jax.jit(functools.partial(f, made)) for f in (_boxes, _counts, _shape, _guesses))
+    joint = _joint(made, fetch)
     # All rows of a domain are of one task, so that those of this process say which.
     task_of = {domain: int(batches[0].task.addressable_data(0)[0]) for domain, batches in rows.items()}
 
-    def total(function: Callable[..., jax.Array], batches: Sequence[Batch], *arguments: Any) -> list[float]:
-        values = fetch([function(*arguments, batch) for batch in batches])
-        return np.asarray(values, np.float64).sum(axis=0).tolist()
+    def total(values: Sequence[jax.Array]) -> list[float]:
+        return np.asarray(fetch(values), np.float64).sum(axis=0).tolist()
 
     def run(params: Params) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -72,18 +66,18 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
         for domain, batches in rows.items():
             task = task_of[domain]
             made_boxes = find(params, batches[0])
-            deployed, promised, wide, tight, weight = total(count, batches, params, made_boxes)
+            numbers, unsure = zip(*[count(params, made_boxes, batch) for batch in batches], strict=True)
+            deployed, promised, wide, tight, weight = total(numbers)
             sizes = {name: float(value) for name, value in fetch(shape(params, made_boxes, batches[0])).items()}
             kept = math.isfinite(sizes["kept_radius"])
             one: dict[str, Any] = {"task": task, "over": bool(over[task]), "deployed": deployed / weight}
             one["promised"] = promised / weight if over[task] and kept else None
             one |= {"interval": wide / weight, "affine": tight / weight, "joint": None}
             if made.layer and over[task]:
-                (sure,) = total(together, batches, params, made_boxes[2], whole(params, batches[0]))
-                one["joint"] = sure / weight
+                one["joint"] = (tight + joint(params, made_boxes[2], batches, unsure)) / weight
             one |= sizes | ({} if kept else {"kept_radius": None})
             if not made.universal and over.sum() > 1:
-                plain, interval, weight = total(guess, batches, params)
+                plain, interval, weight = total([guess(params, batch) for batch in batches])
                 one |= {"guessed": plain / weight, "guessed_interval": interval / weight}
             found[domain] = one
         return {"certificate": found}
@@ -140,25 +134,51 @@ def _boxes(made: Boxed, params: Params, batch: Batch) -> tuple[Interval, Interva
     return _ledger(made, params, task), *_raw(made, params, task)
 
 
-def _counts(made: Boxed, params: Params, found: Sequence[Interval], batch: Batch) -> jax.Array:
-    """Returns numbers of rows, float32 [5]: deployed right, promised, certified by both arithmetics; weight."""
+def _counts(made: Boxed, params: Params, found: Sequence[Interval], batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns numbers of rows, float32 [5]: deployed right, promised, certified by both arithmetics; weight.
+
+    And the rows that count and that the last box does not certify, bool [B].
+    """
     weights = batch.weights
     right = made.model.apply(params, batch).logits.argmax(-1) == batch.targets
     sure = [boxes.certain(boxes.logits(made, params, box, batch, outward=True), batch) for box in found]
-    return jnp.stack([*(jnp.sum(weights * one) for one in (right, *sure)), jnp.sum(weights)])
+    numbers = jnp.stack([*(jnp.sum(weights * one) for one in (right, *sure)), jnp.sum(weights)])
+    return numbers, (weights > 0) & ~sure[-1]
 
 
-def _together(made: Boxed, params: Params, tight: Interval, found: boxes.Zonotope, batch: Batch) -> jax.Array:
-    """Returns the number of rows, float32 [1], that the box or affine forms certify, some rows at a time."""
-    task, size = batch.task[0], len(batch.weights)
-    pieces = size // max(n for n in range(1, min(size, ROWS) + 1) if size % n == 0)
+def _joint(made: Boxed, fetch: Callable[[Any], Any]) -> Callable[..., float]:
+    """Returns the function (params, box, batches, unsure) -> number of unsure rows that affine forms certify.
 
-    def one(rows: Batch) -> jax.Array:
-        sure = boxes.together(made, params, task, found, rows)
-        box = boxes.certain(boxes.logits(made, params, tight, rows, outward=True), rows)
-        return jnp.sum(rows.weights * (sure | box))[None]
+    Rows that the box certifies need no forms, which cost a hundred times as much: only the others are looked at.
+    """
+    gather = jax.jit(_gathered)
+    whole = jax.jit(lambda params, batch, box: boxes.zonotope(made, params, batch.task[0], box))
 
-    return jnp.sum(jax.lax.map(one, grad.split(batch, pieces)), axis=0)
+    @jax.jit
+    def together(params: Params, found: boxes.Zonotope, rows: Batch) -> jax.Array:
+        return jnp.sum(rows.weights * boxes.together(made, params, rows.task[0], found, rows))
+
+    def run(params: Params, box: Interval, batches: Sequence[Batch], unsure: Sequence[jax.Array]) -> float:
+        pieces, count = gather(list(batches), list(unsure))
+        pieces = pieces[: -(-int(fetch(count)) // ROWS)]
+        found = whole(params, batches[0], box) if pieces else None
+        return float(sum(fetch([together(params, found, rows) for rows in pieces])))
+
+    return run
+
+
+def _gathered(batches: Sequence[Batch], flags: Sequence[jax.Array]) -> tuple[list[Batch], jax.Array]:
+    """Returns all rows, ROWS at a time, the flagged ones first, and how many these are, int32 [].
+
+    Only flagged rows have a weight; the last piece is filled with others.
+    """
+    rows, chosen = jax.tree.map(lambda *x: jnp.concatenate(x), *batches), jnp.concatenate(flags)
+    order, count = jnp.argsort(~chosen), jnp.sum(chosen)
+    order = jnp.concatenate([order, jnp.zeros(-len(order) % ROWS, order.dtype)])
+    rows = jax.tree.map(lambda x: x[order], rows)
+    rows = dataclasses.replace(rows, weights=jnp.where(jnp.arange(len(order)) < count, rows.weights, 0))
+    starts = range(0, len(order), ROWS)
+    return [jax.tree.map(lambda x, i=i: x[i : i + ROWS], rows) for i in starts], count
 
 
 def _shape(

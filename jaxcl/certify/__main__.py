@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from rich.console import Console
 
-from jaxcl import certify, console, domains, folder, manifests, program, saved, train
+from jaxcl import certify, console, domains, folder, manifests, program, saved, train, tree
 from jaxcl.report import certificates, run, terminal
 from jaxcl.schema import UserError
-from jaxcl.tree import named_leaves
 from jaxcl.types import Params
 
 
@@ -39,6 +39,8 @@ def check(path: Path, step: int | None = None) -> dict[str, Any]:
     made = program.build(**pieces)
     step, params = saved.params(path / "checkpoints", step=step)
     fitting(path, made.abstract.params, params)
+    found = dict(tree.named_leaves(params))
+    params = tree.map_named(lambda name, leaf: jax.device_put(found[name], leaf.sharding), made.abstract.params)
     held = manifests.host(epath.Path(path / "checkpoints" / str(step))).get("held_out")
     if held != made.held_out:
         raise UserError(f"{path}: the held-out rows are not those of the run; restore the sources of its config")
@@ -57,7 +59,7 @@ def check(path: Path, step: int | None = None) -> dict[str, Any]:
 
 def fitting(path: Path, wanted: Params, found: Params) -> None:
     """Raises UserError unless parameters are those of the network that the config describes."""
-    shapes = [{name: tuple(leaf.shape) for name, leaf in named_leaves(side)} for side in (wanted, found)]
+    shapes = [{name: tuple(leaf.shape) for name, leaf in tree.named_leaves(side)} for side in (wanted, found)]
     for name in [*shapes[0], *shapes[1]]:
         here, there = (side.get(name) for side in shapes)
         if here != there:

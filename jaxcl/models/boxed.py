@@ -245,17 +245,15 @@ def certain(logits: Interval, batch: Batch) -> jax.Array:
     return jnp.sum(jnp.where(own, logits.lower, 0), axis=-1) > others
 
 
-def zonotope(boxed: Boxed, params: Params, task: jax.Array) -> Zonotope:
+def zonotope(boxed: Boxed, params: Params, task: jax.Array, ends: Interval) -> Zonotope:
     """Returns all networks that the generator makes of the embedding of a task, without the ledger.
 
-    Where `Boxed.layer` is. The layers before the last are computed to nearest.
+    Where `Boxed.layer` is. The layers before the last are computed to nearest. `ends` is a box that holds them, [N].
     """
     own, generator = shown(boxed, params, task), params["generator"]
     assert boxed.layer
     weight, bias, centre, generators = boxed.layer(generator, own)
     middle, mass = products.affine(weight, bias, centre[None], jnp.sum(jnp.abs(generators), axis=0)[None])
-    near, far = boxed.tight(generator, own)
-    ends = Interval(near - far, near + far)
     return Zonotope(generators, middle[0], products.row_sums(weight, generators), mass[0], ends)
 
 
