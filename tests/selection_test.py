@@ -23,7 +23,7 @@ STEPS, ASIDE = 12, 0.4
 def method(universal=True, lr=0.05, **options):
     """Returns the boxes, the method, and its step and end, compiled."""
     setting = toys.boxed(tx=optax.sgd(lr), universal=universal, gamma=0.1)
-    options = {"steps": STEPS, "beta": 0.0, "ramp": 0.5, "select": 2, "aside": ASIDE} | options
+    options = {"steps": STEPS, "beta": 0.1, "ramp": 0.5, "select": 2, "aside": ASIDE} | options
     made = hyperinterval.make(setting, **options)
     return setting.boxed, made, toys.quick(made.step), toys.quick(made.end_task)
 
@@ -106,6 +106,9 @@ def test_a_task_ends_with_the_generator_that_certified_most(universal):
     chosen = states[best].params["generator"]
     jax.tree.map(np.testing.assert_array_equal, closed.params["generator"], chosen)
     np.testing.assert_allclose(closed.params[LEDGER]["lower"][0], found[best][1].lower, rtol=1e-5, atol=1e-6)
+    targets = boxed.boxes(chosen, jnp.arange(1), jnp.ones(1))  # and later ones are pulled to what was chosen
+    for part, target in zip(("centre", "radius"), targets, strict=True):
+        np.testing.assert_allclose(closed.memory["targets"][part][:1], target, rtol=1e-5, atol=1e-6)
     memory = closed.memory["selection"]
     assert memory["score"] == -1
     assert memory["kept"]["seen"] == 0

@@ -161,7 +161,9 @@ def _joint(made: Boxed, fetch: Callable[[Any], Any]) -> Callable[..., float]:
     def run(params: Params, box: Interval, batches: Sequence[Batch], unsure: Sequence[jax.Array]) -> float:
         pieces, count = gather(list(batches), list(unsure))
         pieces = pieces[: -(-int(fetch(count)) // ROWS)]
-        found = whole(params, batches[0], box) if pieces else None
+        if not pieces:
+            return 0.0
+        found = whole(params, batches[0], box)
         return float(sum(fetch([together(params, found, rows) for rows in pieces])))
 
     return run
