@@ -93,7 +93,7 @@ def test_verdicts(replays, recorded, twice, within, verdict):
 
 
 def test_what_cannot_be_replayed_is_said(folder, once, tmp_path, capsys):
-    with pytest.raises(UserError, match=r"--step=99: not in .*; the steps there end with 24"):
+    with pytest.raises(UserError, match=rf"--step=99: not in .*; the steps there end with {small.TOTAL}"):
         rerun.rerun(once, 99)
     with pytest.MonkeyPatch.context() as patch:
         small.reuse(folder, patch)
