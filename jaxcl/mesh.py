@@ -293,13 +293,12 @@ def place(mesh: Mesh, source: PyTree | Callable[[slice], PyTree], *, rows: int |
 
     def leaf(i: int) -> jax.Array:
         shape = (*first[i].shape[:axis], total, *first[i].shape[axis + 1 :])
+
+        def part(where: Any) -> Any:
+            return leaves[where[axis].indices(total)[0]][i][(*index, slice(None), *where[axis + 1 :])]
+
         with jax.transfer_guard_host_to_device("allow"):  # this transfer is meant, whatever the loop forbids
-            return jax.make_array_from_callback(
-                shape,
-                batch_sharding(mesh, axis, shape),
-                lambda where: leaves[where[axis].indices(total)[0]][i][(*index, slice(None), *where[axis + 1 :])],
-                dtype=first[i].dtype,
-            )
+            return jax.make_array_from_callback(shape, batch_sharding(mesh, axis, shape), part, dtype=first[i].dtype)
 
     return jax.tree.unflatten(treedef, [leaf(i) for i in range(len(first))])
 
