@@ -125,7 +125,7 @@ def command(folder, workdir, point, count, mesh, hang_s=None):
 
 
 def test_a_hang_ends_the_process_with_a_status_for_the_launcher(folder, tmp_path):
-    started = command(folder, tmp_path / "run", "HANG:step:6", 1, {}, hang_s=5.0)
+    started = command(folder, tmp_path / "run", "HANG:step:6", 1, {}, hang_s=15.0)
     processes.finish(started, timeout=120, codes=(watch.MACHINE,))
     assert "no step for" in started[0].log.read_text()
     assert "Traceback" not in started[0].log.read_text()
