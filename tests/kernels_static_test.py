@@ -101,7 +101,7 @@ def test_the_vocabulary_kernel_is_for_chips_and_dtypes_that_it_fits(kind, dtype,
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_window_over_whole_rows_skips_what_lies_before_it(causal, window):
     length, block = 96, 8
-    how = cpu._Scores(block, length // block, None, None, jnp.int32(window), causal, None, None)
+    how = cpu._Scores(block, (length // block,) * 2, None, None, jnp.int32(window), causal, None, None)
     held = attention_test.sight(length, None, causal, window)[0].reshape(12, 8, 12, 8).any((1, 3))
     want = [(i, j) for j in range(12) for i in range(12) if held[i, j]]
     assert attention_test.tiles(how) == want
@@ -123,7 +123,7 @@ def test_a_narrow_window_is_cheaper_than_the_row():
     """The loop is as long as its list: a count of tiles, not of the whole table."""
     segments = jnp.asarray(np.repeat(np.arange(1, 13), 8)[None].astype(np.int32))
     counts = [
-        len(attention_test.tiles(cpu._Scores(8, 12, own, own, at, True, None, None)))
+        len(attention_test.tiles(cpu._Scores(8, (12, 12), own, own, at, True, None, None)))
         for own, at in ((None, None), (None, jnp.int32(8)), (segments, None), (segments, jnp.int32(3)))
     ]
     assert counts == [78, 23, 12, 12]
