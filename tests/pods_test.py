@@ -235,6 +235,7 @@ def status_lines(cloud):
 
 def test_a_job_that_runs_is_neither_started_twice_nor_overwritten(cloud):
     assert start_job(cloud, "--workdir=/w", jobs=["save"]).returncode == 0
+    wait_until(lambda: cloud.calls("job"))
     assert status_lines(cloud) == ["running"]
     again = cloud.run("run.sh", *NAMED, "--", "--workdir=/w")
     assert again.returncode == 5
