@@ -50,11 +50,11 @@ BAD = {
     ),
     "rows of another shape": (
         {"model": {"name": "mlp", "inputs": 49, "hidden": (4,), "classes": 2}},
-        ["config.model", "takes no rows of shape (8, 8, 1)"],
+        ["config.model", "rows of config.sources have the shape (8, 8, 1)"],
     ),
     "images of another side": (
         {"model": {"name": "cnn", "inputs": (7, 8, 1), "channels": [2], "hidden": (), "classes": 2}},
-        ["config.model", "takes no rows of shape (8, 8, 1)"],
+        ["config.model", "rows of config.sources have the shape (8, 8, 1)"],
     ),
     "negative gamma": (adapter(gamma=-1.0), ["config.adapter.gamma=-1.0", "must not be negative"]),
     "infinite gamma": (adapter(gamma=float("inf")), ["config.adapter.gamma=inf"]),
