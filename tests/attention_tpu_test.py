@@ -156,7 +156,7 @@ def test_tiles_without_pairs_are_not_read():
 def test_the_grid_is_as_long_as_the_lists():
     segments = jnp.asarray(np.repeat(np.array([[1, 2, 3, 0], [1, 1, 1, 1]], np.int32), 128, axis=1))
     listed = functools.partial(tiles.forward, causal=True, block_q=128, block_kv=128)
-    steps, number = toys.quick(lambda segments: tpu._steps(listed(segments, None), None))(segments)
+    steps, number = toys.quick(lambda segments: tpu._steps(listed(segments, None), None, None))(segments)
     assert number == 3 + 1 + 10  # one step writes the zeros of the padding
     flags = np.asarray(steps.flags)[:14]
     assert np.asarray(steps.row)[:14].tolist() == [0] * 4 + [1] * 10
