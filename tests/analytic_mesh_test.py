@@ -53,7 +53,8 @@ def test_a_run_on_a_mesh_is_that_of_one_device(part):
     cut = {}
     for (name, leaf), like in zip(tree.named_leaves(state.memory), jax.tree.leaves(alone.memory), strict=True):
         size = np.abs(like).max(initial=0)
-        np.testing.assert_allclose(leaf, like, rtol=0, atol=2e-5 * size if "low" not in name else 1e-6 * size + 1e-6)
+        share = 1e-3 if name == "inner/bound" else 2e-5  # a residual in units of rounding has few digits
+        np.testing.assert_allclose(leaf, like, rtol=0, atol=share * size if "low" not in name else 1e-6 * size + 1e-6)
         cut[name.removeprefix("inner/")] = leaf.sharding
     if part in ("acil", "ranpac", "slda"):
         names = [f"moments/{of}/{half}" for of in ("gram", "cross") for half in ("high", "low")]

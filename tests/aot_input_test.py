@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxcl import main, program, train
+from jaxcl import mesh as meshes
 from jaxcl.aot import __main__ as command
 from jaxcl.aot import abstract, knobs, show, topology
 from jaxcl.data.sources import Table, images
@@ -261,7 +262,8 @@ def test_the_reason_of_ridge_sums_is_shown(part, count, platform, words):
 
 def test_the_reason_is_shown():
     def reason(shape):
-        step: Any = SimpleNamespace(plan=SimpleNamespace(network=SimpleNamespace(shape=shape, analytic=None)))
+        network = SimpleNamespace(shape=shape, analytic=None)
+        step: Any = SimpleNamespace(plan=SimpleNamespace(network=network, mesh=meshes.make(data=8)))
         return abstract.Step.no_kernel(step, "tpu") or ""
 
     narrow = reason(transformer.shape(preset="tiny", vocab=264))

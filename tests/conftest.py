@@ -1,12 +1,15 @@
 """Eight virtual CPU devices, strict JAX settings and reproducible property tests for the whole suite."""
 
 import gc
+import importlib
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_platforms", "cpu")
@@ -70,3 +73,23 @@ def quickly_compiled(request):
     if mappings() > MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Returns a module of a folder of experiments/, as its launcher sees it; forgets it and its flags afterwards."""
+    root = Path(__file__).parent.parent
+    known = set(sys.modules)
+
+    def load(folder, name):
+        monkeypatch.syspath_prepend(str(root))
+        monkeypatch.syspath_prepend(str(root / "experiments" / folder))
+        return importlib.import_module(name)
+
+    yield load
+    made = [sys.modules[name] for name in set(sys.modules) - known]
+    made = [one for one in made if (root / "experiments") in Path(getattr(one, "__file__", None) or root).parents]
+    for one in made:
+        del sys.modules[one.__name__]
+        for flag in flags.FLAGS.get_flags_for_module(one):
+            delattr(flags.FLAGS, flag.name)

@@ -291,7 +291,7 @@ def test_topology_does_not_matter(case, sizes):
         state, metrics = step(state, batch, key(i))
         losses.append(float(metrics["loss"]))
     assert mesh.shape["context"] == 1 or "context" in batch.inputs.sharding.spec
-    np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5)
+    np.testing.assert_allclose(losses, reference_losses(case), rtol=1e-5, atol=1e-6)  # a loss may be nearly 0
 
 
 @pytest.mark.parametrize("case", ["everything", *BOXED, "acil", "fecam"])

@@ -4,7 +4,6 @@ import gzip
 import importlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -16,15 +15,6 @@ from jaxcl.data import tokenizer
 from jaxcl.data.sources import jsonl
 from jaxcl.report.run import parts
 from jaxcl.schema import UserError
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """Returns a module of the recipe by name."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"experiments.multilingual.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +30,13 @@ def parallel(tmp_path_factory):
 
 @pytest.fixture
 def data(recipe, parallel, tmp_path, monkeypatch):
-    prepare = recipe("prepare")
+    prepare = recipe("multilingual", "prepare")
     monkeypatch.setattr(prepare, "VOCAB", 300)
     return prepare.prepare(str(parallel), str(tmp_path / "data"))
 
 
 def test_no_paragraph_is_in_two_languages_and_held_out_ones_do_not_make_the_tokenizer(recipe, parallel, data, tmp_path):
-    prepare, bpe = recipe("prepare"), importlib.import_module("jaxcl.bpe")
+    prepare, bpe = recipe("multilingual", "prepare"), importlib.import_module("jaxcl.bpe")
     texts = {n: list(jsonl.make(path=str(data / f"{n}.jsonl")).documents()) for n in prepare.LANGUAGES}
     numbers = {n: {int(next(w for w in t.split() if w.isdigit())) for t in found} for n, found in texts.items()}
     english, french, japanese = numbers.values()
@@ -69,7 +59,7 @@ def test_no_paragraph_is_in_two_languages_and_held_out_ones_do_not_make_the_toke
 
 
 def test_data_that_is_absent_is_one_line(recipe, tmp_path):
-    prepare, config = recipe("prepare"), importlib.import_module("configs.multilingual")
+    prepare, config = recipe("multilingual", "prepare"), importlib.import_module("configs.multilingual")
     with pytest.raises(UserError, match=r"has no en-fr.jsonl.gz; give the folder"):
         prepare.prepare(str(tmp_path), str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"--data: missing; give the folder"):
@@ -102,10 +92,9 @@ def test_every_arm_can_be_built_and_every_meta_update_has_its_control(recipe, da
         assert (run["stream"]["replay"]["fraction"], keep * run["schedule"]["peak"]) in plain
 
 
-def test_the_pilot_scales_the_rate_and_uses_another_seed(recipe, data, monkeypatch):
-    monkeypatch.setitem(sys.modules, "prepare", recipe("prepare"))  # as a script, its folder comes first in the path
+def test_the_pilot_scales_the_rate_and_uses_another_seed(recipe, data):
     config = main.plain(importlib.import_module("configs.multilingual").get_config(str(data)))
-    runs = sweep.expand(recipe("launch").pilot(config, [0.5, 2.0]))
+    runs = sweep.expand(recipe("multilingual", "launch").pilot(config, [0.5, 2.0]))
     (base,) = (r for r in sweep.expand(config) if r["label"] == "replay 25 %" and r["seed"] == 20)
     assert [r["schedule"]["peak"] / base["schedule"]["peak"] for r in runs] == [0.5, 2.0]
     assert [r["schedule"]["end"] / base["schedule"]["end"] for r in runs] == [0.5, 2.0]
@@ -114,7 +103,7 @@ def test_the_pilot_scales_the_rate_and_uses_another_seed(recipe, data, monkeypat
 
 
 def test_verdicts_follow_the_intervals(recipe, tmp_path):
-    claims = recipe("claims")
+    claims = recipe("multilingual", "claims")
     assert claims.verdict(seeds.interval([-1.0, -1.1, -0.9]), -1) == "holds"
     assert claims.verdict(seeds.interval([1.0, 1.1, 0.9]), -1) == "contradicted"
     assert claims.verdict(seeds.interval([1.0, -1.1, 0.9]), -1) == "not shown"
@@ -146,6 +135,6 @@ def test_the_real_files_suffice(recipe, tmp_path):
     folder = os.environ.get("JAXCL_DATA", "")
     if not Path(folder, "en-fr.jsonl.gz").exists():
         pytest.skip("JAXCL_DATA names no folder with the parallel files")
-    prepare = recipe("prepare")
+    prepare = recipe("multilingual", "prepare")
     made = prepare.corpora(prepare.paragraphs(folder))
     assert min(sum(len(t.encode()) for t in texts) for texts in made.values()) > 1_000_000

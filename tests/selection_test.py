@@ -10,10 +10,11 @@ import optax
 import pytest
 import toys
 
-from jaxcl import selection
+from jaxcl import compose, selection
 from jaxcl.methods import hyperinterval
 from jaxcl.models import boxed as boxes
 from jaxcl.models.boxed import LEDGER
+from jaxcl.schema import UserError
 
 QUICK = True
 STEPS, ASIDE = 12, 0.4
@@ -141,10 +142,14 @@ def test_equal_scores_take_the_later_and_the_state_keeps_its_shape():
         assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 
-@pytest.mark.parametrize("options", ["select=-1", "select=5, aside=0.0", "select=5, aside=1.0"])
-def test_options_out_of_range_are_refused(options):
-    from jaxcl import compose
-    from jaxcl.schema import UserError
-
-    with pytest.raises(UserError, match=r"config\.method hyperinterval\.select=.*share between 0 and 1"):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("select=-1", r"select=-1: must be a number of steps, or 0 for none"),
+        ("select=5, aside=0.0", r"aside=0\.0: must lie between 0 and 1; it is a share of the rows"),
+        ("select=5, aside=1.0", r"aside=1\.0: must lie between 0 and 1; it is a share of the rows"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    with pytest.raises(UserError, match=rf"^config\.method hyperinterval\.{words}$"):
         compose.make(f"hyperinterval({options})", toys.boxed())

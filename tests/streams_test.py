@@ -3,7 +3,6 @@
 import importlib
 import json
 import zipfile
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,16 +11,6 @@ import pytest
 from jaxcl import main, program, schema, sweep, train
 from jaxcl.report import classified, run
 from jaxcl.schema import UserError
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """Returns a module of the experiment by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "analytic"))
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module
 
 
 def config_of(name, text):
@@ -48,7 +37,7 @@ def mnist(tmp_path):
 
 
 def test_a_seed_orders_the_digits_and_draws_rows_of_both_splits(recipe, mnist, tmp_path, monkeypatch):
-    prepare = recipe("prepare")
+    prepare = recipe("analytic", "prepare")
     monkeypatch.setattr(prepare, "ROWS", (20, 5))
     with (
         np.load(prepare.mnist(str(mnist), tmp_path, 3)) as first,
@@ -68,7 +57,7 @@ def test_a_seed_orders_the_digits_and_draws_rows_of_both_splits(recipe, mnist, t
 
 def test_characters_are_drawn_by_other_hands_and_averaged(recipe, tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image")
-    prepare = recipe("prepare")
+    prepare = recipe("analytic", "prepare")
     monkeypatch.setattr(prepare, "CHARACTERS", 4)
     places = [(a, c) for a in ("Greek", "Latin") for c in ("character01", "character02")]
     for archive, own in (("images_background_small1", places[:3]), ("images_background_small2", places[2:])):
@@ -96,7 +85,7 @@ CNN = {"name": "cnn", "inputs": (28, 28, 1), "channels": (2, 2, 2), "hidden": ()
 @pytest.fixture
 def data(recipe, mnist, tmp_path, monkeypatch):
     """Images of two seeds, and features of a network that is not trained."""
-    prepare = recipe("prepare")
+    prepare = recipe("analytic", "prepare")
     monkeypatch.setattr(prepare, "ROWS", (20, 5))
     monkeypatch.setattr(prepare, "BLOCK", 64)
     monkeypatch.setenv("JAXCL_ANALYTIC", str(tmp_path / "data"))
@@ -133,7 +122,7 @@ def small(config):
 
 @pytest.mark.parametrize("label", ["naive", "acil"])
 def test_a_pass_has_the_figures_of_the_run(recipe, data, tmp_path, label):
-    passes = recipe("passes")
+    passes = recipe("analytic", "passes")
     runs = [one for seed in (0, 1) for one in sweep.expand(config_of("analytic_compare", f"random,{seed}"))]
     programs, found = {}, []
     for config in (small(one) for one in runs if one["label"] == label):
@@ -203,7 +192,7 @@ def test_the_papers_can_run_on_a_bank(recipe, part, tmp_path, monkeypatch):
     np.savez(tmp_path / "bank.npz", **arrays, test_features=arrays["train_features"], test_labels=labels)
     if "width" in config["adapter"]:
         config["adapter"]["width"] = 16
-    plan, corpora, _ = recipe("passes").planned(config)
+    plan, corpora, _ = recipe("analytic", "passes").planned(config)
     ends = np.diff([0, *plan.flow.boundaries])
     total = sum(len(one.train) for one in corpora.values())
     assert total - 2 * len(ends) < 2 * ends.sum() <= total  # one pass over whole batches
@@ -214,7 +203,7 @@ def test_the_papers_can_run_on_a_bank(recipe, part, tmp_path, monkeypatch):
 
 
 def test_tables_are_means_over_seeds_and_differences_are_paired(recipe, tmp_path, capsys):
-    claims = recipe("experiments.analytic.claims")
+    claims = recipe("analytic", "claims")
     for label, shift in (("naive", 0.0), ("nmc", 0.2), ("acil", 0.3), ("air", 0.5)):
         for seed in (0, 1):
             figures = dict.fromkeys(claims.FIGURES, 0.3 + shift + 0.1 * seed)

@@ -1,7 +1,6 @@
 """Sweeps: variants x seeds that continue where they were cut off, one report; the launcher; the shipped configs."""
 
 import importlib
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -122,17 +121,9 @@ def test_a_bad_last_point_is_told_before_the_first_is_trained(folder, tmp_path, 
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.fixture(scope="module")
-def launch():
-    spec = importlib.util.spec_from_file_location("launch", ROOT / "experiments" / "quickstart" / "launch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-def test_the_launcher_makes_a_grid(launch, folder, tmp_path, monkeypatch):
-    asked = []
+def test_the_launcher_makes_a_grid(recipe, folder, tmp_path, monkeypatch):
+    launch, asked = recipe("quickstart", "launch"), []
     monkeypatch.setattr(sweep, "run", lambda config, workdir: asked.append((config, workdir)) or 0)
     path = small.write(small.config(folder), tmp_path / "config.py")
     arguments = [f"--config={path}", f"--workdir={tmp_path / 'grid'}", "--seeds=0,1", "--config.stream.steps=5"]
@@ -213,10 +204,8 @@ def test_sweeps_of_rollouts_can_be_built_and_share_their_start(shipped, name):
     assert all(start == next(iter(starts.values())) for start in starts.values())
 
 
-def test_the_pilot_of_soft_rl_has_other_seeds_than_the_comparison(shipped):
-    spec = importlib.util.spec_from_file_location("soft_rl_launch", ROOT / "experiments" / "soft_rl" / "launch.py")
-    pilot = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pilot)
+def test_the_pilot_of_soft_rl_has_other_seeds_than_the_comparison(recipe, shipped):
+    pilot = recipe("soft_rl", "launch")
     config = shipped("soft_rl_compare")
     runs = sweep.expand(pilot.pilot(config, [10, 20]))
     told = [(one["policy"], one["stream"]["stages"][0]["steps"], one["seed"]) for one in runs]
