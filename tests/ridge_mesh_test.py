@@ -14,8 +14,8 @@ from ridge_test import off, rows, sums64, wide
 
 from jaxcl import mesh as meshes
 from jaxcl.kernels import ridge, sharded
-from jaxcl.kernels.ridge import pair
-from jaxcl.ridge import moments, recursion
+from jaxcl.kernels.ridge import cholesky, pair
+from jaxcl.ridge import moments, recursion, solve
 from jaxcl.types import TrainState
 
 D, C, B = 256, 6, 64
@@ -174,3 +174,59 @@ def test_a_matrix_that_is_not_cut_is_updated_by_the_kernel_on_every_device():
             assert "shard_map" in str(jax.make_jaxpr(function)(*operands))
             text = jax.jit(function).trace(*operands).lower(lowering_platforms=("tpu",)).as_text()
             assert text.count("@tpu_custom_call") == 1
+
+
+SHARES = [
+    ({"data": 2, "fsdp": 4}, 96),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 512),
+    ({"data": 8}, 8),
+]
+
+
+@pytest.mark.parametrize(("sizes", "size"), SHARES)
+def test_a_factor_cut_by_rows_is_that_of_one_device(sizes, size):
+    mesh, rng = meshes.make(**sizes), np.random.default_rng(size)
+    x = rng.standard_normal((2 * size, size)) * np.exp(rng.standard_normal(size))
+    a, b = (x.T @ x + np.eye(size)).astype(np.float32), rng.standard_normal((size, 5)).astype(np.float32)
+    cut, copy = NamedSharding(mesh, CUT), NamedSharding(mesh, P())
+    own = jax.device_put(np.tril(a) + np.triu(rng.standard_normal(a.shape), 1).astype("f"), cut)  # the rest is not read
+    factor = jax.jit(meshes.on(mesh, cholesky.factor)).lower(own).compile(compiler_options=toys.QUICK)
+    found = factor(own)
+    want = np.linalg.cholesky(a.astype(np.float64))
+    assert found.sharding.shard_shape(a.shape) == cut.shard_shape(a.shape)
+    assert off(found, want) < 1e-6
+    assert (np.triu(found, 1) == 0).all()
+    solve = jax.jit(meshes.on(mesh, cholesky.solve)).lower(found, jax.device_put(b, copy)).compile()
+    alone = cholesky.solve(jnp.asarray(np.asarray(found)), jnp.asarray(b))
+    scaled = np.linalg.cond(a.astype(np.float64)) * 2.0**-24
+    assert off(solve(found, jax.device_put(b, copy)), np.asarray(alone, np.float64)) < scaled
+    np.testing.assert_allclose(np.asarray(found) @ (np.asarray(found).T @ np.asarray(alone)), b, atol=1e-3)
+    parts = size // cut.shard_shape(a.shape)[0]
+    assert max(wires(factor.as_text())) <= cholesky.width(size, parts) * size
+    assert max(wires(solve.as_text())) <= max(5 * size, 5 * cholesky.width(size, parts))
+    bad = jax.device_put(a - 2 * np.diag(np.diag(a)) * (np.arange(size) == size // 2), cut)
+    assert np.isnan(factor(bad)).any()
+
+
+def test_panels_divide_the_rows_of_a_device():
+    assert [cholesky.width(size, 8) for size in (8, 96, 4096, 5000, 8 * 257, 8 * 509)] == [1, 12, 256, 125, 257, 509]
+
+
+@pytest.mark.parametrize("function", [solve.weights, recursion.start])
+def test_weights_on_a_mesh_are_those_of_one_device_and_move_panels_only(function):
+    m = state()[0]["moments"]
+    mesh = meshes.make(data=2, fsdp=4)
+    train = TrainState(jnp.int32(0), {}, (), m)
+    own = jax.device_put(m, meshes.state_shardings(mesh, {}, jax.eval_shape(lambda: train)).memory)
+    program = jax.jit(meshes.on(mesh, lambda m: function(m, 0.1))).lower(own).compile(compiler_options=toys.QUICK)
+    assert D * D // 8 in wires(program.as_text())
+    assert max(wires(program.as_text())) < D * D
+    found, want = program(own), toys.quick(lambda m: function(m, 0.1))(jax.tree.map(jnp.asarray, m))
+    if function is recursion.start:
+        exact = np.linalg.inv(wide(m.gram) + 0.1 * np.eye(D))
+        assert off(found.r, exact) < 2 * off(want.r, exact) < 1e-4
+        assert off(found.w, np.asarray(want.w, np.float64)) < 1e-6
+        assert found.r.sharding.shard_shape((D, D)) == (D // 8, D)
+    else:
+        assert off(wide(pair.Pair(found.weights, found.low)), wide(pair.Pair(want.weights, want.low))) < 1e-9
+        assert float(found.bound) < 1e-6

@@ -77,6 +77,11 @@ class Strips(NamedTuple):
     mesh: AbstractMesh
     axes: tuple[str, ...]
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts the rows are cut."""
+        return math.prod(self.mesh.shape[name] for name in self.axes)
+
     def run(
         self, f: Callable[..., Sequence[jax.Array]], matrices: Sequence[jax.Array], operands: Sequence[jax.Array]
     ) -> Sequence[jax.Array]:

@@ -8,7 +8,7 @@ r"""ACIL and G-ACIL: the head is the ridge regression of all rows ever seen, wha
 Source: ACIL (Zhuang et al. 2022, equations 8 to 10); G-ACIL (Zhuang et al. 2024, equations 8 to 12) for classes that
 come again, which is the same method. Needs `config.adapter='analytic'`.
 Memory: 8 d (d + C) bytes, with a recursion 4 d (d + C) more. Compute: `jaxcl.ridge`; a step costs 6 d^2 b. On a mesh no
-matrix travels in a step, but to solve, and to start the recursion, A is gathered.
+matrix travels, unless gamma is chosen, which gathers A.
 
 Deviations. The sums are kept, in pairs of float32, and not the inverse alone: half the work, an error that is known and
 does not grow, rows that may be merged or taken out. The recursion is by Cholesky, in blocks, and starts anew from

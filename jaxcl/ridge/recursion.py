@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from jaxcl.kernels import ridge
-from jaxcl.kernels.ridge import pair
+from jaxcl.kernels import ridge, sharded
+from jaxcl.kernels.ridge import cholesky, pair
 from jaxcl.ridge import solve
 from jaxcl.ridge.moments import Moments, check_width, prepare
 
@@ -61,6 +61,9 @@ def start(m: Moments, gamma: solve.Gamma) -> Inverse:
 def begun(found: solve.Solution) -> Inverse:
     """Returns the inverse that belongs to a solution."""
     size = found.factor.shape[0]
+    shared = sharded.strips(size)
+    if shared and shared.axes:
+        return Inverse(cholesky.solve(found.factor, jnp.eye(size)), found.weights)
     lower = solve_triangular(found.factor, jnp.eye(size), lower=True)
     return Inverse(ridge.downdate(jnp.zeros((size, size)), lower, 1.0), found.weights)
 

@@ -6,8 +6,8 @@ Iterative refinement (Wilkinson 1963; Carson & Higham 2018 for three precisions)
 here about 2^-40, if the condition is below about 2^24 / d; conjugate gradients inside reach beyond that, where the
 factor is that of a shifted matrix or of an older one.
 
-Cost: d^3 / 3 for the factor, and per round about 12 d^2 C for the residual and 4 d^2 C for a step of CG. On a mesh A is
-cut by rows and a factorisation is not: A is gathered, and every device factors all of it.
+Cost: d^3 / 3 for the factor, and per round about 12 d^2 C for the residual and 4 d^2 C for a step of CG. On a mesh it
+is all cut by rows (`jaxcl.kernels.ridge.cholesky`); only the eigendecompositions of `path`, `leave_one_out` gather A.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
 
-from jaxcl.kernels.ridge import pair
+from jaxcl.kernels.ridge import cholesky, pair
 from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge.moments import Moments, check_gamma, prepare
 
@@ -68,22 +67,20 @@ def factor(gram: Pair, gamma: Gamma) -> jax.Array:
     size = gram.high.shape[0]
     top = jnp.max(jnp.diagonal(gram.high)) + pair.of(gamma).high
 
-    def attempt(shift: jax.Array) -> jax.Array:
-        return jnp.linalg.cholesky(gram.high + (pair.of(gamma).high + shift) * jnp.eye(size), symmetrize_input=False)
-
     def fails(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         return ~jnp.all(jnp.isfinite(carry[1])) & (carry[0] < top)
 
-    def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        shift = jnp.maximum(8 * carry[0], 8 * _EPSILON * top)
-        return shift, attempt(shift)
+    def attempt(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        shift = jnp.where(carry[0] < 0, 0.0, jnp.maximum(8 * carry[0], 8 * _EPSILON * top))
+        return shift, cholesky.factor(gram.high + (pair.of(gamma).high + shift) * jnp.eye(size))
 
-    return jax.lax.while_loop(fails, again, (jnp.float32(0), attempt(jnp.float32(0))))[1]
+    none = jnp.float32(-1), jnp.full((size, size), jnp.nan)
+    return jax.lax.while_loop(fails, attempt, none)[1]
 
 
 def _apply(lower: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Returns r -> (L L^T)^-1 r."""
-    return lambda r: solve_triangular(lower, solve_triangular(lower, r, lower=True), lower=True, trans=1)
+    return lambda r: cholesky.solve(lower, r)
 
 
 def _residual(gram: Pair, right: Pair, gamma: Pair, w: Pair) -> jax.Array:
