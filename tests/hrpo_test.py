@@ -353,7 +353,12 @@ def test_loaded_parameters_are_those_of_the_rest():
         ({"policy": "hrpo(temperature=0.0)"}, "config.policy temperature=0.0: must be positive"),
         ({"policy": "soft", "optim__multipliers": {}, "rollout__modes": ["hrpo"]}, "rollout.modes: hrpo needs a gate"),
         (
-            {"stream__stages": [{"name": "worked", "steps": 2, "mixture": {"three": 1.0}, "learn": "csft"}]},
+            {
+                "stream__stages": [
+                    {"name": "worked", "steps": 2, "mixture": {"three": 1.0}, "learn": "csft"},
+                    {"name": "drawn", "steps": 2, "mixture": {"three": 1.0}, "learn": "rl"},
+                ]
+            },
             r"config\.stream\.stages\[0\]\.learn='csft': feeds mixtures past the gate of hrpo; set learn='sft'",
         ),
         ({"adapter": "lora", "optim__multipliers": {}}, "config.adapter: 'hrpo' trains a gate beside the whole model"),
