@@ -129,11 +129,11 @@ def test_the_recorded_step_sends_its_gradients_and_nothing_else_to_the_other_sli
 
 
 def gradients_only(found):
-    """Each gradient crosses once, cut over the four chips of a slice or, if it is small or not even, over fewer."""
+    """Each gradient crosses once, cut over the four chips of a slice or over the two of `fsdp`, padded to tiles."""
     assert (found["slices"], found["devices"], found["mesh"]) == (2, 8, {"replica": 2, "data": 2, "fsdp": 2})
     assert found["between_slices"].keys() == {"all-reduce"}
     whole = 4 * found["trained_parameters"]  # bytes of the gradient in float32
-    assert whole / 4 <= found["between_slices"]["all-reduce"]["bytes"] <= whole / 2
+    assert whole / 4 <= found["between_slices"]["all-reduce"]["bytes"] <= 0.6 * whole
     assert found["collectives"]["all-gather"]["times"] >= 1  # of parameters, inside a slice
 
 
