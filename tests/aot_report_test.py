@@ -71,17 +71,16 @@ def test_floors_bound_the_utilisation():
 
 
 def test_the_closed_form_of_collectives_is_that_of_compiled_programs():
-    for name in ("8b_v5e", "8b_v5p", "70b_v5p"):
+    for name in ("8b_v5e", "8b_v5p", "70b_v5p", "scaling/8b_v5p_64"):
         found = json.loads((RESULTS / f"{name}.json").read_text())
-        model = name.split("_")[0]
+        model, kind, chips = (*Path(name).name.split("_"), "256")[:3]
         had = sum(one["bytes"] for one in found["collectives"].values())
         wanted = sum(one["bytes"] for one in scaling.formula(model, 1).values())
         assert had == pytest.approx(wanted, rel=0.04)
-        kind = name.split("_")[1]
-        made = scaling.figures(model, kind, 256, 256, 1, found["needed_gib"], found["collectives"])
+        made = scaling.figures(model, kind, int(chips), 256, 1, found["needed_gib"], found["collectives"])
         assert made["floors"]["compute_s"] == pytest.approx(found["floors"]["compute_s"], rel=1e-3)
-        needed = scaling.memory(model, kind, 256, 1, 1)
-        assert needed == pytest.approx(found["needed_gib"], rel=0.02)
+        needed = scaling.memory(model, kind, int(chips), 256 // int(chips), 1)
+        assert needed == pytest.approx(found["needed_gib"], rel=0.02 if chips == "256" else 0.08)  # taken from 256
 
 
 def test_the_table_of_scaling_is_that_of_its_parts():

@@ -38,7 +38,7 @@ PRESETS = {"8b": "llama3-8b", "70b": "llama3-70b"}
 # Bytes a second of a chip to other slices: 6.4 Tbps for a pod of 256 chips (https://cloud.google.com/tpu/docs/v5e).
 BETWEEN_SLICES = 6.4e12 / 8 / 256
 MOST_ROWS = 4  # of a chip and pass: what a layer needs besides is known for one row, and grows with them
-COMPILED = (("8b", "v5p", 16), ("8b", "v5p", 64), ("8b", "v5e", 16))
+COMPILED = (("8b", "v5p", 64), ("8b", "v5e", 64), ("8b", "v5p", 16), ("8b", "v5e", 16))
 HEAD = (
     "| model, chips | how | rows a step, passes | GiB needed of | gathered + summed, GiB | sent, GiB | arithmetic, ms "
     "| links, ms | bound: hidden | bound: in turn |"

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     """
     parser = console.Parser(prog="python -m jaxcl.aot", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--topology", required=True, help=f"KIND:SIZES; {topology.EXAMPLES}")
+    parser.add_argument("--slices", type=int, default=1, help="TPU slices of that topology; mesh.replica crosses them")
     parser.add_argument("--config", required=True, help="file with get_config(), as for jaxcl.main")
     parser.add_argument("--variant", help="of a sweep; default: the first")
     parser.add_argument("--search", choices=("batch", "microbatches"), nargs="?", const="batch", help=SEARCH)
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     if any(re.match(r"--?workdir(=|$)", arg) for arg in rest):
         raise UserError("--workdir: nothing is trained here; leave it out, or name a file for the results with --out")
     out = None if options.out is None else writable(options.out)
-    target = topology.parse(options.topology)
+    target = topology.parse(options.topology, options.slices)
     os.environ.update(topology.ENVIRONMENT)  # before JAX is imported
     from jaxcl import main as flags  # noqa: PLC0415
 
@@ -133,6 +134,7 @@ class Session:
         return {
             "config": self.name,
             "topology": self.target.name,
+            "slices": self.target.slices,
             "device": self.devices[0].device_kind,
             "fits": verdict.fits,
             "needed_gib": verdict.needed,
@@ -156,10 +158,10 @@ class Session:
         print("what would help:", flush=True)
         tried: list[dict[str, Any]] = []
         self.partial = result | {"knobs": tried}
-        for knob in knobs.single(config, result["mesh"]):
+        for knob in knobs.single(config, result["mesh"], self.target.slices):
             tried.append(self.attempt(knob, quick))
         if quick or not any(found.get("fits") for found in tried):
-            for knob in knobs.together(config, result["mesh"]):
+            for knob in knobs.together(config, result["mesh"], self.target.slices):
                 tried.append(self.attempt(knob, quick))
                 if tried[-1].get("fits"):
                     break

@@ -110,7 +110,8 @@ def floors(step: Step, topology: Topology, verdict: Verdict) -> dict[str, float]
         out["compute_s"] = facts["flops_per_step"] / (peak * facts["devices"])
     if known := verdict.details.get("memory_gib"):
         out["hbm_s"] = (known["arguments"] + known["outputs"]) * GIB / topology.chip.bandwidth
-    sizes = [size for size in facts["mesh"].values() if size > 1]
+    inside = facts["mesh"] | {"replica": facts["mesh"].get("replica", 1) // topology.slices}  # of one slice
+    sizes = [size for size in inside.values() if size > 1]
     if topology.chip.links and sizes and "collectives" in verdict.details:
         out["links_s"] = hlo.sent(verdict.details["collectives"], min(sizes)) / topology.chip.links
     return out

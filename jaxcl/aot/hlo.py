@@ -16,6 +16,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\]")
+# Between TPU slices, hosts exchange what the chips hand to them; what becomes of it is an attribute.
+_NETWORK = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _TRIPS = re.compile(r"\bknown_trip_count\D*(\d+)")
 
 
@@ -37,11 +39,13 @@ def read(text: str) -> dict[str, Any]:
 
     Returns:
       `collectives`: kind -> `sites` in the text, `times` per step, `bytes` per step and device (of the results);
+      `between_slices`: the same of what a device sends to other slices, after sums inside of its own;
       `pallas`: kernel -> times; `custom_calls`: other target -> times; `aliased`: inputs whose buffer an output takes.
     """
     parts, entry = _computations(text)
     times = _times(parts, entry)
     seen: dict[tuple[str, str], tuple[int, int]] = {}
+    sends: dict[tuple[str, str], tuple[int, int]] = {}
     pallas: Counter[str] = Counter()
     other: Counter[str] = Counter()
     for computation, lines in parts.items():
@@ -53,6 +57,9 @@ def read(text: str) -> dict[str, Any]:
                 site = (kind, channel.group(1) if channel else f"{computation}/{line.name}")
                 moved = (count, count * size(line.shape, largest=line.op.endswith("-start")))
                 seen[site] = min(seen.get(site, moved), moved)
+            elif line.op == "send" and count and (found := _NETWORK.search(line.rest)):
+                site = (found.group(1).lower().replace("_", "-"), f"{computation}/{line.name}")
+                sends[site] = (count, count * size(line.shape, largest=True))
             elif line.op == "custom-call" and count:
                 target = re.search(r'custom_call_target="([^"]*)"', line.rest)
                 name = target.group(1) if target else "unknown"
@@ -60,12 +67,18 @@ def read(text: str) -> dict[str, Any]:
                     pallas[_kernel(line)] += count
                 else:
                     other[name] += count
-    collectives: dict[str, dict[str, int]] = {}
+    moves = {"collectives": _totals(seen), "between_slices": _totals(sends)}
+    return {**moves, "pallas": dict(pallas), "custom_calls": dict(other), "aliased": _aliased(text)}
+
+
+def _totals(seen: Mapping[tuple[str, str], tuple[int, int]]) -> dict[str, dict[str, int]]:
+    """Returns (kind, place) -> (times, bytes) as kind -> totals."""
+    out: dict[str, dict[str, int]] = {}
     for (kind, _), (count, moved) in sorted(seen.items()):
-        total = collectives.setdefault(kind, {"sites": 0, "times": 0, "bytes": 0})
+        total = out.setdefault(kind, {"sites": 0, "times": 0, "bytes": 0})
         for key, value in (("sites", 1), ("times", count), ("bytes", moved)):
             total[key] += value
-    return {"collectives": collectives, "pallas": dict(pallas), "custom_calls": dict(other), "aliased": _aliased(text)}
+    return out
 
 
 def sent(collectives: Mapping[str, Mapping[str, int]], group: int) -> float:

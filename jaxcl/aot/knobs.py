@@ -42,20 +42,21 @@ def changed(config: Mapping[str, Any], name: str, values: Mapping[str, Any]) -> 
     return Knob(name, dict(values), new)
 
 
-def single(config: Mapping[str, Any], mesh: Mapping[str, int]) -> list[Knob]:
+def single(config: Mapping[str, Any], mesh: Mapping[str, int], slices: int = 1) -> list[Knob]:
     """Returns the changes that take less memory; all but the last two train the same model on the same rows.
 
     Args:
       config: that of the program that is too large.
       mesh: sizes of the axes of its mesh.
+      slices: of the topology, which `replica` alone may cross.
     """
     model, shards = config["model"], math.prod(mesh.get(axis, 1) for axis in ("replica", "data", "fsdp"))
     transformer = model.get("name", "transformer") == "transformer"
     out = []
     if transformer and model.get("remat", "none") != "full":
         out.append(changed(config, "remat", {"model.remat": "full"}))
-    if mesh.get("fsdp", 1) < shards:
-        out.append(changed(config, "fsdp", {"mesh.replica": 1, "mesh.data": 1, "mesh.fsdp": shards}))
+    if mesh.get("fsdp", 1) < shards // slices:
+        out.append(changed(config, "fsdp", {"mesh.replica": slices, "mesh.data": 1, "mesh.fsdp": shards // slices}))
     most = config["stream"]["batch"] // shards  # with one row for each device
     if most > config.get("microbatches", 1):
         out.append(changed(config, "microbatches", {"microbatches": most}))
@@ -67,9 +68,9 @@ def single(config: Mapping[str, Any], mesh: Mapping[str, int]) -> list[Knob]:
     return out
 
 
-def together(config: Mapping[str, Any], mesh: Mapping[str, int]) -> list[Knob]:
+def together(config: Mapping[str, Any], mesh: Mapping[str, int], slices: int = 1) -> list[Knob]:
     """Returns all changes that keep the length as one, and then all of them; for when no single one is enough."""
-    found, out = single(config, mesh), []
+    found, out = single(config, mesh, slices), []
     for names in ([k for k in found if k.name != "length"], found):
         if len(names) > 1 and (not out or len(out[0].name.split(" + ")) < len(names)):
             values = dict(pair for knob in names for pair in knob.values.items())

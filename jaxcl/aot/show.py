@@ -40,8 +40,9 @@ def line(name: str, text: str) -> str:
 def table(result: Mapping[str, Any]) -> list[str]:
     """Returns the lines of one program: the JSON that is written, in words."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in result["mesh"].items()) or "one device"
+    several = f", {result['slices']} slices" if result.get("slices", 1) > 1 else ""
     out = [
-        f"{result['config']} on {result['topology']}: {result['devices']} x {result['device']}",
+        f"{result['config']} on {result['topology']}{several}: {result['devices']} x {result['device']}",
         line("model", f"{count(result['parameters'])} parameters, {count(result['trained_parameters'])} trained"),
         line("mesh", mesh),
         line("step", _step(result)),
@@ -92,6 +93,9 @@ def _program(result: Mapping[str, Any]) -> list[str]:
         out.append(line("", f"peak of live buffers {gib(memory['peak'])}"))
     for kind, found in result["collectives"].items():
         out.append(line(kind, f"{found['times']:,} a step at {found['sites']} places, {gib(found['bytes'] / 2**30)}"))
+    for kind, found in result.get("between_slices", {}).items():
+        text = f"{kind}, {found['times']:,} a step at {found['sites']} places"
+        out.append(line("between slices", f"{text}, {gib(found['bytes'] / 2**30)} from each device"))
     kernels = ", ".join(f"{name} x {times}" for name, times in result["pallas"].items())
     out.append(line("Pallas kernels", kernels or f"none: {result.get('no_kernel') or 'the compiler left none'}"))
     donated = result["donation"]

@@ -67,6 +67,7 @@ class Topology(NamedTuple):
     name: str  # as it was given
     kind: str
     sizes: tuple[int, ...]  # of the torus, or the number of GPUs
+    slices: int = 1  # such tori, joined by the network of the data centre
 
     @property
     def chip(self) -> Chip:
@@ -79,11 +80,11 @@ class Topology(NamedTuple):
         return "tpu" if self.chip.dimensions else "cuda"
 
 
-def parse(text: str) -> Topology:
-    """Returns the topology of `KIND:AxB`, `KIND:AxBxC` or `h200:N`.
+def parse(text: str, slices: int = 1) -> Topology:
+    """Returns the topology of `slices` times `KIND:AxB` or `KIND:AxBxC`, or of `h200:N`.
 
     Raises:
-      UserError: there is no such kind, or the sizes do not fit it.
+      UserError: there is no such kind, the sizes do not fit it, or it has no slices.
     """
     kind, _, rest = text.strip().lower().partition(":")
     kind = ALIASES.get(kind, kind)
@@ -105,17 +106,24 @@ def parse(text: str) -> Topology:
         near = dict.fromkeys(f"{kind}:{'x'.join(map(str, (*pair, *sizes[2:])))}" for pair in (low, high))
         fault = "the first two sizes must be even, as a host has 2x2 chips, or all sizes 1"
         raise UserError(f"--topology={text}: {fault}; nearby: {', '.join(near)}")
-    return Topology(text, kind, sizes)
+    if slices < 1:
+        raise UserError(f"--slices={slices}: must be at least 1")
+    if slices > 1 and not wanted:
+        fault = "GPUs lie in hosts, not in slices; leave it out, and name all of them"
+        raise UserError(f"--slices={slices}: {fault}: --topology={kind}:{sizes[0] * slices}")
+    return Topology(text, kind, sizes, slices)
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Returns a JAX device for every chip; they can be compiled for, and no more.
+    """Returns a JAX device for every chip of all slices; they can be compiled for, and no more.
 
     Raises:
-      UserError: the compiler is not installed, or does not know such a topology.
+      UserError: the compiler is not installed, or does not know such a topology, or no slices.
     """
     _require(topology)
     from jax.experimental import topologies  # noqa: PLC0415  (the environment must be set before)
+
+    from jaxcl import slices  # noqa: PLC0415
 
     options: dict[str, Any] = {"platform": topology.platform}
     if topology.platform == "tpu":
@@ -124,16 +132,24 @@ def devices(topology: Topology) -> list[Any]:
             options["chip_config_name"] = topology.chip.config
         if math.prod(topology.sizes) == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
+        if topology.slices > 1:
+            options["num_slices"] = topology.slices
     else:
         gpus = topology.sizes[0]
         hosts = max(gpus // HOST, 1)
         options["topology"] = f"1x{hosts}x{gpus // hosts}"  # slices x hosts x GPUs
         options["target_config"] = importlib.resources.files("jaxcl.aot").joinpath("h200.txtpb").read_text()
     try:
-        return list(topologies.get_topology_desc(**options).devices)
+        found = list(topologies.get_topology_desc(**options).devices)
     except Exception as error:  # the plugins raise what they like
         text = " ".join(str(error).split())[:200]
-        raise UserError(f"--topology={topology.name}: the compiler refuses it ({text}); {EXAMPLES}") from error
+        several = f" --slices={topology.slices}" if topology.slices > 1 else ""
+        fault = f"--topology={topology.name}{several}: the compiler refuses it"
+        raise UserError(f"{fault} ({text}); {EXAMPLES}") from error
+    if topology.slices > 1 and slices.count(found) != topology.slices:
+        fault = f"this libtpu knows {slices.count(found)} of them; install a newer one, or leave it out"
+        raise UserError(f"--slices={topology.slices}: {fault}: {INSTALL}")
+    return found
 
 
 def _require(topology: Topology) -> None:
