@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import boxed_oracle as oracle
 import jax
@@ -115,6 +117,35 @@ def test_a_run_is_certified_again_from_its_folder(trained):
         told = found[-1]["certificate"][one["domain"]]
         assert one["now"] == pytest.approx(told["promised"], abs=1e-6)
         assert one["joint_now"] == pytest.approx(told["joint"], abs=1e-6)
+
+
+def test_a_run_that_cannot_be_certified_again_says_why(trained, tmp_path, monkeypatch):
+    """Other held-out rows; the shapes of another network; a ledger in which nothing is, whose boxes do not meet."""
+    kind, _, place = trained
+    if kind == "one network":
+        return
+    original, params = (place / "run.json").read_text(), command.saved.params
+    shutil.copytree(place, tmp_path / "run")
+
+    def refused(words, change=lambda config: None):
+        told = json.loads(original)
+        change(told["config"])
+        (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+        with pytest.raises(UserError, match=words):
+            command.check(tmp_path / "run")
+
+    refused("held-out rows are not those of the run", lambda config: config["sources"]["task_01"].update(held_out=48))
+    refused("ledger is of another network", lambda config: config["model"].update(hidden=[13]))
+    refused("makes no boxes of weights", lambda config: config.update(adapter=None))
+
+    def empty(*args, **options):
+        step, found = params(*args, **options)
+        lower = found[LEDGER]["lower"]
+        ends = {"lower": np.full_like(lower, -np.inf), "upper": np.full_like(lower, np.inf)}
+        return step, {**found, LEDGER: {**found[LEDGER], **ends}}
+
+    monkeypatch.setattr(command.saved, "params", empty)
+    refused(r"box of task_01 misses those of the tasks before it in .*project=True")
 
 
 def test_the_ledger_of_another_network_is_refused(tmp_path):
