@@ -15,7 +15,7 @@ import rl_small
 import small
 import toys
 
-from jaxcl import certify
+from jaxcl import certify, folder
 from jaxcl.certify import __main__ as command
 from jaxcl.data import scenarios
 from jaxcl.methods import hyperinterval
@@ -50,7 +50,7 @@ def trained(request, tmp_path_factory):
         "optim": {"name": "adam", "clip": None},
         "schedule": {"name": "constant", "peak": 5e-3},
         "evaluation": {"every": STEPS, "rows": 64},
-        "checkpoint": {"every_steps": 10**6, "every_minutes": None, "keep": 1},
+        "checkpoint": {"every_steps": STEPS, "every_minutes": None, "keep": TASKS},
         "tensorboard": False,
     }
     place = tmp_path_factory.mktemp("certified") / "run"
@@ -117,6 +117,21 @@ def test_a_run_is_certified_again_from_its_folder(trained):
         told = found[-1]["certificate"][one["domain"]]
         assert one["now"] == pytest.approx(told["promised"], abs=1e-6)
         assert one["joint_now"] == pytest.approx(told["joint"], abs=1e-6)
+
+
+def test_a_run_that_goes_on_has_the_same_promises(trained, tmp_path):
+    """From the end of the first task: what it learns, and what it is held to, are those of a run that was whole."""
+    kind, found, place = trained
+    if kind == "task networks":
+        return
+    shutil.copytree(place, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(path.name) > STEPS:
+            shutil.rmtree(path)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    rl_small.run(folder.about(place)["config"], tmp_path / "run")
+    again = [r for r in small.records(tmp_path / "run", "eval") if r["boundary"] is not None]
+    assert [r["certificate"] for r in again] == [r["certificate"] for r in found]
 
 
 def test_a_run_that_cannot_be_certified_again_says_why(trained, tmp_path, monkeypatch):
