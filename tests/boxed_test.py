@@ -160,6 +160,27 @@ def test_rows_of_two_tasks_have_no_network():
         assert np.isfinite(trial.logits(params, rows).logits).all()
 
 
+def test_one_network_is_that_of_the_task_that_is_learned_whatever_rows_say():
+    """Else it would be told the task of held-out rows."""
+    trial = Trial("one network")
+    start, rows, seen = trial.init(jax.random.key(0)), toys.classes(0), []
+    centres = np.asarray(toys.quick(trial.made.boxes)(start["generator"], jnp.arange(toys.T), jnp.zeros(toys.T))[0])
+    box = toys.quick(lambda params, task: boxes.box(trial.made, params, task))
+    for current in range(toys.T):
+        params = trial.current(start, current)
+        others = [dataclasses.replace(rows, task=jnp.full_like(rows.task, t)) for t in range(toys.T)]
+        found = [np.asarray(trial.logits(params, one).logits) for one in others]
+        for t in range(toys.T):
+            np.testing.assert_array_equal(found[t], found[0])
+            np.testing.assert_allclose(trial.point(params, t), centres[current], rtol=1e-6, atol=1e-7)
+            low, high = box(params, t)
+            assert (low <= centres[current]).all()
+            assert (high >= centres[current]).all()
+            np.testing.assert_array_equal([low, high], box(params, 0))
+        seen.append(found[0])
+    assert np.ptp(seen, axis=0).max() > 1e-4  # their networks are three
+
+
 def test_a_clipped_weight_can_come_back_and_is_not_driven_away():
     x, where = jnp.array([-2.0, -2.0, 0.5, 2.0, 2.0]), Interval(-jnp.ones(5), jnp.ones(5))
     value, back = jax.vjp(lambda x: boxes.inside(x, where), x)

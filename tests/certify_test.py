@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import boxed_oracle as oracle
 import jax
@@ -13,7 +15,7 @@ import rl_small
 import small
 import toys
 
-from jaxcl import certify
+from jaxcl import certify, folder
 from jaxcl.certify import __main__ as command
 from jaxcl.data import scenarios
 from jaxcl.methods import hyperinterval
@@ -48,7 +50,7 @@ def trained(request, tmp_path_factory):
         "optim": {"name": "adam", "clip": None},
         "schedule": {"name": "constant", "peak": 5e-3},
         "evaluation": {"every": STEPS, "rows": 64},
-        "checkpoint": {"every_steps": 10**6, "every_minutes": None, "keep": 1},
+        "checkpoint": {"every_steps": STEPS, "every_minutes": None, "keep": TASKS},
         "tensorboard": False,
     }
     place = tmp_path_factory.mktemp("certified") / "run"
@@ -115,6 +117,50 @@ def test_a_run_is_certified_again_from_its_folder(trained):
         told = found[-1]["certificate"][one["domain"]]
         assert one["now"] == pytest.approx(told["promised"], abs=1e-6)
         assert one["joint_now"] == pytest.approx(told["joint"], abs=1e-6)
+
+
+def test_a_run_that_goes_on_has_the_same_promises(trained, tmp_path):
+    """From the end of the first task: what it learns, and what it is held to, are those of a run that was whole."""
+    kind, found, place = trained
+    if kind == "task networks":
+        return
+    shutil.copytree(place, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(path.name) > STEPS:
+            shutil.rmtree(path)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    rl_small.run(folder.about(place)["config"], tmp_path / "run")
+    again = [r for r in small.records(tmp_path / "run", "eval") if r["boundary"] is not None]
+    assert [r["certificate"] for r in again] == [r["certificate"] for r in found]
+
+
+def test_a_run_that_cannot_be_certified_again_says_why(trained, tmp_path, monkeypatch):
+    """Other held-out rows; the shapes of another network; a ledger in which nothing is, whose boxes do not meet."""
+    kind, _, place = trained
+    if kind == "one network":
+        return
+    original, params = (place / "run.json").read_text(), command.saved.params
+    shutil.copytree(place, tmp_path / "run")
+
+    def refused(words, change=lambda config: None):
+        told = json.loads(original)
+        change(told["config"])
+        (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+        with pytest.raises(UserError, match=words):
+            command.check(tmp_path / "run")
+
+    refused("held-out rows are not those of the run", lambda config: config["sources"]["task_01"].update(held_out=48))
+    refused("ledger is of another network", lambda config: config["model"].update(hidden=[13]))
+    refused("makes no boxes of weights", lambda config: config.update(adapter=None))
+
+    def empty(*args, **options):
+        step, found = params(*args, **options)
+        lower = found[LEDGER]["lower"]
+        ends = {"lower": np.full_like(lower, -np.inf), "upper": np.full_like(lower, np.inf)}
+        return step, {**found, LEDGER: {**found[LEDGER], **ends}}
+
+    monkeypatch.setattr(command.saved, "params", empty)
+    refused(r"box of task_01 misses those of the tasks before it in .*project=True")
 
 
 def test_the_ledger_of_another_network_is_refused(tmp_path):

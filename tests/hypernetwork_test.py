@@ -223,6 +223,39 @@ def test_all_tasks_at_once_are_one_after_the_other(universal):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
+@pytest.mark.parametrize("universal", KINDS)
+@pytest.mark.parametrize(("size", "hidden", "gamma"), [(1, (3,), 1e-6), (32, (7, 4, 5), 10.0)])
+def test_boxes_of_other_sizes_hold_their_networks(universal, size, hidden, gamma):
+    made = made_of(universal, embedding=size, hidden=hidden, gamma=gamma)
+
+    def one(key):
+        generator = drawn(made, key)["generator"]
+        return generator, made.boxes(generator, jnp.array([1]), ONE), made.tight(generator, jnp.int32(1))
+
+    found = jax.device_get(toys.quick(jax.vmap(one))(jax.random.split(jax.random.key(6), 20)))
+    rng = np.random.default_rng(6)
+    for i in range(20):
+        generator, (middles, radii), tight = jax.tree.map(lambda x, i=i: x[i], found)
+        exact = oracle.wide(generator)
+        centre, radius = oracle.embedded(exact, 1, gamma, universal)
+        assert radius.sum() == pytest.approx(gamma)
+        networks = oracle.point(exact, oracle.sampled(rng, centre, radius, 100))
+        for middle, half in ((middles[0], radii[0]), tight):
+            low, high = np.float64(middle) - half, np.float64(middle) + half
+            assert (networks >= low - slack((low, high))).all()
+            assert (networks <= high + slack((low, high))).all()
+
+
+def test_small_boxes_of_the_published_start_are_a_tenth_of_those_of_interval_arithmetic():
+    """Few ReLUs are undecided, so that the hypernetwork is almost linear in a box; see the README of hyperinterval."""
+    made = toys.boxed(universal=False, embedding=72, hidden=(75, 75), gamma=1.0, start="published").boxed
+    generator = toys.quick(made.model.init)(jax.random.key(0))["generator"]
+    radii = toys.quick(lambda g, t: (made.boxes(g, t[None], ONE)[1], made.tight(g, t)[1]))
+    for task in range(toys.T):
+        wide, tight = radii(generator, jnp.int32(task))
+        assert 0 < tight.mean() < 0.1 * wide.mean()
+
+
 def test_nested_embeddings_have_an_intersection():
     """Of any seven: it is there, its radius is between one and two sigma, and its weights are in the box of each."""
     gamma, tasks = 3.0, 7
