@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxcl.mesh import BATCH
 from jaxcl.schema import UserError
 
 MAX_PROBES = 24  # steps of a search upwards
@@ -49,13 +50,14 @@ def single(config: Mapping[str, Any], mesh: Mapping[str, int]) -> list[Knob]:
       config: that of the program that is too large.
       mesh: sizes of the axes of its mesh.
     """
-    model, shards = config["model"], math.prod(mesh.get(axis, 1) for axis in ("replica", "data", "fsdp"))
+    model, shards = config["model"], math.prod(mesh.get(axis, 1) for axis in BATCH)
     transformer = model.get("name", "transformer") == "transformer"
     out = []
     if transformer and model.get("remat", "none") != "full":
         out.append(changed(config, "remat", {"model.remat": "full"}))
-    if mesh.get("fsdp", 1) < shards:
-        out.append(changed(config, "fsdp", {"mesh.replica": 1, "mesh.data": 1, "mesh.fsdp": shards}))
+    cut = shards // mesh.get("expert", 1)
+    if mesh.get("fsdp", 1) < cut:
+        out.append(changed(config, "fsdp", {"mesh.replica": 1, "mesh.data": 1, "mesh.fsdp": cut}))
     most = config["stream"]["batch"] // shards  # with one row for each device
     if most > config.get("microbatches", 1):
         out.append(changed(config, "microbatches", {"microbatches": most}))

@@ -63,7 +63,8 @@ def sequence(
     batch = plan.rows.task.shape[0]
 
     def losses(params: Params, rows: Batch) -> grad.Losses:
-        return {"loss": setting.loss(setting.model.apply(params, rows), rows)}
+        output = setting.model.apply(params, rows)
+        return {"loss": setting.loss(output, rows), **(output.terms or {})}
 
     def sgd(carry: tuple[Params, jax.Array], i: jax.Array) -> tuple[tuple[Params, jax.Array], None]:
         params, told = carry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
@@ -78,6 +79,13 @@ class Config:
     max_length: int = 8192
     vocab_multiple: int = 1
     init_std: float = 0.02
+    experts: int | None = None
+    experts_per_token: int = 2
+    expert_mlp: int | None = None
+    norm_topk: bool = True
+    capacity: float | None = None
+    balance: float = 0.01
+    router_z: float = 0.0
     remat: str = "none"
     attention: str = "auto"
     compute_dtype: str = "float32"
@@ -87,6 +95,11 @@ class Config:
     def rows(self) -> int:
         """Returns the number of rows that the embedding and the head are stored with."""
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def active(self) -> float:
+        """Returns the share of the experts that a token meets."""
+        return 1.0 if self.experts is None else self.experts_per_token / self.experts
 
 
 def resolve(fields: Mapping[str, Any]) -> Config:
@@ -100,7 +113,8 @@ def resolve(fields: Mapping[str, Any]) -> Config:
         if name not in given:
             raise UserError(f"config.model.{name}: missing; set it or choose a preset")
     sizes = ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp")
-    for name in (*sizes, "max_length", "unroll", "window", "vocab_multiple"):
+    sizes += ("max_length", "unroll", "window", "vocab_multiple", "experts", "experts_per_token", "expert_mlp")
+    for name in sizes:
         if not 1 <= given.get(name, 1) < 2**31:
             raise UserError(f"config.model.{name}={given[name]!r}: must be at least 1 and below 2^31")
     for name in ("rope_theta", "norm_eps", "init_std"):
@@ -124,7 +138,30 @@ def resolve(fields: Mapping[str, Any]) -> Config:
     if given["head_dim"] % 2:
         raise UserError(f"config.model.head_dim={given['head_dim']}: must be even, as RoPE rotates pairs")
     given["window_layers"] = _window_layers(given)
+    _check_experts(given)
     return Config(**given)
+
+
+def _check_experts(given: Mapping[str, Any]) -> None:
+    """Raises UserError for options of experts that do not fit together, or that have no experts."""
+    names = ("experts_per_token", "expert_mlp", "norm_topk", "capacity", "balance", "router_z")
+    if (count := given.get("experts")) is None:
+        for name in names:
+            if name in given:
+                raise UserError(f"config.model.{name}={given[name]!r}: of experts; set config.model.experts as well")
+        return
+    if (taken := given.get("experts_per_token", Config.experts_per_token)) > count:
+        raise UserError(f"config.model.experts_per_token={taken}: there are {count} experts; use at most that many")
+    if not 0 < given.get("capacity", 1.0) < math.inf:
+        raise UserError(
+            f"config.model.capacity={given['capacity']!r}: must be positive and finite, e.g. 1.25; without it no token "
+            "is dropped"
+        )
+    for name in ("balance", "router_z"):
+        if not 0 <= given.get(name, 0.0) < math.inf:
+            raise UserError(f"config.model.{name}={given[name]!r}: must not be negative, and finite; 0 leaves it out")
+    if given.get("mlp_bias"):
+        raise UserError("config.model.mlp_bias=True: experts have no biases; leave it out")
 
 
 def _window_layers(given: Mapping[str, Any]) -> tuple[bool, ...] | None:
