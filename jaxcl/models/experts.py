@@ -83,7 +83,7 @@ def route(c: Config, logits: jax.Array, inside: jax.Array, *, bounded: bool) -> 
     experts, taken = logits.shape[-1], c.experts_per_token
     p = jax.nn.softmax(logits)
     choice = _largest(p, taken)
-    picked = (choice[..., None] == jnp.arange(experts)).astype(p.dtype)  # [B, L, k, E]
+    picked = jax.nn.one_hot(choice, experts, dtype=p.dtype)  # [B, L, k, E]
     shares = jnp.sum(picked * p[:, :, None], axis=3)
     if c.norm_topk:
         shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
@@ -117,7 +117,7 @@ def _largest(p: jax.Array, count: int) -> jax.Array:
     p, places = jax.lax.stop_gradient(p), []
     for _ in range(count):
         places.append(jnp.argmax(p, axis=-1))
-        p = jnp.where(places[-1][..., None] == jnp.arange(p.shape[-1]), -jnp.inf, p)
+        p = jnp.where(jax.nn.one_hot(places[-1], p.shape[-1], dtype=bool), -jnp.inf, p)
     return jnp.stack(places, axis=-1)
 
 
