@@ -111,9 +111,13 @@ def test_mixture_and_its_gradients_are_those_of_the_loop(count):
         return kernels.mixture(x, jnp.asarray(choice, jnp.int32), shares, gate, up, down)
 
     args = [jnp.asarray(a, jnp.float32) for a in (x, shares, p["gate"], p["up"], p["down"])]
-    got, back = toys.quick(lambda *a: (lambda out, pull: (out, pull(jnp.asarray(c, jnp.float32))))(*jax.vjp(f, *a)))(
-        *args
-    )
+
+    @toys.quick
+    def both(*args):
+        out, back = jax.vjp(f, *args)
+        return out, back(jnp.asarray(c, jnp.float32))
+
+    got, back = both(*args)
     np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-5)
     for name, found in zip(("x", "shares", "gate", "up", "down"), back, strict=True):
         np.testing.assert_allclose(found, d[name], rtol=1e-4, atol=1e-5 * np.abs(d[name]).max(), err_msg=name)
