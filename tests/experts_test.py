@@ -324,6 +324,23 @@ def test_a_mesh_with_experts_is_one_device_and_gathers_no_expert(sizes):
     assert " reduce-scatter(" in step.as_text()
 
 
+@pytest.mark.parametrize(("sizes", "count"), [({"data": 2, "expert": 2}, 2), ({"expert": 2, "tensor": 4}, 3)], ids=str)
+def test_rows_that_the_experts_axis_does_not_divide_are_on_all_its_devices(sizes, count):
+    rng, p = np.random.default_rng(4), weights_of()
+    choice = np.stack([rng.permutation(E)[:2] for _ in range(count * L)]).reshape(count, L, 2).astype(np.int32)
+    x, shares = rng.normal(size=(count, L, D)), rng.random((count, L, 2))
+    args = [jnp.asarray(a, jnp.float32) for a in (x, shares, p["gate"], p["up"], p["down"])]
+
+    def run(x, shares, *weights):
+        return jnp.sum(kernels.mixture(x, choice, shares, *weights) ** 2)
+
+    mesh = meshes.make(**{"data": 1} | sizes)
+    both = functools.partial(jax.value_and_grad, argnums=range(5))
+    got = toys.quick(meshes.on(mesh, both(run)))(*jax.device_put(args, meshes.replicated(mesh)))
+    want = jax.device_get(toys.quick(both(run))(*args))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), jax.device_get(got), want)
+
+
 def setting(model, method_rows):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), method_rows)
     return compose.Setting(model, optax.sgd(0.1), shapes, 2, losses.cross_entropy)

@@ -72,12 +72,12 @@ def blocks(choice: jax.Array, experts: int, tile: int) -> Blocks:
     flat = choice.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < experts), flat, experts)
     order = jnp.argsort(flat, stable=True)
-    edges = jnp.searchsorted(flat[order], jnp.arange(experts + 1))
+    edges = jnp.sum(flat[:, None] < jnp.arange(experts + 1)[None], axis=0)  # [E + 1] where the experts begin
     needed = -(-(edges[1:] - edges[:-1]) // tile)  # [E]
     upto = jnp.cumsum(needed)
 
     def of(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        expert = jnp.minimum(jnp.searchsorted(upto, i, side="right"), experts - 1)
+        expert = jnp.minimum(jnp.sum(upto <= i), experts - 1)
         within = jnp.arange(tile)
         place = edges[expert] + (i - upto[expert] + needed[expert]) * tile + within
         used = place < edges[expert + 1]
