@@ -210,6 +210,10 @@ def built(**fields):
     return model, toys.quick(model.init)(jax.random.key(1))
 
 
+def capped(**fields):
+    return transformer.make(**SHAPE | {"capacity": 0.9} | fields), built()[1]
+
+
 def rows(length=L, count=B, seed=0):
     rng = np.random.default_rng(seed)
     segments = inside(length)[:count]
@@ -231,7 +235,7 @@ def padded(batch, more, filler):
 
 
 def test_padding_changes_nothing():
-    model, params = built(capacity=0.7)
+    model, params = transformer.make(**SHAPE | {"capacity": 0.7}), built()[1]
     run = toys.quick(model.apply)
     short, long = run(params, padded(rows(), 0, 1)), run(params, padded(rows(), 5, 7))
     real = inside() > 0
@@ -277,7 +281,7 @@ def objective(model):
 
 @functools.cache
 def alone():
-    model, params = built(capacity=0.9)
+    model, params = capped()
     run = toys.quick(functools.partial(grad.value_and_grad, objective(model)))
     return jax.device_get(run(params, eight()))
 
@@ -292,14 +296,14 @@ def close(got, want):
 
 def test_microbatches_are_the_whole_batch():
     """Balance, capacity and shares are of rows, so that the sums over microbatches are those of the batch."""
-    model, params = built(capacity=0.9, remat="full")
+    model, params = capped(remat="full")
     run = toys.quick(functools.partial(grad.value_and_grad, objective(model), microbatches=4))
     close(run(params, eight()), alone())
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "expert": 2}, {"data": 1, "tensor": 2, "expert": 4}], ids=str)
 def test_a_mesh_with_experts_is_one_device_and_gathers_no_expert(sizes):
-    model, params = built(capacity=0.9)
+    model, params = capped()
     mesh = meshes.make(**sizes)
     places = meshes.state_shardings(mesh, model.axes, TrainState(jnp.int32(0), params, ())).params
     own = {name: tuple(places["layers"]["experts"][name].spec) for name in ("router", "gate", "up", "down")}
@@ -351,7 +355,8 @@ def test_methods_train_with_the_terms(method):
     """The objective has them, the reported loss does not; states are closed."""
     batch, moved = jax.tree.map(jnp.asarray, rows(count=2)), {}
     for balance in (0.0, 50.0):
-        model, params = built(layers=1, capacity=0.6, balance=balance, router_z=0.0)
+        model = transformer.make(**SHAPE | {"layers": 1, "capacity": 0.6, "balance": balance, "router_z": 0.0})
+        params = built(layers=1)[1]
         made = compose.make(method, setting(model, batch))
         step = toys.quick(made.step)
         state = made.init(params)
@@ -371,14 +376,14 @@ def test_methods_train_with_the_terms(method):
 def test_evaluation_does_not_have_the_terms():
     tables, found = {"d": [jax.tree.map(jnp.asarray, rows())]}, []
     for balance in (0.0, 50.0):
-        model, params = built(layers=1, balance=balance)
+        model, params = transformer.make(**SHAPE | {"layers": 1, "balance": balance}), built(layers=1)[1]
         found.append(scores.make(model, losses.cross_entropy)(params, tables)["d"])
         assert model.apply(params, rows(), cache=L).terms is None
     assert found[0] == found[1]
 
 
 def test_with_a_cache_nothing_is_dropped():
-    model, params = built(capacity=0.3)
+    model, params = transformer.make(**SHAPE | {"capacity": 0.3}), built()[1]
     plain = built()[0].apply(params, rows())
     cached = toys.quick(functools.partial(model.apply, cache=L))(params, rows())
     np.testing.assert_allclose(cached.hidden, plain.hidden, rtol=1e-4, atol=1e-5)

@@ -94,7 +94,8 @@ def _own(
     load = choice.size // total  # choices of an expert, on average
     tile = min(max(LEAST, 1 << max(load // 4, 1).bit_length() - 1), MOST)
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, choice, shares))
-    return _mixture(tile, *flat, gate, up, down).reshape(x.shape)
+    y: Any = _mixture(tile, *flat, gate, up, down)
+    return y.reshape(x.shape)
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
