@@ -179,7 +179,8 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
         return TrainState(jnp.zeros((), jnp.int32), params, setting.tx.init(params), memory)
 
     def plain(params: Params, rows: Batch) -> grad.Losses:
-        return {"loss": setting.loss(setting.model.apply(params, rows), rows)}
+        output = setting.model.apply(params, rows)
+        return {"loss": setting.loss(output, rows), **(output.terms or {})}
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         memory, recalled = state.memory, _recall(parts, state.memory, batch, key)
@@ -189,7 +190,7 @@ def gradient_method(parts: Mapping[str, Part], setting: Setting) -> Method:
             output = setting.model.apply(params, piece)
             terms = {name: part.loss(memory[name], params, output, piece) for name, part in parts.items() if part.loss}
             loss, more = setting.told(output, piece) if setting.told else (setting.loss(output, piece), {})
-            return {"loss": loss, **terms, **jax.lax.stop_gradient(more)}
+            return {"loss": loss, **terms, **jax.lax.stop_gradient(more), **(output.terms or {})}
 
         values, grads = grad.value_and_grad(losses, state.params, rows, setting.microbatches)
         for name, part in parts.items():

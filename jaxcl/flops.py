@@ -46,14 +46,15 @@ def per_token(params: float, layers: int = 0, length: int = 0, width: int = 0, *
     return 6.0 * params + 12.0 * layers * length * width * (0.5 if causal else 1.0)
 
 
-def of_model(axes: PyTree, params: PyTree, length: int, trained: PyTree = None) -> float:
+def of_model(axes: PyTree, params: PyTree, length: int, trained: PyTree = None, *, active: float = 1.0) -> float:
     """Returns `per_token` of a model, told by the logical axes of its parameters.
 
     A parameter with two dimensions or more, not counting `layers` and with `heads` and `head` as one, is a matrix that
     every token meets once; so biases and scales do not count. A table with `vocab` or `length` first is looked up and
     does not count either, unless there is no matrix with `vocab` last: then it is the head as well (tied).
     Projections (..., embed, heads, head) are the queries of the attention, whose scores span the whole row by
-    convention, although a packed document attends to itself alone. Experts would all count: dense models only.
+    convention, although a packed document attends to itself alone. Of what is stacked along `expert` a token meets the
+    share `active`, and no more is counted; the router counts in full.
 
     Args:
       axes: `Model.axes`.
@@ -61,6 +62,7 @@ def of_model(axes: PyTree, params: PyTree, length: int, trained: PyTree = None) 
       length: L, tokens per row.
       trained: tree of bools like `params`; a frozen matrix has no gradient of its own, which saves 2 of its 6 FLOPs.
         None = all are trained.
+      active: experts of a token by all experts, k / E; 1 for dense models (`Config.active`).
     """
     learning = [True] * len(jax.tree.leaves(params)) if trained is None else jax.tree.leaves(trained)
     leaves = jax.tree.leaves(params)
@@ -69,7 +71,8 @@ def of_model(axes: PyTree, params: PyTree, length: int, trained: PyTree = None) 
     for leaf, own, learns in zip(leaves, names, learning, strict=True):
         dims = [name for name in own if name not in ("layers", "head")]
         if len(dims) > 1:
-            matrices.append((dims, leaf.size * (1.0 if learns else 2 / 3)))
+            met = active if "expert" in own else 1.0
+            matrices.append(([name for name in dims if name != "expert"], leaf.size * met * (1.0 if learns else 2 / 3)))
         if own[-3:] == ("embed", "heads", "head"):
             queries += leaf.size // leaf.shape[-3]  # layers x H x K
     tied = not any(dims[-1] == "vocab" for dims, _ in matrices)

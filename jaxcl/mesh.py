@@ -8,7 +8,8 @@ step is written for global arrays, `jax.jit` is told how its inputs are cut, and
   fsdp            rows are cut, and so are the parameters: they are gathered layer by layer when needed
   tensor          the wide dimensions of the layers (heads, mlp, vocab) are cut; every device sees the same rows
   context         the length of the rows, tokens and activations alike; attention gathers the keys and values
-  expert          the experts of a mixture; no model has any yet
+  expert          rows are cut, and so are the experts of a mixture: each device has some of them whole, and the
+                  devices trade the activations of their tokens instead of parameters
 
 A model names the dimensions of its parameters ("embed", "mlp", ...); RULES gives a mesh axis to each name. State that
 belongs to a parameter (moments, Fisher information, anchors, teachers) is found by its path and is cut in the same way.
@@ -37,7 +38,7 @@ from jaxcl.tree import map_named, named_leaves, path_name
 from jaxcl.types import PyTree
 
 AXES = ("replica", "data", "fsdp", "tensor", "context", "expert")
-BATCH = ("replica", "data", "fsdp")  # the mesh axes that rows are cut over
+BATCH = ("replica", "data", "fsdp", "expert")  # the mesh axes that rows are cut over
 
 Result = TypeVar("Result")
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -233,7 +234,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0, shape: Sequence[int] = ()) -> NamedSharding:
-    """Returns the sharding of rows: dimension `axis` is cut over replica, data and fsdp.
+    """Returns the sharding of rows: dimension `axis` is cut over replica, data, fsdp and expert.
 
     With a `shape` the dimension behind it is cut over context if that divides it.
     """
@@ -278,7 +279,7 @@ def place(mesh: Mesh, source: PyTree | Callable[[slice], PyTree], *, rows: int |
     shards = math.prod(mesh.shape[name] for name in BATCH)
     if total % shards:
         raise UserError(
-            f"config.batch_size={total}: not divisible by the {shards} shards of replica x data x fsdp; "
+            f"config.batch_size={total}: not divisible by the {shards} shards of {' x '.join(BATCH)}; "
             f"use a multiple of {shards} or a smaller mesh axis"
         )
     sharding = batch_sharding(mesh, axis)

@@ -121,8 +121,18 @@ def examples_of(
 def check_mesh(mesh: jax.sharding.Mesh, network: Network, practice: Practice | None) -> None:
     """Raises UserError if the mesh has an axis that nothing of this run can be cut over."""
     remedy = "leave it at 1, and give the devices to another axis, e.g. --config.mesh.fsdp=-1"
-    if (experts := mesh.shape["expert"]) > 1:
-        raise UserError(f"config.mesh.expert={experts}: no model has experts yet; {remedy}")
+    if (groups := mesh.shape["expert"]) > 1:
+        count = getattr(network.shape, "experts", None)
+        if count is None:
+            raise UserError(
+                f"config.mesh.expert={groups}: config.model has no experts; set config.model.experts={groups} or a "
+                f"multiple, or {remedy}"
+            )
+        if count % groups:
+            raise UserError(
+                f"config.mesh.expert={groups}: does not divide config.model.experts={count}; use e.g. "
+                f"--config.mesh.expert={math.gcd(groups, count)}"
+            )
     if (parts := mesh.shape["context"]) == 1:
         return
     if practice is not None:

@@ -220,7 +220,7 @@ def measures(
     """Returns what a Program measures with. The held-out rows are put on the devices here, in batches of B."""
     mesh, patterns, model = plan.mesh, plan.patterns, plan.setting.model
     setting = plan.setting._replace(model=model._replace(apply=meshes.on(mesh, model.apply)))
-    known = facts(mesh, setting, abstract, corpora, patterns)
+    known = facts(mesh, setting, abstract, corpora, patterns, getattr(plan.network.shape, "active", 1.0))
     cost, peak = known["flops_per_token"], known["peak_flops_per_device"]
     found = {
         "evaluate_every": chosen.every,
@@ -350,16 +350,18 @@ def facts(
     abstract: TrainState,
     corpora: Mapping[str, prepare.Corpus],
     patterns: Sequence[str],
+    active: float = 1.0,
 ) -> dict[str, Any]:
-    """Returns what the report says of the run besides its metrics."""
+    """Returns what the report says of the run besides its metrics; `active` is the share of experts of a token."""
     device, length = mesh.devices.flat[0], math.prod(setting.example.targets.shape[1:])
     params, trained = frozen.whole(abstract), dict(tree.named_leaves(abstract.params))
     learning = tree.map_named(lambda name, _: name in trained, params)
     less = {"trained_parameters": tree.size(abstract.params)} if patterns else {}
+    cost = flops.of_model(setting.model.axes, params, length, learning, active=active)  # forward and backward
     return {
         "parameters": tree.size(params),
         **less,
-        "flops_per_token": round(flops.of_model(setting.model.axes, params, length, learning)),  # forward and backward
+        "flops_per_token": round(cost),
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)),
         "row": {"shape": list(setting.example.inputs.shape[1:]), "dtype": setting.example.inputs.dtype.name},
         "unit": "tokens" if setting.example.targets.ndim > 1 else "rows",  # of what is counted

@@ -52,6 +52,9 @@ class Output(NamedTuple):
     head: jax.Array | None = None  # [D, V]
     cache: PyTree = None  # key-value cache after this call, if one was given
     embedding: jax.Array | None = None  # [V, D] table that tokens are looked up in, if the model has one
+    # Name -> (sum, weight), float32 []: training adds sum / weight to its loss; evaluation and distillation do not.
+    # What has no gradient is only reported.
+    terms: dict[str, tuple[jax.Array, jax.Array]] | None = None
 
     @property
     def logits(self) -> jax.Array:

@@ -148,7 +148,7 @@ def test_a_run_trains_and_resumes(tmp_path_factory):
     ("changes", "words"),
     [
         ({"packing__length": 33, "mesh": {"context": 2}}, r"config.mesh.context=2: .*packing.length=33.*length=32"),
-        ({"mesh": {"expert": 2}}, r"config.mesh.expert=2: no model has experts yet; .*--config.mesh.fsdp=-1"),
+        ({"mesh": {"expert": 2}}, r"config.mesh.expert=2: config.model has no experts; .*--config.mesh.fsdp=-1"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(tmp_path_factory, changes, words):

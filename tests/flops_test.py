@@ -66,6 +66,17 @@ def test_flops_of_a_transformer_are_those_of_its_matrix_products(options, monkey
     assert flops.of_model(model.axes, params, length) * length == 3 * products(forward.jaxpr)
 
 
+def test_experts_count_as_far_as_a_token_meets_them():
+    """As a dense model with the k units in one, and a router."""
+    sizes = {"preset": "tiny", "layers": 3}
+    mixed = transformer.shape(**sizes, experts=8, experts_per_token=2, expert_mlp=24)
+    found = []
+    for model in (transformer.from_config(mixed), transformer.make(**sizes, mlp=2 * 24)):
+        found.append((model.axes, jax.eval_shape(model.init, jax.random.key(0)), 16))
+    assert mixed.active == 2 / 8
+    assert flops.of_model(*found[0], active=mixed.active) == flops.of_model(*found[1]) + 6 * 3 * 32 * 8
+
+
 def test_flops_of_models_without_attention_and_without_names():
     model = mlp.make(inputs=5, hidden=[7, 3], classes=2)
     assert flops.of_model(model.axes, jax.eval_shape(model.init, jax.random.key(0)), 1) == 6 * (5 * 7 + 7 * 3 + 3 * 2)

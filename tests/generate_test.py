@@ -15,6 +15,7 @@ from jaxcl.types import Batch
 V, STEPS = 29, 9
 SHAPE = {"vocab": V, "layers": 2, "embed": 16, "heads": 4, "kv_heads": 2, "mlp": 24, "max_length": 24, "init_std": 0.4}
 KINDS = {"plain": {}, "window": {"window": 3}, "tied": {"tied": True, "qk_norm": True, "qkv_bias": True}}
+KINDS["experts"] = {"experts": 5, "experts_per_token": 2}
 
 
 @functools.cache

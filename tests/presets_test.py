@@ -25,7 +25,8 @@ SHAPE = {"vocab": 11, "layers": 1, "embed": 8, "heads": 2, "mlp": 4}
 
 def closed_form(f):
     q, kv = f["heads"] * f["head_dim"], f["kv_heads"] * f["head_dim"]
-    layer = f["embed"] * (2 * q + 2 * kv + 3 * f["mlp"] + 2)
+    units, router = f.get("experts", 1), f["embed"] * f.get("experts", 0)
+    layer = f["embed"] * (2 * q + 2 * kv + 3 * units * f.get("expert_mlp", f["mlp"]) + 2) + router
     layer += (q + 2 * kv) * f.get("qkv_bias", 0) + 2 * f["head_dim"] * f.get("qk_norm", 0)
     tables = 1 if f.get("tied") else 2
     return f["layers"] * layer + f["embed"] * (1 + f["vocab"] * tables)
@@ -40,7 +41,13 @@ def test_count(name):
 
 def test_presets_that_are_trained_here_have_the_size_of_their_name():
     sizes = {name: closed_form(presets.fields(name)) for name in presets.PRESETS if name not in PUBLISHED}
-    bounds = {"tiny": (1e4, 1e5), "small": (1e6, 3e6), "100m": (0.9e8, 1.1e8), "1b": (0.9e9, 1.1e9)}
+    bounds = {
+        "tiny": (1e4, 1e5),
+        "tiny_moe": (1e4, 1e5),
+        "small": (1e6, 3e6),
+        "100m": (0.9e8, 1.1e8),
+        "1b": (0.9e9, 1.1e9),
+    }
     assert sizes.keys() == bounds.keys()
     assert all(low <= sizes[name] <= high for name, (low, high) in bounds.items())
 
@@ -74,6 +81,15 @@ def test_fields_override_the_preset():
         ({"preset": "tiny", "rope_scaling": {"factor": 2.0}}, "rope_scaling.low_freq_factor: missing"),
         (SHAPE | {"heads": 3}, "embed=8: not a multiple of heads=3"),
         ({"layers": 2}, "vocab: missing; .*preset"),
+        ({"preset": "tiny", "experts": 0}, "experts=0: must be at least 1"),
+        ({"preset": "tiny", "experts": 1}, "experts_per_token=2: there are 1 experts; use at most"),
+        ({"preset": "tiny", "experts": 4, "experts_per_token": 5}, "experts_per_token=5: there are 4 experts"),
+        ({"preset": "tiny", "experts": 4, "expert_mlp": 0}, "expert_mlp=0: must be at least 1"),
+        ({"preset": "tiny_moe", "capacity": 0.0}, "capacity=0.0: must be positive and finite"),
+        ({"preset": "tiny_moe", "balance": -0.1}, "balance=-0.1: must not be negative"),
+        ({"preset": "tiny_moe", "router_z": float("nan")}, "router_z=nan: must not be negative"),
+        ({"preset": "tiny_moe", "mlp_bias": True}, "mlp_bias=True: experts have no biases"),
+        ({"preset": "tiny", "balance": 0.1}, "balance=0.1: of experts; set config.model.experts"),
     ],
 )
 def test_impossible_shapes_are_refused(fields, message):

@@ -76,7 +76,7 @@ def test_without_a_mesh_and_inside_another_cut_nothing_is_wrapped():
     jax.eval_shape(f, *arrays)
     jax.eval_shape(meshes.on(meshes.make(devices=jax.devices()[:1]), f), *arrays)
     mesh = meshes.make(data=4, tensor=2)
-    rows = P(("replica", "data", "fsdp"))
+    rows = P(sharded.BATCH)
     outer = jax.shard_map(f, mesh=mesh, in_specs=(rows,) * 4 + (P(),), out_specs=rows, check_vma=False)
     jax.eval_shape(meshes.on(mesh, outer), *arrays)
     assert seen == [(B, L, H, K), (B, L, H, K), (B // 4, L, H, K)]
@@ -118,4 +118,5 @@ def test_activations_keep_their_rows():
 
 def test_the_names_are_those_of_the_mesh():
     assert sharded.BATCH == meshes.BATCH
+    assert meshes.RULES["expert"] == sharded.EXPERT
     assert meshes.RULES["heads"] == meshes.RULES["kv_heads"] == sharded.HEADS

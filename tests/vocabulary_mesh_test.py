@@ -125,7 +125,7 @@ def test_tokens_are_cut_where_rows_allow_it_and_nothing_is_cut_twice():
         found = meshes.on(mesh, sharded.tokens)(shape)
         return found and found.axes
 
-    assert axes(8, 6) == (meshes.BATCH, ("context", "tensor", "expert"))
-    assert axes(8, 5) == (meshes.BATCH, ("context", "expert"))
+    assert axes(8, 6) == (meshes.BATCH, ("context", "tensor"))
+    assert axes(8, 5) == (meshes.BATCH, ("context",))
     assert axes(8) == (meshes.BATCH,)
     assert axes(6, 8) is axes() is sharded.tokens((8, 6)) is None

@@ -59,7 +59,8 @@ class Step(NamedTuple):
         mesh, params = self.plan.mesh, frozen.whole(self.state)
         trained = dict(tree.named_leaves(self.state.params))
         learning = tree.map_named(lambda name, _: name in trained, params)
-        cost = flops.of_model(self.plan.setting.model.axes, params, self.length, learning)
+        active = getattr(self.plan.network.shape, "active", 1.0)
+        cost = flops.of_model(self.plan.setting.model.axes, params, self.length, learning, active=active)
         tokens = self.plan.flow.width * self.length
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         return {

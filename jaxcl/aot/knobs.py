@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxcl.mesh import BATCH
 from jaxcl.schema import UserError
 
 MAX_PROBES = 24  # steps of a search upwards
@@ -50,13 +51,14 @@ def single(config: Mapping[str, Any], mesh: Mapping[str, int], slices: int = 1) 
       mesh: sizes of the axes of its mesh.
       slices: of the topology, which `replica` alone may cross.
     """
-    model, shards = config["model"], math.prod(mesh.get(axis, 1) for axis in ("replica", "data", "fsdp"))
+    model, shards = config["model"], math.prod(mesh.get(axis, 1) for axis in BATCH)
     transformer = model.get("name", "transformer") == "transformer"
     out = []
     if transformer and model.get("remat", "none") != "full":
         out.append(changed(config, "remat", {"model.remat": "full"}))
-    if mesh.get("fsdp", 1) < shards // slices:
-        out.append(changed(config, "fsdp", {"mesh.replica": slices, "mesh.data": 1, "mesh.fsdp": shards // slices}))
+    cut = shards // (slices * mesh.get("expert", 1))
+    if mesh.get("fsdp", 1) < cut:
+        out.append(changed(config, "fsdp", {"mesh.replica": slices, "mesh.data": 1, "mesh.fsdp": cut}))
     most = config["stream"]["batch"] // shards  # with one row for each device
     if most > config.get("microbatches", 1):
         out.append(changed(config, "microbatches", {"microbatches": most}))

@@ -149,6 +149,13 @@ def family(config: Mapping[str, Any], place: str) -> Family:
       UserError: none of ours.
     """
     kind = str(config.get("model_type"))
+    for field in ("num_local_experts", "num_experts"):
+        if kind not in FAMILIES and config.get(field):
+            count = str(config[field])[:40]
+            raise UserError(
+                f"{place}: model_type={kind!r} has experts, {field}={count}; jaxcl reads dense families only, "
+                "and trains experts from scratch (config.model.experts)"
+            )
     if kind not in FAMILIES:
         raise UserError(f"{place}: model_type={kind!r} is no family that jaxcl reads{nearest(kind, list(FAMILIES))}")
     return FAMILIES[kind]
@@ -350,6 +357,11 @@ def config(shape: Config, original: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: no family describes such a model.
     """
+    if shape.experts is not None:
+        raise UserError(
+            f"config.model.experts={shape.experts}: folders of Hugging Face are written of dense models only; evaluate "
+            "and continue the run where it is"
+        )
     if original:
         return {**original, "vocab_size": shape.vocab, "max_position_embeddings": shape.max_length}
     kind = "qwen3" if shape.qk_norm else "mistral" if shape.window else "llama"

@@ -7,6 +7,8 @@ batch axes, heads over the tensor axis, and every device runs the kernel on its 
 where the length of the rows is cut are keys and values gathered first (`lengths.py`). A softmax over the vocabulary is
 independent between tokens: rows over the batch axes, positions over all others, the head whole on every device and its
 gradient summed. A symmetric matrix is cut by rows, and every device updates its own from operands that all have whole.
+Experts are independent of each other: every device has some of them, gathers the tokens of the devices that have the
+others, and of what all of them add each device keeps its own tokens.
 Without a mesh, or on one device, nothing is wrapped.
 """
 
@@ -23,8 +25,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxcl.kernels import lengths
 
 # As in jaxcl.mesh, which kernels do not import; a test compares them.
-BATCH = ("replica", "data", "fsdp")
+BATCH = ("replica", "data", "fsdp", "expert")
 HEADS = "tensor"
+EXPERT = "expert"
 LENGTH = lengths.AXIS
 
 
@@ -144,6 +147,45 @@ def attention(f: Callable[..., Any], *, lse: bool = False, causal: bool | None =
         # The kernels do not say over which axes their results vary, so that cannot be checked.
         cut = jax.shard_map(own, mesh=mesh, in_specs=(wide, wide, wide, *narrow), out_specs=out, check_vma=False)
         return cut(q, k, v, *rest)
+
+    return run
+
+
+def experts(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `f` on the mesh that is set when it is called.
+
+    `f(x, choice, shares, gate, up, down, total)` is `jaxcl.kernels.experts.mixture` of some of `total` experts, where
+    choices outside [0, those here) are none of them. Rows are cut over the batch axes, the length over the context
+    axis, the hidden units over the tensor axis and experts over theirs, each as far as it divides evenly.
+
+    The tokens of the devices that share the experts are gathered, and what their experts add is summed and scattered
+    (the all-to-all of Lepikhin et al. 2020, 2006.16668, section 3.3, would need room for the worst choices). Weights of
+    experts stay where they are, but for their parts along the fsdp axis.
+    """
+
+    def run(x: jax.Array, choice: jax.Array, shares: jax.Array, *weights: jax.Array) -> jax.Array:
+        mesh, (total, _, hidden) = current(), weights[0].shape
+        if mesh is None:
+            return f(x, choice, shares, *weights, total)
+        batch, length = _divisors(mesh, BATCH, x.shape[0]), _length(mesh, x.shape[1])
+        own = EXPERT if mesh.shape[EXPERT] > 1 and total % mesh.shape[EXPERT] == 0 else None
+        wide = HEADS if mesh.shape[HEADS] > 1 and hidden % mesh.shape[HEADS] == 0 else None
+        apart = own in batch  # whether the devices that share the experts have different rows
+
+        def part(x: jax.Array, choice: jax.Array, shares: jax.Array, *weights: jax.Array) -> jax.Array:
+            if apart:
+                x, choice, shares = (jax.lax.all_gather(a, own, axis=0, tiled=True) for a in (x, choice, shares))
+            first = jax.lax.axis_index(own) * weights[0].shape[0] if own else 0
+            y = f(x, choice - first, shares, *weights, total)
+            y = jax.lax.psum(y, wide) if wide else y
+            if apart:
+                return jax.lax.psum_scatter(y, own, scatter_dimension=0, tiled=True)
+            return jax.lax.psum(y, own) if own else y
+
+        tokens, rows = PartitionSpec(batch, length), PartitionSpec(own, None, wide)
+        places = (tokens, tokens, tokens, rows, rows, PartitionSpec(own, wide))
+        cut = jax.shard_map(part, mesh=mesh, in_specs=places, out_specs=tokens, check_vma=False)
+        return cut(x, choice, shares, *weights)
 
     return run
 

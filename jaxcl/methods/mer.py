@@ -24,7 +24,7 @@ on the first example of the stream; this one follows the paper.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +55,18 @@ def plan(memory: Memory, batch: int, algorithm: int, key: Key) -> Plan:
 
 def sequence(
     setting: Setting, params: Params, row: Batch, plan: Plan, *, lr: float, s: float
-) -> tuple[Params, jax.Array]:
+) -> tuple[Params, tuple[jax.Array, grad.Losses]]:
     """Takes one SGD step for each row of the plan, the current `row` among them.
 
-    Returns the parameters and, of the current row, float32 [3]: loss sum, weight and gradient norm.
+    Returns the parameters and, of the current row, float32 [3]: loss sum, weight and gradient norm; and other terms.
     """
     batch = plan.rows.task.shape[0]
 
     def losses(params: Params, rows: Batch) -> grad.Losses:
-        return {"loss": setting.loss(setting.model.apply(params, rows), rows)}
+        output = setting.model.apply(params, rows)
+        return {"loss": setting.loss(output, rows), **(output.terms or {})}
 
-    def sgd(carry: tuple[Params, jax.Array], i: jax.Array) -> tuple[tuple[Params, jax.Array], None]:
+    def sgd(carry: tuple[Params, jax.Array], i: jax.Array) -> tuple[tuple[Params, jax.Array], grad.Losses]:
         params, told = carry
         now = i == plan.place
         drawn = jax.tree.map(lambda x: x[i - (i > plan.place)][None], plan.rows) if batch else row
@@ -74,9 +75,11 @@ def sequence(
         rate = jnp.where(i <= plan.count, jnp.where(now, lr * s, lr), 0.0)
         moved = jax.tree.map(lambda p, g: (p - rate * g).astype(p.dtype), params, grads)
         own = jnp.stack([*values["loss"], tree.norm(grads)])
-        return (moved, jnp.where(now, own, told)), None
+        terms = {name: value for name, value in values.items() if name != "loss"}
+        return (moved, jnp.where(now, own, told)), jax.tree.map(lambda x: jnp.where(now, x, 0), terms)
 
-    return jax.lax.scan(sgd, (params, jnp.zeros(3)), jnp.arange(batch + 1))[0]
+    (params, told), terms = jax.lax.scan(sgd, (params, jnp.zeros(3)), jnp.arange(batch + 1))
+    return params, (told, jax.tree.map(jnp.sum, terms))
 
 
 def make(
@@ -116,24 +119,25 @@ def make(
     def init(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, (), store.reservoir(setting.example, capacity))
 
-    def learn(carry: tuple[Params, Memory], item: tuple[Batch, Key]) -> tuple[tuple[Params, Memory], jax.Array]:
+    def learn(carry: tuple[Params, Memory], item: tuple[Batch, Key]) -> tuple[tuple[Params, Memory], Any]:
         (params, memory), (row, key) = carry, item
         row = jax.tree.map(lambda x: x[None], row)
         keys = jax.random.split(named(key, "plan"), steps)
 
-        def one_pass(params: Params, key: Key) -> tuple[Params, jax.Array]:
+        def one_pass(params: Params, key: Key) -> tuple[Params, Any]:
             after, told = sequence(setting, params, row, plan(memory, batch, algorithm, key), lr=lr, s=s)
             return tree.lerp(params, after, within), told
 
         after, told = jax.lax.scan(one_pass, params, keys)
         params = tree.lerp(params, after, across)
-        return (params, store.write(memory, row, named(key, "write"), extra)), told[0]
+        return (params, store.write(memory, row, named(key, "write"), extra)), jax.tree.map(lambda x: x[0], told)
 
     def step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(key, batch.task.shape[0])
-        (params, memory), told = jax.lax.scan(learn, (state.params, state.memory), (batch, keys))
+        (params, memory), (told, terms) = jax.lax.scan(learn, (state.params, state.memory), (batch, keys))
         total, weight, norm = told[:, 0].sum(), told[:, 1].sum(), told[:, 2].mean()
-        metrics = {"loss": grad.mean(total, weight), "grad_norm": norm, "weight": weight}
+        metrics = {name: grad.mean(value.sum(), of.sum()) for name, (value, of) in terms.items()}
+        metrics |= {"loss": grad.mean(total, weight), "grad_norm": norm, "weight": weight}
         return TrainState(state.step + 1, params, (), memory), metrics
 
     return Method(init, step, lambda state, batch, key: state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
@@ -56,7 +57,33 @@ SCALINGS = {"llama3": RopeScaling, "linear": LinearScaling, "yarn": YarnScaling}
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that `transformer.make` accepts, resolved. See there for the meaning of the fields."""
+    """Everything that `transformer.make` accepts, resolved.
+
+    Attributes:
+      vocab: V, number of tokens.
+      layers, embed: number of blocks; D, width of the residual stream.
+      heads: H, query heads, a multiple of `kv_heads`.
+      kv_heads, head_dim: G, key and value heads, `heads` if not given; K, even, `embed / heads` if not given.
+      mlp: F, hidden width of the gated unit.
+      tied, qkv_bias: whether the head is the transposed embedding; whether queries, keys, values have a bias (Qwen 2).
+      out_bias, mlp_bias: whether the projection after attention and those of the gated unit have one.
+      qk_norm: whether every query and key head is RMS-normalised before the rotation (Qwen 3).
+      window, window_layers: tokens that a query sees, its own included (Mistral), in these layers; not given: all.
+      rope_theta, rope_scaling: base of the rotary wavelengths; `kind` ("llama3" unless given, "linear", "yarn") and
+        fields, see `models.config`; {} for none.
+      norm_eps, max_length: added to the mean square in every RMSNorm; longest row (and cache) that is accepted.
+      vocab_multiple: of which the stored rows of embedding and head are one; no logits for those beyond `vocab`.
+      init_std: standard deviation of the initial weights; that of the two projections back into the residual stream
+        is smaller by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
+      experts, experts_per_token, expert_mlp: E gated units in place of one, dense if not given; k, 2 unless given, of
+        which a token meets; F of each, `mlp` if not given.
+      norm_topk, capacity, balance, router_z: how tokens are routed, see `jaxcl.models.experts`.
+      remat: what the backward pass finds stored: 'none' recomputes nothing, 'full' keeps only the input of every
+        block, 'dots' also results of matrix products, 'dots_no_batch' those without batch dimension (projections,
+        not attention scores), 'attention' the attention outputs.
+      attention, unroll: see `jaxcl.kernels.attention.attention`; blocks per iteration of the loop over layers.
+      compute_dtype: "float32" or "bfloat16"; parameters are float32 either way and are cast where they are used.
+    """
 
     vocab: int
     layers: int
@@ -78,6 +105,13 @@ class Config:
     max_length: int = 8192
     vocab_multiple: int = 1
     init_std: float = 0.02
+    experts: int | None = None
+    experts_per_token: int = 2
+    expert_mlp: int | None = None
+    norm_topk: bool = True
+    capacity: float | None = None
+    balance: float = 0.01
+    router_z: float = 0.0
     remat: str = "none"
     attention: str = "auto"
     compute_dtype: str = "float32"
@@ -87,6 +121,11 @@ class Config:
     def rows(self) -> int:
         """Returns the number of rows that the embedding and the head are stored with."""
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def active(self) -> float:
+        """Returns the share of the experts that a token meets."""
+        return 1.0 if self.experts is None else self.experts_per_token / self.experts
 
 
 def resolve(fields: Mapping[str, Any]) -> Config:
@@ -100,7 +139,8 @@ def resolve(fields: Mapping[str, Any]) -> Config:
         if name not in given:
             raise UserError(f"config.model.{name}: missing; set it or choose a preset")
     sizes = ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp")
-    for name in (*sizes, "max_length", "unroll", "window", "vocab_multiple"):
+    sizes += ("max_length", "unroll", "window", "vocab_multiple", "experts", "experts_per_token", "expert_mlp")
+    for name in sizes:
         if not 1 <= given.get(name, 1) < 2**31:
             raise UserError(f"config.model.{name}={given[name]!r}: must be at least 1 and below 2^31")
     for name in ("rope_theta", "norm_eps", "init_std"):
@@ -124,7 +164,30 @@ def resolve(fields: Mapping[str, Any]) -> Config:
     if given["head_dim"] % 2:
         raise UserError(f"config.model.head_dim={given['head_dim']}: must be even, as RoPE rotates pairs")
     given["window_layers"] = _window_layers(given)
+    _check_experts(given)
     return Config(**given)
+
+
+def _check_experts(given: Mapping[str, Any]) -> None:
+    """Raises UserError for options of experts that do not fit together, or that have no experts."""
+    names = ("experts_per_token", "expert_mlp", "norm_topk", "capacity", "balance", "router_z")
+    if (count := given.get("experts")) is None:
+        for name in names:
+            if name in given:
+                raise UserError(f"config.model.{name}={given[name]!r}: of experts; set config.model.experts as well")
+        return
+    if (taken := given.get("experts_per_token", Config.experts_per_token)) > count:
+        raise UserError(f"config.model.experts_per_token={taken}: there are {count} experts; use at most that many")
+    if not 0 < given.get("capacity", 1.0) < math.inf:
+        raise UserError(
+            f"config.model.capacity={given['capacity']!r}: must be positive and finite, e.g. 1.25; without it no token "
+            "is dropped"
+        )
+    for name in ("balance", "router_z"):
+        if not 0 <= given.get(name, 0.0) < math.inf:
+            raise UserError(f"config.model.{name}={given[name]!r}: must not be negative, and finite; 0 leaves it out")
+    if given.get("mlp_bias"):
+        raise UserError("config.model.mlp_bias=True: experts have no biases; leave it out")
 
 
 def _window_layers(given: Mapping[str, Any]) -> tuple[bool, ...] | None:

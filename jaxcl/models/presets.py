@@ -22,6 +22,9 @@ PRESETS = MappingProxyType(
     {
         # For tests and for byte-level text: 256 bytes and up to 8 special tokens.
         "tiny": _shape((264, 2, 32, 4, 2, 8, 64), tied=True, max_length=512),
+        "tiny_moe": _shape(
+            (264, 2, 32, 4, 2, 8, 64), tied=True, max_length=512, experts=4, experts_per_token=2, expert_mlp=32
+        ),
         "small": _shape((264, 4, 160, 5, 5, 32, 448), tied=True, max_length=1024),
         # For training from scratch.
         "100m": _shape((32_000, 12, 768, 12, 4, 64, 2048), tied=True, max_length=2048),

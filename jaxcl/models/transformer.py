@@ -16,10 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxcl.kernels import decode, sharded
 from jaxcl.kernels.attention import attention
+from jaxcl.models import experts as mixtures
 from jaxcl.models import presets
 from jaxcl.models.bridge import from_linen
 from jaxcl.models.config import Config, resolve
-from jaxcl.models.layers import apply_rope, linear, lookup, mix, rms_norm, rope_frequencies, rope_tables, swiglu
+from jaxcl.models.layers import apply_rope, linear, lookup, mix, rms_norm, rope_frequencies, rope_tables
+from jaxcl.models.units import Mlp, weight
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output
 
@@ -87,6 +89,13 @@ def make(
     max_length: int | None = None,
     vocab_multiple: int | None = None,
     init_std: float | None = None,
+    experts: int | None = None,
+    experts_per_token: int | None = None,
+    expert_mlp: int | None = None,
+    norm_topk: bool | None = None,
+    capacity: float | None = None,
+    balance: float | None = None,
+    router_z: float | None = None,
     remat: str | None = None,
     attention: str | None = None,
     compute_dtype: str | None = None,
@@ -99,26 +108,7 @@ def make(
 
     Args:
       preset: name of a shape in `jaxcl.models.presets`.
-      vocab: V, number of tokens.
-      layers, embed: number of blocks; D, width of the residual stream.
-      heads: H, query heads, a multiple of `kv_heads`.
-      kv_heads, head_dim: G, key and value heads, `heads` if not given; K, even, `embed / heads` if not given.
-      mlp: F, hidden width of the gated unit.
-      tied, qkv_bias: whether the head is the transposed embedding; whether queries, keys, values have a bias (Qwen 2).
-      out_bias, mlp_bias: whether the projection after attention and those of the gated unit have one.
-      qk_norm: whether every query and key head is RMS-normalised before the rotation (Qwen 3).
-      window, window_layers: tokens that a query sees, its own included (Mistral), in these layers; not given: all.
-      rope_theta, rope_scaling: base of the rotary wavelengths; `kind` ("llama3" unless given, "linear", "yarn") and
-        fields, see `models.config`; {} for none.
-      norm_eps, max_length: added to the mean square in every RMSNorm; longest row (and cache) that is accepted.
-      vocab_multiple: of which the stored rows of embedding and head are one; no logits for those beyond `vocab`.
-      init_std: standard deviation of the initial weights; that of the two projections back into the residual stream
-        is smaller by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
-      remat: what the backward pass finds stored: 'none' recomputes nothing, 'full' keeps only the input of every
-        block, 'dots' also results of matrix products, 'dots_no_batch' those without batch dimension (projections,
-        not attention scores), 'attention' the attention outputs.
-      attention, unroll: see `jaxcl.kernels.attention.attention`; blocks per iteration of the loop over layers.
-      compute_dtype: "float32" or "bfloat16"; parameters are float32 either way and are cast where they are used.
+      vocab: this and all others are the fields of `jaxcl.models.config.Config`, and described there.
 
     Raises:
       UserError: unknown preset or option, missing field or impossible shape.
@@ -160,18 +150,6 @@ def _shapes(rows: int, length: int) -> Batch:
     return Batch(row, row, weights, row, row, task)
 
 
-def _weight(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None
-) -> jax.Array:
-    """Returns a float32 parameter: normal with standard deviation `std`, or ones for None, or zeros for 0."""
-    if std is None:
-        initial: Callable[..., Any] = nn.initializers.ones
-    else:
-        initial = nn.initializers.normal(std) if std else nn.initializers.zeros
-    value: Any = module.param(name, nn.with_logical_partitioning(initial, axes), shape, jnp.float32)
-    return value
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -186,13 +164,13 @@ class Attention(nn.Module):
         c, dtype = self.config, x.dtype
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
-            kernel = _weight(self, name, (c.embed, heads, c.head_dim), ("embed", axis, "head"), c.init_std)
+            kernel = weight(self, name, (c.embed, heads, c.head_dim), ("embed", axis, "head"), c.init_std)
             y: Any = linear(x, kernel.astype(dtype))  # [B, L, heads, K]
             if c.qkv_bias:
-                bias = _weight(self, f"{name}_bias", (heads, c.head_dim), (axis, "head"), 0.0)
+                bias = weight(self, f"{name}_bias", (heads, c.head_dim), (axis, "head"), 0.0)
                 y = y + bias.astype(dtype)[None, None]
             if c.qk_norm and name != "value":
-                y = rms_norm(y, _weight(self, f"{name}_norm", (c.head_dim,), ("head",), None), c.norm_eps)
+                y = rms_norm(y, weight(self, f"{name}_norm", (c.head_dim,), ("head",), None), c.norm_eps)
             return y if name == "value" else apply_rope(y, rows.cos, rows.sin)
 
         q = project("query", c.heads, "heads")
@@ -216,32 +194,11 @@ class Attention(nn.Module):
             )
         mixed = checkpoint_name(mixed, "attention")
         std = c.init_std / math.sqrt(2 * c.layers)
-        out = _weight(self, "out", (c.heads, c.head_dim, c.embed), ("heads", "head", "embed"), std)
+        out = weight(self, "out", (c.heads, c.head_dim, c.embed), ("heads", "head", "embed"), std)
         y: Any = linear(mixed, out.astype(dtype), 2)
         if c.out_bias:
-            y = y + _weight(self, "out_bias", (c.embed,), ("embed",), 0.0).astype(dtype)[None, None]
+            y = y + weight(self, "out_bias", (c.embed,), ("embed",), 0.0).astype(dtype)[None, None]
         return y, (k, v)
-
-
-class Mlp(nn.Module):
-    """Gated unit: down(silu(gate(x)) * up(x))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [B, L, D] to [B, L, D]."""
-        c, dtype = self.config, x.dtype
-
-        def project(y: jax.Array, name: str, width: int, axes: tuple[str, str], std: float) -> jax.Array:
-            out: Any = linear(y, _weight(self, name, (y.shape[-1], width), axes, std).astype(dtype))
-            if c.mlp_bias:
-                out = out + _weight(self, f"{name}_bias", (width,), axes[1:], 0.0).astype(dtype)[None, None]
-            return out
-
-        gate = project(x, "gate", c.mlp, ("embed", "mlp"), c.init_std)
-        up = project(x, "up", c.mlp, ("embed", "mlp"), c.init_std)
-        return project(swiglu(gate, up), "down", c.embed, ("mlp", "embed"), c.init_std / math.sqrt(2 * c.layers))
 
 
 class Block(nn.Module):
@@ -252,14 +209,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, past: Any, window: Any, rows: Rows) -> tuple[jax.Array, Any]:
-        """Maps x [B, L, D] to [B, L, D]; a step of the scan over layers."""
+        """Maps x [B, L, D] to [B, L, D]; also returns keys and values, if they are kept, and what a router tells."""
         c = self.config
-        scale = _weight(self, "attention_norm", (c.embed,), ("embed",), None)
+        scale = weight(self, "attention_norm", (c.embed,), ("embed",), None)
         mixed, new = Attention(c, name="attention")(rms_norm(x, scale, c.norm_eps), rows, past, window)
         x = sharded.rows(x + mixed)
-        scale = _weight(self, "mlp_norm", (c.embed,), ("embed",), None)
-        x = sharded.rows(x + Mlp(c, name="mlp")(rms_norm(x, scale, c.norm_eps)))
-        return x, new if self.keep else None
+        scale = weight(self, "mlp_norm", (c.embed,), ("embed",), None)
+        y, told = rms_norm(x, scale, c.norm_eps), None
+        if c.experts is None:
+            y = Mlp(c, name="mlp")(y)
+        else:  # what is drawn token by token has no row that a capacity could be a share of
+            y, told = mixtures.Experts(c, bounded=not self.keep, name="experts")(y, rows.segments)
+        return sharded.rows(x + y), (new if self.keep else None, told)
 
 
 class Transformer(nn.Module):
@@ -278,7 +239,7 @@ class Transformer(nn.Module):
                 f"config.model.max_length={c.max_length}: rows of {length} tokens in {slots} slots; "
                 "use shorter rows, more slots or a larger max_length"
             )
-        table = _weight(self, "embedding", (c.rows, c.embed), ("vocab", "embed"), c.init_std)
+        table = weight(self, "embedding", (c.rows, c.embed), ("vocab", "embed"), c.init_std)
         extra = Columns(**{name: batch.extra.get(name) for name in Columns._fields})
         # The padding is cut off before the lookup, where a token beyond the vocabulary must become NaN.
         x = sharded.rows(_inputs(table[: c.vocab], batch.inputs, extra, dtype))
@@ -287,16 +248,18 @@ class Transformer(nn.Module):
         if cache is None or isinstance(cache, int):
             # A new cache: the batch attends to itself, as without one, and is written to it afterwards.
             context = Rows(batch.segments, batch.positions, cos, sin, extra.frozen)
-            x, new = self._stack(cache is not None)(x, None, _windows(c), context)
+            x, (new, told) = self._stack(cache is not None)(x, None, _windows(c), context)
             store = None if cache is None else _filled(c, batch, slots, *new)
         else:
+            told = None
             store = _note(cache, batch)
             x, new = self._steps(x, store, Rows(batch.segments, batch.positions, cos, sin, past=store))
             x = jnp.where(store.index + length <= slots, x, jnp.nan)  # a full cache must not pass unnoticed
             store = dataclasses.replace(store, keys=new[0], values=new[1], index=store.index + length)
-        x = rms_norm(x, _weight(self, "final_norm", (c.embed,), ("embed",), None), c.norm_eps)
-        head = table.T if c.tied else _weight(self, "head", (c.embed, c.rows), ("embed", "vocab"), c.init_std)
-        return Output(x, head[:, : c.vocab].astype(dtype), store, table[: c.vocab].astype(dtype))
+        x = rms_norm(x, weight(self, "final_norm", (c.embed,), ("embed",), None), c.norm_eps)
+        head = table.T if c.tied else weight(self, "head", (c.embed, c.rows), ("embed", "vocab"), c.init_std)
+        terms = None if told is None or cache is not None else mixtures.terms(c, told, batch.segments)
+        return Output(x, head[:, : c.vocab].astype(dtype), store, table[: c.vocab].astype(dtype), terms)
 
     def _stack(self, keep: bool) -> nn.Module:
         """Returns the blocks as one scanned module with parameters stacked along a first axis named 'layers'."""
@@ -322,7 +285,7 @@ class Transformer(nn.Module):
         for i, past in enumerate(zip(store.keys, store.values, strict=True)):
             own = {"params": jax.tree.map(operator.itemgetter(i), stacked)}
             window = None if windows is None else windows[i]
-            x, new = Block(c, keep=True, parent=None).apply(own, x, past, window, context)  # pyright: ignore
+            x, (new, _) = Block(c, keep=True, parent=None).apply(own, x, past, window, context)  # pyright: ignore
             kept.append(new)
         return x, tuple(zip(*kept, strict=True))
 
