@@ -10,7 +10,7 @@ run: $(VENV)/run.stamp
 	$(BIN)/python -m jaxcl.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
