@@ -159,8 +159,8 @@ def sampled(rng, tree, samples=SAMPLES):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=12)
-@given(seed=st.integers(0, 2**31), radius=st.sampled_from([0.0, 1e-6, 0.01, 0.3, 3.0]))
+@settings(max_examples=200)
+@given(seed=st.integers(0, 2**31), radius=st.sampled_from([0.0, 1e-6, 0.01, 0.3, 3.0, 10.0]))
 def test_bounds_hold_every_network_of_the_box(family, seed, radius):
     rng = np.random.default_rng(seed)
     arguments = box(rng, family, radius)
@@ -171,7 +171,9 @@ def test_bounds_hold_every_network_of_the_box(family, seed, radius):
     slack = 3e-5 * (1 + np.abs(exact).max())
     assert (nearest.lower - slack <= exact).all()
     assert (exact <= nearest.upper + slack).all()
-    assert (nearest.lower <= nearest.upper).all()
+    ulp = 2.0**-22  # a compiler may compute the tanh of one end twice, and not to the same last bit
+    assert (nearest.lower <= nearest.upper + ulp * np.abs(nearest.upper)).all()
+    assert (outward.lower <= outward.upper).all()
     if radius == 0.0 and family != "layer_norm":
         assert (nearest.upper - nearest.lower <= slack).all()
         assert (outward.upper - outward.lower <= 1e-3 * (1 + np.abs(exact).max())).all()
