@@ -32,7 +32,6 @@ LONG = (
     "train_processes_test",
     "archive_resume_test",
     "rl_processes_test",
-    "method_processes_test",
     "elastic_test",
     "rl_run_test",
     "lora_run_test",

@@ -32,7 +32,7 @@ import json, jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jaxcl import mesh as meshes
 from jaxcl.aot import hlo
-from jaxcl.ridge import moments, recursion
+from jaxcl.ridge import moments, recursion, solve
 from jaxcl.types import TrainState
 
 D, B, C = 16384, 512, 100
@@ -54,7 +54,11 @@ run = jax.jit(meshes.on(mesh, learn), out_shardings=cuts, donate_argnums=0)
 done = run.trace(meshes.with_shardings(memory, cuts), *batch).lower().compile()
 sent = max(kind["bytes"] / kind["times"] for kind in hlo.read(done.as_text())["collectives"].values())
 found = done.memory_analysis()
-print(json.dumps([sent, found.alias_size_in_bytes, found.temp_size_in_bytes]))
+sums = meshes.with_shardings(memory["moments"], cuts["moments"])
+solved = jax.jit(meshes.on(mesh, lambda m: solve.weights(m, 0.1).weights)).trace(sums).lower().compile()
+panels = max(kind["bytes"] / kind["times"] for kind in hlo.read(solved.as_text())["collectives"].values())
+spare = solved.memory_analysis().temp_size_in_bytes
+print(json.dumps([sent, found.alias_size_in_bytes, found.temp_size_in_bytes, panels, spare]))
 """
 
 
@@ -70,8 +74,10 @@ def test_updates_compile_for_a_tpu_in_place():
 
 @pytest.mark.skipif(missing("libtpu"), reason="needs libtpu: pip install -e '.[aot]'")
 def test_on_a_mesh_of_tpus_a_device_has_its_rows_and_rows_travel():
-    sent, alias, temporary = compiled(MESH)
+    sent, alias, temporary, panels, spare = compiled(MESH)
     whole, rows = 4 * 16384 * 16384, 4 * 512 * 16384
     assert sent <= rows
     assert 3 * whole / 4 <= alias <= 3.2 * whole / 4
     assert temporary < 6 * rows
+    assert panels < whole / 50  # a factor goes by panels, and no matrix travels to be solved
+    assert spare < 2 * whole

@@ -101,6 +101,12 @@ class Strips(NamedTuple):
         cut = jax.shard_map(f, mesh=self.mesh, in_specs=places, out_specs=rows, check_vma=False)
         return cut(list(matrices), list(operands), list(operands))
 
+    def product(self, f: Callable[..., Any], matrix: Any, operand: Any) -> Any:
+        """Returns f(matrix, operand), cut by rows as the matrix [d, d] is; the operand [d, K] is copied to every device."""
+        rows, copy = PartitionSpec(self.axes), PartitionSpec()
+        cut = jax.shard_map(f, mesh=self.mesh, in_specs=(rows, copy), out_specs=rows, check_vma=False)
+        return cut(matrix, operand)
+
     def alone(self, f: Callable[..., Any], *operands: Any) -> Any:
         """Returns f(*operands), which every device computes."""
         copy = PartitionSpec()

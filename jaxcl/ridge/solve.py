@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.kernels import sharded
 from jaxcl.kernels.ridge import cholesky, pair
 from jaxcl.kernels.ridge.pair import Pair
 from jaxcl.ridge.moments import Moments, check_gamma, prepare
@@ -85,7 +86,10 @@ def _apply(lower: jax.Array) -> Callable[[jax.Array], jax.Array]:
 
 def _residual(gram: Pair, right: Pair, gamma: Pair, w: Pair) -> jax.Array:
     """Returns B - (A + gamma I) W, float32 [d, C] of small relative error."""
-    used = pair.add(pair.dot(gram, w), pair.times(w, Pair(*(jnp.broadcast_to(p, w.high.shape) for p in gamma))))
+    shared = sharded.strips(gram.high.shape[0])
+    product = pair.dot(gram, w) if shared is None else shared.product(pair.dot, gram, w)
+    spread = Pair(*(jnp.broadcast_to(part, w.high.shape) for part in gamma))
+    used = pair.add(product, pair.times(w, spread))
     return pair.add(right, pair.negative(used)).high
 
 
