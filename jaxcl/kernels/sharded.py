@@ -102,7 +102,7 @@ class Strips(NamedTuple):
         return cut(list(matrices), list(operands), list(operands))
 
     def product(self, f: Callable[..., Any], matrix: Any, operand: Any) -> Any:
-        """Returns f(matrix, operand), cut by rows as the matrix [d, d] is; the operand [d, K] is copied to every device."""
+        """Returns f(matrix, operand), by rows like the matrix [d, d]; every device gets the operand [d, K] whole."""
         rows, copy = PartitionSpec(self.axes), PartitionSpec()
         cut = jax.shard_map(f, mesh=self.mesh, in_specs=(rows, copy), out_specs=rows, check_vma=False)
         return cut(matrix, operand)
