@@ -186,7 +186,7 @@ def test_a_bound_holds_for_every_residual_that_is_left(monkeypatch):
 
 
 def test_a_bound_holds_where_the_factor_is_of_another_matrix():
-    """Ten rows of large features: rounding makes the matrix indefinite, and the factor that is found is of a larger one.
+    """Ten rows of large features: rounding makes the matrix indefinite, and the factor is of a larger one.
 
     The least eigenvalue is gamma, since the other directions have no rows.
     """

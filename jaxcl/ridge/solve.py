@@ -61,7 +61,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def factor(gram: Pair, gamma: Gamma) -> tuple[jax.Array, jax.Array]:
-    """Returns the Cholesky factor of A + gamma I, float32 [d, d], lower triangular, and what the diagonal was raised by.
+    """Returns the Cholesky factor of A + gamma I, float32 [d, d], lower triangular, and what raised its diagonal.
 
     That is 0, unless rounding makes the matrix indefinite: then the diagonal is raised until it is not.
     """
