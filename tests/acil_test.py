@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from closed_form import C, Learner, batches, joint, off, rows
+from closed_form import GAMMA, C, Learner, batches, joint, off, rows
 
 from jaxcl.ridge import moments
 
@@ -37,7 +37,8 @@ def test_weights_within_a_task_are_of_the_rows_so_far(how):
         if how == "recursion" or (i + 1) % 3 == 0:
             past = [np.concatenate(part) for part in zip(*data[: i + 1], strict=True)]
             assert off(learner.head, joint(learner.features(*past), past[1])) < 2e-5
-            assert how == "recursion" or off(learner.head, learner.exact()) <= learner.told["bound"] < 1e-5
+            assert off(learner.head, learner.exact()) <= learner.told["bound"]
+            assert how == "recursion" or learner.told["bound"] < 1e-5
         else:
             np.testing.assert_array_equal(learner.head, before)
 
@@ -53,6 +54,33 @@ def test_between_two_factors_weights_are_refreshed():
             assert off(before, learner.exact()) > 1e-3
         assert off(learner.head, learner.exact()) <= learner.told["bound"] < 1e-4
     assert refreshed == 5
+
+
+def test_a_bound_counts_on_the_least_eigenvalue_of_the_last_factor():
+    """Neither on gamma alone, which more rows leave far behind, nor on more than the rows of the factor have."""
+    learner, least = Learner("acil(how='refresh', every=1)", width=6), {0: GAMMA}
+    for n, (x, y) in enumerate(batches(rows(120), 8)):
+        learner.step(x, y)
+        memory = learner.state.memory
+        least[8 * n + 8] = np.linalg.eigvalsh(np.float64(memory["moments"].gram.high))[0] + GAMMA
+        known = least[int(memory["factored"])]
+        assert 0.45 * known < memory["least"] < 1.001 * known
+        assert off(learner.head, learner.exact()) <= learner.told["bound"] < 1e-4
+    assert known > 3 * GAMMA
+    assert memory["factored"] < 120
+
+
+@pytest.mark.parametrize("how", ["refresh", "recursion"])
+def test_a_branch_with_another_gamma_starts_anew(how):
+    """The factor, the inverse and the least eigenvalue of the run are of its own gamma."""
+    run, branch = Learner(f"acil(gamma=1000.0, how={how!r}, every=1)"), Learner(f"acil(how={how!r}, every=1)")
+    *data, last = batches(rows(96), 8)
+    for x, y in data:
+        run.step(x, y)
+    branch.state = run.state
+    branch.step(*last)
+    assert branch.told["gamma"] == np.float32(GAMMA)
+    assert off(branch.head, branch.exact()) <= branch.told["bound"] < 1e-4
 
 
 def test_a_hundred_growing_classes_are_one_compilation():

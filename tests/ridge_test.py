@@ -185,6 +185,22 @@ def test_a_bound_holds_for_every_residual_that_is_left(monkeypatch):
     assert 1e-5 < error <= found.bound < 1
 
 
+def test_a_bound_holds_where_the_factor_is_of_another_matrix():
+    """Ten rows of large features: rounding makes the matrix indefinite, and the factor is of a larger one.
+
+    The least eigenvalue is gamma, since the other directions have no rows.
+    """
+    gamma = 0.1
+    for seed in range(4):
+        x, labels, weights = rows(B, seed)
+        x, weights = np.float32(1000) * x, np.where(np.arange(B) < 10, weights, 0)
+        found = weights_of(stream((x, labels, weights)), gamma)
+        few = x[:10].astype(np.float64)
+        want = few.T @ np.linalg.solve(few @ few.T + gamma * np.eye(10), np.eye(C)[labels[:10]])
+        assert off(wide(pair.Pair(found.weights, found.low)), want) <= found.bound
+        assert found.least == np.float32(gamma)
+
+
 def rough(real, gram, right, gamma, precondition, w, scale):
     return real(gram, right, gamma, precondition, pair.of(precondition(right.high) * 1.0001), scale)
 

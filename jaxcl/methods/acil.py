@@ -149,7 +149,7 @@ def _method(setting: Setting, width: int, classes: int, options: Options) -> Met
         metrics = learner.told(setting, params, batch, rows)
         memory = {**state.memory, "age": state.memory["age"] + 1, "moments": _added(state.memory, rows, options)}
         if options.how == "recursion":
-            memory["inverse"] = _followed(state.memory, memory["moments"], rows, options)
+            memory |= _followed(state.memory, memory["moments"], rows, options)
             m, w = memory["moments"], memory["inverse"].w
             params = learner.written(params, w, m.counts, scale=learner.sharpness(m, w, _gamma(memory, options)))
         else:
@@ -189,14 +189,31 @@ def _added(memory: Memory, rows: learner.Rows, options: Options) -> Moments:
     return Moments(m.gram, Pair(*tree.where(exposed, before.cross, m.cross)), m.counts, m.features)
 
 
-def _followed(memory: Memory, m: Moments, rows: learner.Rows, options: Options) -> recursion.Inverse:
-    """Returns the inverse with rows added; anew from the moments once there are enough rows."""
-    enough = recursion.ENOUGH * m.gram.high.shape[0]
+def _other(memory: Memory, options: Options) -> jax.Array | bool:
+    """Returns whether what is kept is of another gamma: a branch may have another one than its run."""
+    return not isinstance(options.gamma, str) and memory["gamma"] != jnp.float32(options.gamma)
+
+
+def _followed(memory: Memory, m: Moments, rows: learner.Rows, options: Options) -> Memory:
+    """Returns the inverse with rows added and what is known of its weights; anew once there are enough rows."""
+    enough, gamma = recursion.ENOUGH * m.gram.high.shape[0], _gamma(memory, options)
     crossed = (memory["moments"].total < enough) & (m.total >= enough)
-    gamma = _gamma(memory, options)
-    return jax.lax.cond(
-        crossed, lambda: recursion.start(m, gamma), lambda: recursion.update(memory["inverse"], *rows.counted)
-    )
+
+    def anew() -> Memory:
+        found = solve.weights(m, gamma)
+        return {"inverse": recursion.begun(found), **_known(found, gamma)}
+
+    def updated() -> Memory:
+        inverse = recursion.update(memory["inverse"], *rows.counted)
+        bound = jnp.where(jnp.any(rows.weights > 0), 1.0, memory["bound"])  # nothing is known of these weights
+        return {"inverse": inverse, "bound": bound} | {name: memory[name] for name in ("least", "gamma")}
+
+    return jax.lax.cond(crossed | _other(memory, options), anew, updated)
+
+
+def _known(found: solve.Solution, gamma: solve.Gamma) -> Memory:
+    """Returns what is kept of a solve."""
+    return {"bound": learner.bound_of(found), "least": found.least, "gamma": jnp.float32(gamma)}
 
 
 def _settled(params: Params, memory: Memory, options: Options, *, last: bool = False) -> tuple[Params, Memory]:
@@ -208,17 +225,17 @@ def _settled(params: Params, memory: Memory, options: Options, *, last: bool = F
 
     def solved(memory: Memory) -> tuple[jax.Array, Memory]:
         found = solve.weights(m, gamma)
-        told = {"bound": learner.bound_of(found), "least": found.least}
         more = {"factor": found.factor, "factored": m.total} if "factor" in memory else {}
         more |= {"inverse": recursion.begun(found)} if "inverse" in memory else {}
-        return found.weights, {**memory, **told, **more}
+        return found.weights, {**memory, **_known(found, gamma), **more}
 
     def refreshed(memory: Memory) -> tuple[jax.Array, Memory]:
         w = solve.refresh(m, gamma, memory["factor"], params["head"])
-        return w, {**memory, "bound": jnp.minimum(solve.bound(m, gamma, w, memory["least"]), 1.0)}
+        return w, {**memory, "bound": jnp.minimum(solve.bound(m, gamma, w, memory["least"]), 1.0)}  # rows raise least
 
     if options.how == "refresh" and not last:
-        w, memory = jax.lax.cond(m.total > GROWN * memory["factored"], solved, refreshed, memory)
+        old = (m.total > GROWN * memory["factored"]) | _other(memory, options)
+        w, memory = jax.lax.cond(old, solved, refreshed, memory)
     else:
         w, memory = solved(memory)
     return learner.written(params, w, m.counts, scale=learner.sharpness(m, w, gamma)), memory

@@ -3,8 +3,9 @@
     for a panel of columns p:   L_pp = chol(A_pp);  L_ip = A_ip L_pp^-T (own rows i);  A_ij <- A_ij - L_ip L_jp^T
 
 The right-looking form (Golub & Van Loan 2013, section 4.2). The owner of the diagonal block sends it to all devices,
-every device makes its rows of the panel, the panel, [d, n] with n <= 256, is gathered, and every device updates its
-own rows. A solve goes through the panels forwards and backwards, with [n, K] sent at each.
+every device makes its rows of the panel, the panel, [d, n], is gathered, and every device updates its own rows; n is
+at most 256, or all rows of a device if these have no such divisor but small ones: choose d accordingly.
+A solve goes through the panels forwards and backwards, with [n, K] sent at each.
 
 Cost on N devices: about d^3 / N operations for the factor, as all of them work to the end, against d^3 / 3 of one that
 has the matrix alone: it takes less time from four devices on, and d^2 / N of memory. 4 d^2 K / N for a solve.
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxcl.kernels import sharded
 from jaxcl.kernels.ridge import pair
 
-WIDTH = 256  # columns of a panel, at most
+WIDTH = 256  # columns of a panel, at most, where it divides well; see `width`
 PARTS = 4  # of the loop over panels, each for a static range of the columns that are left
 
 
