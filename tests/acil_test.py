@@ -58,7 +58,7 @@ def test_between_two_factors_weights_are_refreshed():
 
 def test_a_bound_counts_on_the_least_eigenvalue_of_the_last_factor():
     """Neither on gamma alone, which more rows leave far behind, nor on more than the rows of the factor have."""
-    learner, least = Learner("acil(how='refresh', every=1)", width=6), {0: GAMMA}
+    learner, least = Learner("acil(how='refresh', every=1)", width=5), {0: GAMMA}
     for n, (x, y) in enumerate(batches(rows(120), 8)):
         learner.step(x, y)
         memory = learner.state.memory
