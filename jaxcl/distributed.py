@@ -9,24 +9,26 @@ with distributed.stop_on_signal() as stopped:
 distributed.together(action)                fails on all processes if it fails on one
 distributed.stopped_status()                exit status of a run that SIGTERM stopped
 distributed.shutdown()                      last: a process that leaves early makes the others abort
-distributed.abandon(error, status)          instead, if another process is gone
+with distributed.leaving(status):           instead, if another process is gone
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxcl.schema import UserError
+
+GONE = re.compile(r"[Cc]oordination service|[Bb]arrier (timed out|failed)|waiting at barrier|heartbeat")
 
 
 def initialize() -> bool:
@@ -90,19 +92,23 @@ def shutdown() -> None:
         jax.distributed.shutdown()
 
 
-def abandon(error: Exception, status: int) -> NoReturn:
-    """Ends this process at once after an error of the runtime, without waiting for others: one of them is gone.
+@contextlib.contextmanager
+def leaving(status: int) -> Iterator[None]:
+    """Ends this process at once where the block fails because another one is gone: all that waits for it is in vain.
 
-    Raises:
-      Exception: `error`, if there are no others.
+    An error of the runtime is taken for that if there are other processes, and so is one that the coordination service
+    has caused.
     """
-    if jax.process_count() == 1:
-        raise error
-    text = " ".join(str(error).split())[:200]
-    print(f"error: another process or its machine is gone ({text}); start all of them again", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or GONE.search(text)):
+            raise
+        print(f"error: another process or its machine is gone ({text[:200]}); start all of them again", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def together(action: Callable[[], object]) -> None:

@@ -362,9 +362,10 @@ def supervise(
 ) -> int:
     """Trains to the end and returns the exit status."""
     try:
-        with contextlib.ExitStack() as stack:
+        with distributed.leaving(watches.MACHINE), contextlib.ExitStack() as stack:
             distributed.together(lambda: stack.enter_context(folder.locked(place)))
             session = stack.enter_context(contextlib.closing(Session(made, loop, place, config)))
+            stack.enter_context(distributed.leaving(watches.MACHINE))  # before the save under way is waited for
             with session.watch.attempt(began, lambda: session.step):
                 session.train(stopped)
     except Stopped as reason:
@@ -373,8 +374,6 @@ def supervise(
     except (BadSteps, watches.MachineFault) as bad:
         print(f"error: {bad}", file=sys.stderr)
         return 3 if isinstance(bad, BadSteps) else watches.MACHINE
-    except jax.errors.JaxRuntimeError as error:
-        distributed.abandon(error, watches.MACHINE)
     except checkpoint.NotSaved as error:
         text = " ".join(str(error).split())[:400]
         print(f"error: {text}; mend that, and the same command continues from the checkpoint before", file=sys.stderr)
