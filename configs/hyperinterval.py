@@ -9,6 +9,7 @@ Parts:    task         a network for every task          universal        one ne
           mnist        the first at the sizes of Krukowski et al., 2405.15444
           mnist_universal, mnist_published               the second: on fixed detectors, and at the published sizes
           permuted     permuted MNIST, ten tasks, at the published sizes (206 M parameters; hours on a CPU)
+          PART,STEPS   other steps of a task
 Expected: experiments/hyperinterval/README.md; the first two take a minute each on two CPU cores.
 """
 
@@ -41,10 +42,12 @@ PARTS = {
 }
 
 
-def get_config(part="task"):
-    if part not in PARTS:
-        raise ValueError(f"--config=configs/hyperinterval.py:{part}: no such part; choose from {', '.join(PARTS)}")
+def get_config(text="task"):
+    part, _, other = text.partition(",")
+    if part not in PARTS or not (other or "1").isdecimal():
+        raise ValueError(f"--config=configs/hyperinterval.py:{text}: is no PART or PART,STEPS of {', '.join(PARTS)}")
     model, adapter, method, batch, steps, peak = PARTS[part]
+    steps = int(other or steps)
     drawn = part in ("task", "universal")
     source = {"name": "digits", "count": 1000} if drawn else {"name": "images", "path": MNIST}
     if part == "permuted":
