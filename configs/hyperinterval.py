@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from jaxcl.data import scenarios
 
-MNIST = os.environ.get("JAXCL_MNIST", "mnist")  # a folder with the four files
 MLP = {"name": "mlp", "inputs": 28 * 28, "classes": 2}
 PATCHES = {"name": "patches", "side": 28, "filters": 2000, "classes": 2, "window": 12}
 BOXES = {"embedding": 24, "hidden": (100,), "gamma": 10.0, "universal": True}
@@ -42,6 +41,11 @@ PARTS = {
 }
 
 
+def mnist():
+    """Returns the source of the four files of MNIST."""
+    return {"name": "images", "path": os.environ.get("JAXCL_MNIST", "mnist")}
+
+
 def get_config(text="task"):
     part, _, other = text.partition(",")
     if part not in PARTS or not (other or "1").isdecimal():
@@ -49,7 +53,7 @@ def get_config(text="task"):
     model, adapter, method, batch, steps, peak = PARTS[part]
     steps = int(other or steps)
     drawn = part in ("task", "universal")
-    source = {"name": "digits", "count": 1000} if drawn else {"name": "images", "path": MNIST}
+    source = {"name": "digits", "count": 1000} if drawn else mnist()
     if part == "permuted":
         sources, stages = scenarios.permuted(source | {"pad": 2}, 10, steps=steps)
     else:

@@ -33,7 +33,7 @@ DRAWN = {"name": "digits", "count": 500, "held_out": 128, "size": 14}
 
 def sequence(part):
     """Returns sources, stages and the network of a task."""
-    images = {"name": "images", "path": hyperinterval.MNIST}
+    images = hyperinterval.mnist()
     if part == "stress":
         return *scenarios.permuted(DRAWN, 30, steps=100), SMALL
     if part == "permuted":

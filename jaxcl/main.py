@@ -6,6 +6,7 @@ import re
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
@@ -49,6 +50,7 @@ def read(argv: list[str], usage: str = USAGE) -> tuple[dict[str, Any], str]:
       UserError: whatever is wrong with it, in one line.
     """
     given = [arg for arg in argv if re.match(r"--?config\.", arg)]
+    find_neighbours(argv)
     try:
         rest = flags.FLAGS([arg for arg in argv if arg not in given])[1:]
         config = CONFIG.value
@@ -71,6 +73,16 @@ def read(argv: list[str], usage: str = USAGE) -> tuple[dict[str, Any], str]:
     for arg in given:
         override(whole, arg)
     return whole, WORKDIR.value or f"runs/{whole.get('label', 'run')}"
+
+
+def find_neighbours(argv: list[str]) -> None:
+    """Lets a config file import others beside it, as in `from configs import quickstart`, from any folder."""
+    for i, arg in enumerate(argv):
+        if match := re.fullmatch(r"--?config(=(.*))?", arg):
+            path, dot, _ = (match[2] if match[1] else "".join(argv[i + 1 : i + 2])).partition(".py")
+            root = str(Path(path).resolve().parent.parent)
+            if dot and root not in sys.path:
+                sys.path.append(root)
 
 
 def override(config: dict[str, Any], arg: str) -> None:

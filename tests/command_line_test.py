@@ -1,11 +1,18 @@
 """The command line itself: sections a file leaves out, configs that fail, commands that are interrupted."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jaxcl import bpe, console, main
 from jaxcl.data import tokenizer
 from jaxcl.models import transformer
 from jaxcl.schema import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_section_whose_keys_all_have_defaults_may_be_left_out_of_the_file():
@@ -48,6 +55,26 @@ def test_a_method_may_be_a_text_a_dict_or_a_list_whatever_it_was(old, text, valu
     for label in ("7", "[]", "[7]", "(1, 2)"):
         main.override(config, f"--config.label={label}")
         assert config["label"] == label
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "told"),
+    [
+        ("analytic", ["--mnist=nowhere", "--parts=pixels"], "mnist-0.npz: cannot be read"),
+        ("hyperinterval", ["--mnist=nowhere", "--parts=task"], "config.sources.task_00: path='nowhere'"),
+        ("soft_rl", ["--config.model.wrong=1"], "config.model.wrong: unknown key"),
+    ],
+)
+def test_launchers_find_their_configs_from_anywhere(launcher, arguments, told, tmp_path):
+    """Their configs import each other; a terminal sets no path."""
+    script = ROOT / "experiments" / launcher / "launch.py"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mnist-0.npz").touch()  # images that are there, of a kind: the config comes next
+    command = [sys.executable, script, f"--workdir={tmp_path}", *arguments]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "JAXCL"))}
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (run.returncode, run.stderr[:6]) == (2, "error:"), run.stderr
+    assert told in run.stderr
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the loader of ml_collections

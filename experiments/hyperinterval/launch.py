@@ -25,7 +25,7 @@ def launch(argv):
     """Makes the comparisons that the command line asks for and returns the exit status of the last."""
     if any(re.match(r"--?config(=|$)", arg) for arg in argv):
         raise UserError("--config: is configs/hyperinterval_compare.py; choose its --parts")
-    main.read([*argv, f"--config={CONFIG}:task"])  # reads the flags, which say what to read
+    flags.FLAGS([arg for arg in argv if not arg.startswith("--config.")])
     if MNIST.value:
         os.environ["JAXCL_MNIST"] = MNIST.value
     status = 0
