@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 from jaxcl.schema import UserError
 
 GONE = re.compile(r"[Cc]oordination service|[Bb]arrier (timed out|failed)|waiting at barrier|heartbeat")
+OWN = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|CpuCallback")  # what a process has done itself
 
 
 def initialize() -> bool:
@@ -94,21 +95,26 @@ def shutdown() -> None:
 
 @contextlib.contextmanager
 def leaving(status: int) -> Iterator[None]:
-    """Ends this process at once where the block fails because another one is gone: all that waits for it is in vain.
+    """Ends this process at once where the block fails in company: all that waits for the others would be in vain.
 
-    An error of the runtime is taken for that if there are other processes, and so is one that the coordination service
-    has caused.
+    With other processes, an error of the runtime means that one of them is gone, unless it names something that this
+    process has done, such as running out of memory: then the exit status is 1, as in a process without company. A
+    checkpoint that could not be written because the processes did not meet means the same.
     """
     try:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or GONE.search(text)):
+        runtime = isinstance(error, jax.errors.JaxRuntimeError)
+        unmet = getattr(error, "cause", None) == "not saved" and GONE.search(text)
+        if jax.process_count() == 1 or not (runtime or unmet):
             raise
-        print(f"error: another process or its machine is gone ({text[:200]}); start all of them again", file=sys.stderr)
+        own = runtime and OWN.search(text)
+        told = text[:400] if own else f"another process or its machine is gone ({text[:200]}); start all of them again"
+        print(f"error: {told}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(1 if own else status)
 
 
 def together(action: Callable[[], object]) -> None:

@@ -18,9 +18,10 @@ import jax
 from jaxcl.schema import UserError
 
 # What may differ between two starts of one run. The rows of past stages are checked against the checkpoint itself; the
-# implementations of attention compute the same, and the machine that a run goes on with may need another.
+# implementations of attention compute the same, as meshes do but for rounding, and the machines that a run goes on with
+# may need others.
 FREE = (
-    *("label", "checkpoint", "rollback", "tensorboard", "wandb", "watch"),
+    *("label", "checkpoint", "rollback", "tensorboard", "wandb", "watch", "mesh", "microbatches"),
     *("stream.stages", "stream.steps", "packing.directory", "model.attention"),
 )
 LOCK = "lock"  # held by the process that trains in the folder; the operating system frees it when that ends
@@ -99,6 +100,19 @@ def locked(place: Path) -> Iterator[None]:
             (place / LOCK).unlink()
             place.rmdir()
         os.close(handle)
+
+
+def moved(place: Path, config: Mapping[str, Any], message: str | None) -> str | None:
+    """Returns what there is to say of a run that goes on, and that its mesh or its microbatches are others now."""
+    if message is None or not (place / "run.json").exists():
+        return message
+    then, now = about(place)["config"], json.loads(json.dumps(config))
+    parts = [
+        f"config.{key} is {now.get(key)}, was {then.get(key)}: the same up to rounding"
+        for key in ("mesh", "microbatches")
+        if now.get(key) != then.get(key)
+    ]
+    return "; ".join([message, *parts])
 
 
 def branched(place: Path) -> bool | None:

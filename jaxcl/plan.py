@@ -190,6 +190,18 @@ def check_boxed(method: Any, network: Network, patterns: Sequence[str], flow: st
                 f"config.stream.replay: stage {stage.name!r} has rows of earlier tasks beside its own, but boxes of "
                 "weights need one task in a batch; leave it out, or give no config.adapter"
             )
+    judged: dict[str, str] = {}  # domain -> the stage whose network is looked at with its rows
+    for k, stage in enumerate(flow.stages):
+        for name, weight in stage.mixture.items():
+            if weight:
+                judged.setdefault(name, stage.name)
+        own = max(stage.mixture, key=lambda name: stage.mixture[name])
+        if judged[own] != stage.name:
+            raise UserError(
+                f"config.stream.stages[{k}] {stage.name!r}: has most rows of {own!r}, on which the network of stage "
+                f"{judged[own]!r} is certified, so that its own would never be; boxes of weights need a new source for "
+                "the most rows of every stage"
+            )
 
 
 def check_analytic(method: Any, network: Network, patterns: Sequence[str]) -> None:

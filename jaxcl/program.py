@@ -110,6 +110,11 @@ def build(
     own = practice.Options(policy, objective, rollout)
     made = domains.make(domains.Sections(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own))
     practice.check(made.practice, own, method, chosen.alignment)
+    if made.practice and "rl" in made.practice.learns and model.get("capacity") is not None:
+        raise UserError(
+            f"config.model.capacity={model['capacity']}: not where answers are drawn: a token of one has no row yet "
+            "that this could be a share of, and would be learned by another network; leave it out"
+        )
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}
     ready = plans.make(devices, made.network, stream=stream, **learning)

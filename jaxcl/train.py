@@ -74,7 +74,7 @@ class Session:
         if made.stream.contents:
             who = {"process": jax.process_index(), "processes": jax.process_count()}
             self.archive = Archive(str(place / "reservoir"), made.stream, **who)
-        message = self.restore()
+        message = folder.moved(place, config, self.restore())
         distributed.together(lambda: folder.claim(place, config, made.facts))  # before anything else is written there
         self.rewind()
         self.out = metrics.Several(self.writers())
@@ -265,10 +265,11 @@ class Session:
         with self.watch.spending("evaluation"):
             scores = self.made.evaluate(params)
         spent = {"seconds": time.perf_counter() - began} | self.watch.busiest()
-        if boundary == -1 and (bad := [name for name, loss in scores["loss"].items() if not math.isfinite(loss)]):
-            raise BadSteps(
-                f"the loss on {bad[0]} is not finite before the first step; look at config.model and its checkpoint"
-            )
+        bad = [name for name, loss in scores["loss"].items() if not math.isfinite(loss)]
+        if boundary is not None and bad:
+            what = "at the end of a stage; lower config.schedule.peak, or the radii of boxes (config.adapter.gamma)"
+            start = "before the first step; look at config.model, its checkpoint and config.adapter"
+            raise BadSteps(f"the loss on {bad[0]} is not finite {start if boundary == -1 else what}")
         if boundary is not None and self.made.compare:
             with self.watch.spending("evaluation"):
                 scores = scores | self.made.compare(params)

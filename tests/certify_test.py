@@ -160,7 +160,7 @@ def test_a_run_that_cannot_be_certified_again_says_why(trained, tmp_path, monkey
         return step, {**found, LEDGER: {**found[LEDGER], **ends}}
 
     monkeypatch.setattr(command.saved, "params", empty)
-    refused(r"box of task_01 misses those of the tasks before it in .*project=True")
+    refused(r"box of task_01 misses those of the tasks before it in .*project=true")
 
 
 def test_the_ledger_of_another_network_is_refused(tmp_path):
@@ -342,7 +342,7 @@ def test_what_all_boxes_have_in_common():
     np.testing.assert_allclose(shared.upper, (centre + radius).min(0), atol=1e-6)
     assert (shared.lower <= shared.upper).all()
     made, params, _ = toy(False)  # embeddings of different tasks are far from each other
-    with pytest.raises(UserError, match=r"box of second misses .* no network is in all of them.*project=True"):
+    with pytest.raises(UserError, match=r"box of second misses .* no network is in all of them.*project=true"):
         certify.common(made, params, names)
 
 

@@ -1,5 +1,6 @@
 """The same run on one, two and four processes; checkpoints that move between them; stopping together."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import namespaces
 import processes
 import pytest
 
-from jaxcl import distributed
+from jaxcl import checkpoint, distributed
 
 LAYOUTS = [(1, 4), (2, 2), (4, 1)]
 REASON = namespaces.why_not()
@@ -134,3 +135,40 @@ def test_a_fork_is_like_an_interpreter_of_its_own(tmp_path):
     assert all("to stderr" in one.log.read_text() for one in started)
     (plain,) = processes.run("order")
     assert (plain["quick"], plain["given"], plain["arguments"]) == (False, None, [])
+
+
+GONE, OTHER = "INTERNAL: [Gloo] Connection closed by peer", "another process or its machine is gone"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (jax.errors.JaxRuntimeError(GONE), 4, OTHER),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+            1,
+            "error: RESOURCE_EXHAUSTED",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: CpuCallback error: bad row"), 1, "error: INTERNAL: CpuCallback"),
+        (
+            checkpoint.NotSaved("checkpoint 3 was not written: Barrier timed out"),
+            4,
+            "another process or its machine is gone",
+        ),
+        (checkpoint.NotSaved("checkpoint 3 was not written: No space left on device"), None, ""),
+        (ValueError("heartbeat: no such key"), None, ""),
+    ],
+)
+def test_a_process_leaves_at_once_only_if_another_is_gone_or_its_own_device_fails(
+    error, status, told, monkeypatch, capsys
+):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with contextlib.nullcontext() if status else pytest.raises(type(error)), distributed.leaving(4):
+        raise error
+    assert left == [status] * bool(status)
+    assert told in capsys.readouterr().err
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(type(error)), distributed.leaving(4):
+        raise error

@@ -4,13 +4,17 @@ One group of processes makes the runs of several methods, as most of a start is 
 processes compile everything four times: those whose programs are large go on there with JAXCL_ALL_LAYOUTS=1 alone.
 """
 
+import contextlib
 import json
 import shutil
 
 import layouts
+import numpy as np
 import processes
 import pytest
 import small
+
+from jaxcl import distributed, train
 
 STOP = 3  # a step after the first stage has been closed
 ON_FOUR = layouts.METHODS if layouts.ALL_LAYOUTS else ("cpt", "mer", "acil")
@@ -54,3 +58,35 @@ def test_two_processes_save_and_others_go_on(runs, name):
     for layout in layouts:
         assert (STOP, "restore") in small.events(found[layout])
         assert outcomes[layout] == outcomes["straight"]
+
+
+def stopped_at(step, monkeypatch):
+    """Stops runs in this process after a step; 0 = never."""
+
+    @contextlib.contextmanager
+    def stops():
+        yield lambda number: "SIGTERM" if step and number >= step else None
+
+    monkeypatch.setattr(distributed, "stop_on_signal", stops)
+
+
+@pytest.mark.parametrize("kind", ["perceptron", "experts"])
+def test_a_run_goes_on_in_its_folder_on_another_mesh_and_with_other_microbatches(kind, tmp_path, monkeypatch):
+    if kind == "perceptron":
+        config, first, then = layouts.settings("cpt"), {"data": 2, "tensor": 4}, {"data": 4, "tensor": 2}
+    else:
+        config = small.config(tmp_path / "small", model__experts=4, stream__steps=2, method="cpt", guard=None)
+        first, then = {"data": 2, "expert": 4}, {"data": 4, "expert": 2}
+    for name in ("straight", "moved"):
+        stopped_at(STOP if name == "moved" else 0, monkeypatch)
+        assert train.run(config | {"mesh": first}, str(tmp_path / name), final=False) == 0
+    assert small.checkpoint(tmp_path / "moved")[0] == STOP
+    stopped_at(0, monkeypatch)
+    changed = {"mesh": then, **({} if kind == "experts" else {"microbatches": 2})}
+    assert train.run(config | changed, str(tmp_path / "moved"), final=False) == 0
+    (event,) = [one for one in small.records(tmp_path / "moved", "event") if one["event"] == "restore"]
+    assert f"config.mesh is {then}, was {first}" in event["message"]
+    assert ("config.microbatches is 2, was None" in event["message"]) == (kind == "perceptron")
+    one, other = ([r["loss"] for r in small.records(tmp_path / name, "train")] for name in ("straight", "moved"))
+    assert one[:STOP] == other[:STOP]
+    np.testing.assert_allclose(other, one, rtol=1e-5)

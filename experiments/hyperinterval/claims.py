@@ -1,6 +1,7 @@
 """What the comparisons show: python -m experiments.hyperinterval.claims RUNS ... [--out=FILE]
 
-Reads folders of configs/hyperinterval_compare.py and of configs/hyperinterval_protocols.py, prints the tables of the README (percent; 95 % intervals over seeds)
+Reads folders of configs/hyperinterval_compare.py and hyperinterval_protocols.py, prints the tables of the README
+(percent; 95 % intervals over seeds)
 after three tasks and at the end, and writes the raw figures as JSON.
 """
 
@@ -112,7 +113,8 @@ def main() -> None:
                 print(f"| {label} | {' | '.join(text([one[key] for one in every]) for key in every[0])} |")
     if options.out:
         about = {"python": platform.python_version(), "jax": jax.__version__, "machine": platform.machine()}
-        about["command"] = "python -m jaxcl.main --config=configs/hyperinterval_{compare,protocols}.py:PART --workdir=runs/PART"
+        files = "configs/hyperinterval_{compare,protocols}.py:PART"
+        about["command"] = f"python -m jaxcl.main --config={files} --workdir=runs/PART"
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"about": about, "runs": found}, indent=1) + "\n")
 

@@ -65,7 +65,12 @@ def examine(step: Step, topology: Topology) -> Verdict:
             raise Failed(f"--topology={topology.name}: cannot be compiled, whatever the memory: {text}") from error
         return Verdict(*refused, {}, time.perf_counter() - began)
     seconds = time.perf_counter() - began
-    found = hlo.read(compiled.as_text())
+    try:
+        found = hlo.read(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())[:200]
+        pair = "install the compiler that the extra `aot` names for this JAX"
+        raise Failed(f"--topology={topology.name}: compiled, but not to be read ({text}); {pair}") from error
     known = memory(compiled.memory_analysis())
     leaves, aliased = len(jax.tree.leaves(step.state)), found.pop("aliased")
     details = {"memory_gib": known, **found, "donation": {"state_leaves": leaves, "aliased_inputs": aliased}}

@@ -108,7 +108,7 @@ def common(made: Boxed, params: Params, tasks: Sequence[str]) -> Interval:
             raise UserError(
                 f"certificate: the box of {tasks[over[k]]} misses those of the tasks before it in {100 * empty:.3g} % "
                 "of the weights, so that no network is in all of them and nothing is guaranteed; train with "
-                "config.method hyperinterval project=True"
+                "--config.method.project=true"
             )
     return Interval(jnp.asarray(lower.max(0)), jnp.asarray(upper.min(0)))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from rich.console import Console
 
@@ -48,13 +49,27 @@ def check(path: Path, step: int | None = None) -> dict[str, Any]:
     past = {k: record for k, record in told.certificates.items() if told.boundaries[k] <= step}
     assert made.compare
     now = made.compare(params)["certificate"]
+    over = {domain for domain, one in now.items() if one["over"]}
+    if not over:
+        raise UserError(f"{path}: no task is over at step {step}, its newest checkpoint; let the run finish one")
+    recorded = {domain for record in past.values() for domain, one in record.items() if one.get("over")}
+    if lost := over & set(told.own) - recorded:
+        raise UserError(f"{path}: metrics.jsonl holds no promise of {', '.join(sorted(lost))}; restore it from a copy")
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params["generator"])):
+        raise UserError(
+            f"{path}: the weights are not finite, so that nothing is guaranteed; train anew with a lower "
+            "config.adapter.gamma or config.schedule.peak"
+        )
     if not any(one["promised"] is not None for one in now.values()):
         given = (pieces["sources"], {}, None, pieces["model"], pieces["adapter"], pieces["stream"]["stages"])
         boxed = domains.make(domains.Sections(*given)).network.boxed
         assert boxed
         certify.common(boxed, params, told.tasks)  # names the task that misses the others
-        raise UserError(f"{path}: the run keeps no ledger, so that nothing is guaranteed; train with project=True")
-    return certificates.compared(told.tasks, told.own, {**past, len(told.tasks): now})
+        raise UserError(
+            f"{path}: the run keeps no ledger, so that nothing is guaranteed; train with --config.method.project=true"
+        )
+    block = certificates.compared(told.tasks, told.own, {**past, len(told.tasks): now})
+    return block | {"stages": len(pieces["stream"]["stages"])}
 
 
 def fitting(path: Path, wanted: Params, found: Params) -> None:
@@ -77,6 +92,10 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     block = check(options.run, options.step)
     Console().print(terminal.promises(block))
+    if (done := len(block["tasks"])) < block["stages"]:
+        print(f"{done} of {block['stages']} tasks are over; the others are promised nothing yet")
+    if none := [one["task"] for one in block["tasks"] if not one["promised"]]:
+        print(f"nothing could be promised of {', '.join(none)}: no row was certified")
     if not block["kept"]:
         print("a promise is broken: an accuracy is below what was certified", file=sys.stderr)
         sys.exit(1)

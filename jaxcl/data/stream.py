@@ -375,21 +375,25 @@ def _check(rows: Mapping[str, Rows], stages: Sequence[Stage], batch: int, multip
         raise UserError("config.stream.stages: empty; give at least one stage with a name, steps and a mixture")
     for i, stage in enumerate(stages):
         field = f"config.stream.stages[{i}]"
-        if stage.steps < 1:
-            raise UserError(f"{field}.steps={stage.steps}: must be at least 1")
-        for name, weight in stage.mixture.items():
-            if name not in rows:
-                raise UserError(f"{field}.mixture.{name}: no such source{schema.nearest(name, list(rows))}")
-            if not (np.isfinite(weight) and weight >= 0):
-                raise UserError(f"{field}.mixture.{name}={weight}: a weight is a finite number >= 0")
-        used = {name: len(rows[name]) for name, weight in stage.mixture.items() if weight}
-        if not used:
-            raise UserError(f"{field}.mixture={dict(stage.mixture)}: no source has a weight above 0")
-        for name, count in used.items():
-            if not count:
-                raise UserError(f"{field}.mixture.{name}: the source has no rows; add text or shorten the rows")
-        if sum(used.values()) < batch:
-            raise UserError(
-                f"{field}: {', '.join(used)} hold {sum(used.values())} rows, less than one batch of {batch}; "
-                f"add text, shorten the rows or lower the batch"
-            )
+        if stage.name in {one.name for one in stages[:i]}:
+            raise UserError(f"{field}.name={stage.name!r}: an earlier stage has it; results are told apart by it")
+        _check_stage(field, stage, rows, batch)
+
+
+def _check_stage(field: str, stage: Stage, rows: Mapping[str, Rows], batch: int) -> None:
+    """Raises UserError unless a stage and the sources fit together."""
+    if stage.steps < 1:
+        raise UserError(f"{field}.steps={stage.steps}: must be at least 1")
+    for name, weight in stage.mixture.items():
+        if name not in rows:
+            raise UserError(f"{field}.mixture.{name}: no such source{schema.nearest(name, list(rows))}")
+        if not (np.isfinite(weight) and weight >= 0):
+            raise UserError(f"{field}.mixture.{name}={weight}: a weight is a finite number >= 0")
+    used = {name: len(rows[name]) for name, weight in stage.mixture.items() if weight}
+    if not used:
+        raise UserError(f"{field}.mixture={dict(stage.mixture)}: no source has a weight above 0")
+    if empty := [name for name, count in used.items() if not count]:
+        raise UserError(f"{field}.mixture.{empty[0]}: the source has no rows; add text or shorten the rows")
+    if (total := sum(used.values())) < batch:
+        few = f"{', '.join(used)} hold {total} rows, less than one batch of {batch}"
+        raise UserError(f"{field}: {few}; add text, shorten the rows or lower the batch")

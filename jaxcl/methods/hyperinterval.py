@@ -45,6 +45,7 @@ from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Memory, Method, Metrics, Output, Params, TrainState
 
+SCHEDULES, AVERAGES, POINTS = ("smooth", "published"), ("once", "twice"), ("centre", "middle")
 STEPS = 1000  # of a task whose length is not known
 ROWS = 256  # that `select` looks at
 TINY = 1e-6  # added to radii before the logarithm
@@ -343,6 +344,9 @@ def _checked(setting: Setting, options: Options) -> Boxed:
             "config.method='hyperinterval': trains boxes of weights; set config.adapter='hypernetwork' for config.model"
         )
     where = "config.method hyperinterval."
+    for name, known in (("schedule", SCHEDULES), ("average", AVERAGES), ("point", POINTS)):
+        if getattr(options, name) not in known:
+            raise UserError(f"{where}{name}={getattr(options, name)!r}: must be one of {', '.join(known)}")
     for name in ("beta", "spread"):
         if not 0 <= getattr(options, name) < math.inf:
             raise UserError(f"{where}{name}={getattr(options, name)}: must not be negative, and finite")

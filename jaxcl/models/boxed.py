@@ -117,7 +117,8 @@ def make(
         task = batch.task[0]
         output = target.apply(network(params, point(made, params, task)), batch, cache)
         # Rows of several tasks have no common network: nothing is better than a wrong number.
-        one = jnp.all(batch.task == task) | jnp.asarray(universal)
+        known = (task >= 0) & (task < tasks)  # an index beyond would be that of the nearest task
+        one = (jnp.all(batch.task == task) & known) | jnp.asarray(universal)
         return output._replace(hidden=jnp.where(one, output.hidden, jnp.nan))
 
     known = {"lower": (None, "mlp"), "upper": (None, "mlp"), "done": (None,), "current": ()}
@@ -242,7 +243,7 @@ def certain(logits: Interval, batch: Batch) -> jax.Array:
     """Returns the rows that all networks of a box get right, bool [B]: the target's least logit beats all others."""
     own = batch.targets[:, None] == jnp.arange(logits.lower.shape[-1])[None]
     others = jnp.max(jnp.where(own, -jnp.inf, logits.upper), axis=-1)
-    return jnp.sum(jnp.where(own, logits.lower, 0), axis=-1) > others
+    return jnp.max(jnp.where(own, logits.lower, -jnp.inf), axis=-1) > others  # never of a class that is not there
 
 
 def zonotope(boxed: Boxed, params: Params, task: jax.Array, ends: Interval) -> Zonotope:

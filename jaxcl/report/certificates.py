@@ -67,9 +67,10 @@ def section(figures: Mapping[str, Any]) -> str:
     for one in block["tasks"]:
         kept = "–" if one["kept"] is None else mark(one["kept"])
         shares = (one["promised"], one["deployed"], one["now"], one["interval"], one["affine"], one["joint"])
-        ratio = one["affine_radius"] / one["radius"] if one["radius"] else float("nan")
+        radius, tight = (float("nan") if one[key] is None else one[key] for key in ("radius", "affine_radius"))
+        ratio = tight / radius if radius else float("nan")
         rows.append([escape(one["task"]), *(_share(x) for x in shares[:3]), kept, *(_share(x) for x in shares[3:])])
-        rows[-1] += [f"{one['affine_radius']:.3g}", f"{ratio:.2f}", _share(one["clipped"])]
+        rows[-1] += [f"{tight:.3g}", f"{ratio:.2f}", _share(one["clipped"])]
     heads = ["task", "promised", "accuracy now", "certified now", "kept", "by intervals", "by affine forms", "jointly"]
     heads += ["radius", "of that by intervals", "clipped"]
     hint = (
@@ -85,9 +86,11 @@ def section(figures: Mapping[str, Any]) -> str:
 def verdict(block: Mapping[str, Any]) -> str:
     """Returns one sentence on the promises, and one on guessing the task."""
     if block["kept"] is None:
-        text = "Nothing is guaranteed: the run keeps no ledger."
+        text = "Nothing is guaranteed: the run keeps no ledger, or one that is not finite."
     elif block["kept"]:
         text = "Every promise is kept: no task is solved worse than was certified when it was learned."
+        if none := [one["task"] for one in block["tasks"] if not one["promised"]]:
+            text += f" But nothing could be promised of {words.join(none)}: no row was certified."
     else:
         text = "A promise is broken, which must not happen: see the table."
     told = "" if block["guessed"] is None else f" Without being told the task: {_share(block['guessed'])} right."

@@ -41,7 +41,8 @@ def body(comparison: Comparison) -> str:
         f"<footer>jaxcl {jaxcl.__version__}. Losses are in nats per token; ± is a 95 % confidence interval over seeds "
         "(Student t); definitions: jaxcl/forgetting.py, jaxcl/stability.py, jaxcl/seeds.py.</footer>",
     ]
-    return "\n".join(section for section in sections if section)
+    text = "\n".join(section for section in sections if section)
+    return words.units(text, any(group.accuracy for group in comparison.groups))
 
 
 def header(comparison: Comparison) -> str:

@@ -37,7 +37,7 @@ def body(run: Run, figures: dict[str, Any]) -> str:
         hours(run),
         appendix(run),
     ]
-    return "\n".join(section for section in sections if section)
+    return words.units("\n".join(section for section in sections if section), bool(figures["classified"]))
 
 
 def header(run: Run, figures: dict[str, Any]) -> str:

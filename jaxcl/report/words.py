@@ -146,6 +146,11 @@ def _progress(figures: dict[str, Any]) -> str:
     )
 
 
+def units(text: str, rows: bool) -> str:
+    """Returns a page as it is, or with rows in place of tokens: a classifier has no others."""
+    return text.replace("nats per token", "nats per row").replace("Token ledger", "Row ledger") if rows else text
+
+
 def _forgotten(figures: dict[str, Any]) -> str:
     k, values = figures["finished_tasks"], figures["figures"]
     if k == 0:
@@ -219,17 +224,16 @@ def _boundaries(figures: dict[str, Any]) -> str:
 
 
 def _replay(figures: dict[str, Any], replay: dict[str, Any]) -> str:
+    kind, other = ("rows", "rows") if figures["classified"] else ("tokens", "text")
     new, old = figures["tokens"]["new"], figures["tokens"]["replayed"]
     if not new and not old:
         return ""
     if not old:
-        return f"Nothing was replayed: all {count(new)} tokens were new."
-    share = f"Replay took {percent(old, new + old)} of training, {count(old)} of {count(new + old)} tokens"
+        return f"Nothing was replayed: all {count(new)} {kind} were new."
+    share = f"Replay took {percent(old, new + old)} of training, {count(old)} of {count(new + old)} {kind}"
     if replay.get("mode") == "extend":
-        return f"{share}: on top of the new ones, so {percent(old, new)} more compute for the same new tokens."
-    return (
-        f"{share}: in place of new ones, so for the same compute the model saw {percent(old, new + old)} less new text."
-    )
+        return f"{share}: on top of the new ones, so {percent(old, new)} more compute for the same new {kind}."
+    return f"{share}: in place of new ones, so for the same compute the model saw {percent(old, new + old)} less new {other}."
 
 
 def _answered(block: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxcl.models.interval.affine import Form, affine_bounds
 from jaxcl.models.interval.known import standardised
@@ -50,8 +51,8 @@ def bounds(function: Callable[..., Any], *, outward: bool = False) -> Callable[.
       outward: whether rounding errors are covered too.
 
     Raises:
-      UserError: (on the call) an Interval whose ends differ in shape or dtype or are not float; a primitive that has no
-        interval rule, a position or an integer or boolean result that depends on an Interval.
+      UserError: (on the call) an Interval whose ends differ in shape or dtype, are not float or cross (untraced); a
+        primitive that has no interval rule, a position or an integer or boolean result that depends on an Interval.
     """
 
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -148,6 +149,11 @@ def _input(leaf: Any) -> Span:
         )
     if not jnp.issubdtype(lower.dtype, jnp.floating):
         raise UserError(f"Interval: ends are {lower.dtype}; only float arrays can be intervals")
+    known = not (isinstance(lower, Tracer) or isinstance(upper, Tracer))
+    if known and (crossed := int(jnp.sum(lower > upper))):
+        raise UserError(
+            f"Interval: lower is above upper in {crossed} of {lower.size} places; a radius must not be negative"
+        )
     return Span(lower, upper)
 
 
