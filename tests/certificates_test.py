@@ -90,7 +90,8 @@ def test_nothing_is_guaranteed_unless_every_task_was_promised_something():
 @pytest.mark.parametrize(("last", "code"), [(0.9, None), (0.7, 1)])
 def test_the_command_fails_if_a_promise_is_broken(monkeypatch, capsys, last, code):
     asked = []
-    monkeypatch.setattr(command, "check", lambda path, step: asked.append((str(path), step)) or compared(last=last))
+    block = compared(last=last) | {"stages": 3}
+    monkeypatch.setattr(command, "check", lambda path, step: asked.append((str(path), step)) or block)
     if code is None:
         command.main(["runs/one", "--step=7"])
     else:
@@ -101,3 +102,14 @@ def test_the_command_fails_if_a_promise_is_broken(monkeypatch, capsys, last, cod
     assert asked == [("runs/one", 7)]
     assert ("a promise is broken" in told.err) == (code == 1)
     assert "first" in told.out
+    assert "2 of 3 tasks are over; the others are promised nothing yet" in told.out
+    assert "nothing could be promised" not in told.out
+
+
+def test_a_promise_of_nothing_is_not_praised(monkeypatch, capsys):
+    block = compared(second=0.0)
+    assert block["kept"]
+    assert "But nothing could be promised of second: no row was certified" in text(block)[0]
+    monkeypatch.setattr(command, "check", lambda path, step: block | {"stages": 2})
+    command.main(["runs/one"])
+    assert "nothing could be promised of second: no row was certified" in capsys.readouterr().out

@@ -233,7 +233,8 @@ def _replay(figures: dict[str, Any], replay: dict[str, Any]) -> str:
     share = f"Replay took {percent(old, new + old)} of training, {count(old)} of {count(new + old)} {kind}"
     if replay.get("mode") == "extend":
         return f"{share}: on top of the new ones, so {percent(old, new)} more compute for the same new {kind}."
-    return f"{share}: in place of new ones, so for the same compute the model saw {percent(old, new + old)} less new {other}."
+    less = f"{percent(old, new + old)} less new {other}"
+    return f"{share}: in place of new ones, so for the same compute the model saw {less}."
 
 
 def _answered(block: dict[str, Any]) -> list[str]:
