@@ -168,6 +168,13 @@ def test_knobs_are_changes_of_the_config():
     assert both[1].config["packing"]["length"] == 128
 
 
+def test_knobs_leave_room_for_the_experts():
+    mesh = {"data": 4, "expert": 2}
+    found = {knob.name: knob for knob in knobs.single(config(mesh=mesh), mesh)}
+    assert found["fsdp"].config["mesh"] == {"replica": 1, "data": 1, "fsdp": 4, "expert": 2}
+    assert "fsdp" not in {knob.name for knob in knobs.single(config(), {"fsdp": 4, "expert": 2})}
+
+
 def test_knobs_that_are_turned_already_are_left_out():
     small = config(microbatches=32, packing={"length": 100})
     small["model"] |= {"remat": "full", "compute_dtype": "bfloat16"}

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 import toys
 
-from jaxcl import compose, grad, losses, plan, scores
+from jaxcl import compose, flops, grad, losses, plan, program, scores, train
 from jaxcl import mesh as meshes
+from jaxcl.aot import abstract
 from jaxcl.hf import families
 from jaxcl.kernels import experts as kernels
 from jaxcl.models import experts, lora, transformer
@@ -124,6 +126,30 @@ def test_mixture_and_its_gradients_are_those_of_the_loop(count):
         np.testing.assert_allclose(found, d[name], rtol=1e-4, atol=1e-5 * np.abs(d[name]).max(), err_msg=name)
 
 
+def test_a_sum_over_experts_is_rounded_once():
+    one = jnp.ones((4, 1, 1), jnp.bfloat16)
+    down = jnp.bfloat16([256, 1, 1, 1]).reshape(4, 1, 1)
+    y = kernels.mixture(one[:1], jnp.arange(4)[None, None], jnp.ones((1, 1, 4)), 64 * one, one / 64, down)
+    assert float(y[0, 0, 0]) == 260  # of 259; in bfloat16 256 + 1 is 256
+
+
+def test_gradients_of_many_tokens_are_summed_in_float32():
+    """Blocks are of few tokens, as an expert of 128 has few on average; here one has them all."""
+    rng, tokens, count = np.random.default_rng(5), 4096, 128
+    x, c = (np.abs(rng.normal(size=(1, tokens, D))) for _ in range(2))
+    weights = [np.abs(rng.normal(size=shape)) for shape in ((count, D, F), (count, D, F), (count, F, D))]
+    narrow = [jnp.asarray(a, jnp.bfloat16) for a in (x, *weights)]
+    choice, shares = jnp.zeros((1, tokens, 1), jnp.int32), jnp.ones((1, tokens, 1))
+
+    def total(x, *weights):
+        return jnp.sum(kernels.mixture(x, choice, shares, *weights) * c.astype(x.dtype))
+
+    slopes = toys.quick(jax.grad(total, (1, 2, 3)))
+    for got, want in zip(slopes(*narrow), slopes(*(a.astype(jnp.float32) for a in narrow)), strict=True):
+        off = np.abs(np.asarray(got, np.float64) - np.asarray(want)).max()
+        assert off < 1e-2 * float(jnp.abs(want).max())
+
+
 def test_the_work_is_that_of_the_choices():
     """At the most one incomplete block for each expert, of at most a quarter of its mean load."""
     rng = np.random.default_rng(0)
@@ -188,6 +214,50 @@ def test_a_layer_is_the_loop_and_its_gradient_the_difference_quotient(fields):
             ends.append(objective(moved, x + step * way if name == "x" else x))
         found = slopes[1] if name == "x" else slopes[0][name]
         np.testing.assert_allclose((found * way).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-3, err_msg=name)
+
+
+def test_tokens_of_few_bits_are_routed_in_float32(monkeypatch):
+    """Two experts whose logits differ by less than a bit of bfloat16 in the router."""
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.normal(size=(2, 64, D)), jnp.bfloat16)
+    p = {name: jnp.asarray(a[:, :2] if name == "router" else a[:2], jnp.float32) for name, a in weights_of().items()}
+    p["router"] = p["router"].at[:, 1].set(p["router"][:, 0] * (1 + 1e-3 * rng.normal(size=D)))
+    monkeypatch.setattr(experts.kernels, "mixture", lambda x, choice, *rest: choice)
+    only = module(experts=2, experts_per_token=1, balance=0.0)
+    choice, told = only.apply({"params": p}, x, np.ones((2, 64), np.int32))
+    logits = np.asarray(x, np.float64) @ np.asarray(p["router"], np.float64)
+    np.testing.assert_array_equal(choice[..., 0], logits.argmax(-1))
+    np.testing.assert_allclose(told.penalty, 0.1 * (np.log(np.exp(logits).sum(-1)) ** 2).sum(), rtol=1e-5)
+
+
+def test_of_equal_experts_the_first_are_taken():
+    values = jnp.asarray(np.random.default_rng(7).integers(0, 3, (1, 40, E)), jnp.float32).at[0, 0].set(0)
+    route = toys.quick(functools.partial(experts.route, transformer.shape(**SHAPE), bounded=False))
+    choice = route(values, jnp.ones((1, 40), bool))[0]
+    assert choice[0, 0].tolist() == [0, 1]
+    np.testing.assert_array_equal(choice, jax.lax.top_k(values, 2)[1])
+
+
+def test_terms_are_means_over_the_layers():
+    told = experts.Told(jnp.array([1.0, 5.0]), jnp.array([2.0, 6.0]), jnp.array([0.0, 3.0]))
+    found = experts.terms(transformer.shape(**SHAPE | {"capacity": 0.9}), told, np.int32([[1, 1, 2, 0]]))
+    want = {"experts/penalty": (3.0, 3.0), "experts/busiest": (4.0, 3.0), "experts/dropped": (1.5, 6.0)}
+    assert {name: (float(total), float(weight)) for name, (total, weight) in found.items()} == want
+
+
+def test_experts_are_balanced_unless_asked_not_to():
+    assert transformer.shape(preset="tiny", experts=4).balance == 0.01
+    model = transformer.make(preset="tiny", experts=4)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert jax.eval_shape(model.apply, params, rows()).terms.keys() == {"experts/penalty", "experts/busiest"}
+
+
+def test_flops_count_the_experts_that_a_token_meets(tmp_path):
+    settings = small.config(tmp_path, model__experts=4, method="cpt")
+    made, step = program.build(**train.split(settings)[1]), abstract.make(settings, jax.devices())
+    cost = flops.of_model(step.plan.setting.model.axes, made.abstract.params, 32, active=2 / 4)
+    assert made.facts["flops_per_token"] == round(cost)
+    assert step.facts()["flops_per_step"] == round(cost * 8 * 32)
 
 
 def test_enough_capacity_is_none_and_what_is_dropped_passes_by_the_residual():
@@ -327,6 +397,15 @@ def test_a_mesh_with_experts_is_one_device_and_gathers_no_expert(sizes):
     assert any(shape[-1] == D for shape in found), "tokens are gathered"
     assert not any(shape[-1] == E and np.prod(shape) >= 8 * L * E for shape in found), "routing is of own tokens"
     assert " reduce-scatter(" in step.as_text()
+
+
+def test_experts_beside_replicas_and_cut_rows_are_one_device():
+    model, params = capped()
+    mesh = meshes.make(replica=2, data=1, context=2, expert=2)
+    places = meshes.state_shardings(mesh, model.axes, TrainState(jnp.int32(0), params, ())).params
+    run = functools.partial(grad.value_and_grad, objective(model))
+    step = toys.quick(meshes.on(mesh, run), out_shardings=(meshes.replicated(mesh), places))
+    close(step(jax.device_put(params, places), meshes.place(mesh, eight())), alone())
 
 
 @pytest.mark.parametrize(("sizes", "count"), [({"data": 2, "expert": 2}, 2), ({"expert": 2, "tensor": 4}, 3)], ids=str)

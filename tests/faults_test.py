@@ -1,10 +1,11 @@
 """Faults one by one: what the run says, how its ledger of time names it, and that it ends as if nothing had been.
 
-Elsewhere: steps that are not finite, spikes (guard_test, train_test), a flipped bit (watch_test), kills at any point,
-in a save too (resume_test), a signal to one of several processes (train_processes_test).
+Elsewhere: steps that are not finite, spikes (guard_test, train_test), kills at any point, in a save
+too (resume_test), a signal to one of several processes (train_processes_test).
 """
 
 import errno
+import functools
 import time
 
 import jax
@@ -13,7 +14,7 @@ import processes
 import pytest
 import small
 
-from jaxcl import checkpoint, goodput, manifests, train, watch
+from jaxcl import checkpoint, goodput, manifests, program, train, watch
 
 QUICK = True
 PAIR = {"data": 1, "fsdp": 2}
@@ -114,6 +115,34 @@ def test_a_step_that_is_not_finite_once_leaves_no_trace(folder, straight, tmp_pa
     assert run(folder, tmp_path / "run", poison=once, watch={"repeat": True}) == 0
     assert causes(tmp_path / "run") == ["rolled back", "finished"]
     assert small.outcome(tmp_path / "run") == straight
+
+
+def test_a_flipped_bit_in_one_copy_leaves_no_trace(tmp_path, recipe, monkeypatch, capsys):
+    faults, build, account = recipe("reliability", "faults"), program.build, train.Session.account
+    settings, two = faults.config(), {"devices": jax.devices()[:2]}
+    made = build(**train.split(settings)[1] | {"mesh": two})
+    compiled = {name: getattr(made, name) for name in ("create", "step", "end_task", "evaluate")}
+
+    @functools.wraps(build)
+    def again(**pieces):
+        return build(**pieces | {"mesh": two})._replace(**compiled)
+
+    def flipped(self, step):
+        account(self, step)
+        if step + 1 == faults.AT:
+            faults.flip(self)
+
+    monkeypatch.setattr(program, "build", again)
+    monkeypatch.setattr(train.allocator, "keep_pages", lambda: True)
+    assert train.run(settings, str(tmp_path / "other")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Session, "account", flipped)
+        assert train.run(settings, str(tmp_path / "run")) == watch.MACHINE
+    assert "step 13: devices hold different copies of params/" in capsys.readouterr().err
+    assert small.checkpoint(tmp_path / "run")[0] == 12
+    assert train.run(settings, str(tmp_path / "run")) == 0
+    assert causes(tmp_path / "run") == ["machine", "finished"]
+    assert small.outcome(tmp_path / "run") == small.outcome(tmp_path / "other")
 
 
 def command(folder, workdir, point, count, mesh, hang_s=None):

@@ -152,11 +152,12 @@ def test_a_run_that_goes_on_has_not_failed(tmp_path):
     assert goodput.summary(tmp_path)["failures"] == {}
 
 
-def test_a_stop_by_a_signal_is_no_failure(tmp_path):
+@pytest.mark.parametrize("cause", ["SIGTERM", "SIGINT", "finished"])
+def test_a_stop_by_a_signal_is_no_failure(tmp_path, cause):
     ledger = goodput.Ledger(tmp_path, clock=Clock())
     ledger.started(1000.0)
     ledger.ready(0)
-    ledger.ended(3, "SIGTERM")
+    ledger.ended(3, cause)
     assert goodput.summary(tmp_path)["failures"] == {}
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +38,9 @@ TABLE = [
     (-9, "", None, "killed", "wait"),
     (137, "oom-kill: constraint", None, "memory", "wait"),
     (1, "error: checkpoint 12 was not written: [Errno 28] No space left on device", "not saved", "disk", "wait"),
+    (1, "OSError: [Errno 122] Disk quota exceeded: '/runs/a'", None, "disk", "wait"),
+    (1, "OSError: [Errno 30] Read-only file system: '/runs/a'", "OSError", "disk", "wait"),
+    (1, "OSError: [Errno 5] Input/output error", "OSError", "disk", "wait"),
     (1, "", "not saved", "disk", "wait"),
     (-11, "", None, "crash", "wait"),
     (134, "F0000 Check failed: coordination service shut down", None, "coordinator", "wait"),
@@ -134,7 +138,7 @@ def test_an_hour_has_room_for_so_many_starts():
 
 
 def command(tmp_path, statuses):
-    """A command that ends each time with the next status, and enters the step it reached in a ledger."""
+    """A command that ends each time with the next status, and enters in a ledger the step it reached, or nothing."""
     script = tmp_path / "job.py"
     script.write_text(
         "import os, pathlib, signal, sys\n"
@@ -145,7 +149,7 @@ def command(tmp_path, statuses):
         "status, step, cause = statuses[min(count, len(statuses) - 1)]\n"
         "print('started', os.environ['JAXCL_STOPPED'], file=sys.stderr)\n"
         "ledger = goodput.Ledger(place)\n"
-        "ledger.started(0.0)\n"
+        "if step is not None: ledger.started(0.0)\n"
         "if cause: ledger.ended(step, cause)\n"
         "if status < 0: os.kill(os.getpid(), -status)\n"
         "sys.exit(status)\n"
@@ -160,6 +164,7 @@ def command(tmp_path, statuses):
         ([(1, 7, "ValueError"), (1, 7, "ValueError"), (0, 9, "finished")], 1, 2, 1),
         ([(1, 7, "ValueError"), (1, 8, "ValueError"), (2, 0, None)], 2, 3, 2),
         ([(-9, 0, None)], 137, 3, 2),
+        ([(1, 7, "OSError"), (1, None, None)], 1, 3, 2),  # the step of the first says nothing of the others
     ],
 )
 def test_a_command_is_seen_through(tmp_path, capsys, statuses, status, starts, waited):
@@ -169,6 +174,19 @@ def test_a_command_is_seen_through(tmp_path, capsys, statuses, status, starts, w
     assert len(list(tmp_path.glob("start.*"))) == starts
     assert len(slept) == waited
     assert "started 75" in capsys.readouterr().err
+
+
+def test_a_command_that_runs_for_an_hour_each_time_is_started_again(monkeypatch):
+    now, statuses = [0.0], [1] * 10 + [0]
+
+    def attend(command):
+        now[0] += retry.HEALTHY_S
+        return statuses.pop(0), ""
+
+    monkeypatch.setattr(retry, "attend", attend)
+    monkeypatch.setattr(retry, "time", SimpleNamespace(time=lambda: now[0]))
+    assert retry.see_through(["job"], Limits(retries=2), lambda seconds: None) == 0
+    assert statuses == []
 
 
 def test_a_signal_reaches_the_command_and_ends_both(tmp_path):
@@ -212,6 +230,20 @@ def test_workers_are_judged_by_what_they_report(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("end 0 2 bad input")
     retry.main(("judge", "--report=state=lost", "--backoff=0"))
     assert capsys.readouterr().out.startswith("wait 0 137 killed")
+
+
+def test_of_the_steps_that_workers_report_the_last_counts():
+    lines = "state=exit code=139 cause=crash step=12\nstate=exit code=4 cause=coordinator step=11"
+    assert retry.read(lines) == ("crash", 139, 12)
+
+
+@pytest.mark.parametrize(("seconds", "last"), [(4000, "wait"), (10, "end")])
+def test_a_judge_is_told_how_long_the_job_ran(tmp_path, capsys, seconds, last):
+    for i in range(4):
+        flags = (f"--history={tmp_path / 'history'}", "--retries=2", f"--ran={seconds}", f"--now={5000 * i}")
+        retry.main(("judge", *flags, "--cause=cloud"))
+    actions = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert actions == ["wait", "wait", last, last]
 
 
 def test_the_end_is_named_from_the_log_of_the_last_start(tmp_path, capsys):

@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import small
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -61,12 +62,17 @@ def test_copies_are_compared_when_it_is_time_to(tmp_path):
             one.compare(step, state, now=now)
 
 
-def test_a_run_of_which_a_copy_changes_ends_before_it_is_saved(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watch, "differing", lambda state: ["params/embedding"] if int(state.step) == 5 else [])
+def test_copies_on_other_processes_are_compared():
+    assert processes.run("copies", processes=2, devices=1) == [["w"]] * 2
+
+
+@pytest.mark.parametrize(("every", "step"), [(5, 5), (1000, 6)])
+def test_a_run_of_which_a_copy_changes_ends_before_it_is_saved(folder, tmp_path, monkeypatch, capsys, every, step):
+    monkeypatch.setattr(watch, "differing", lambda state: ["params/embedding"] if int(state.step) >= 5 else [])
     small.reuse(folder, monkeypatch)
-    settings = small.config(folder, watch={"digest_every": 5})
+    settings = small.config(folder, watch={"digest_every": every})
     assert train.run(settings, str(tmp_path / "run")) == watch.MACHINE
-    assert "step 5: devices hold different copies of params/embedding" in capsys.readouterr().err
+    assert f"step {step}: devices hold different copies of params/embedding" in capsys.readouterr().err
     assert small.checkpoint(tmp_path / "run")[0] == 3
     assert goodput.attempts(tmp_path / "run")[0].cause == "machine"
 
@@ -229,3 +235,33 @@ def test_the_skew_of_processes_is_that_of_the_slowest_over_the_median():
     found = watch.skew(np.array([1.0, 4.0, 2.0, 1.0, 2.0]))
     assert found == {"busy_least_s": 1.0, "busy_median_s": 2.0, "busy_most_s": 4.0, "skew": 2.0, "slowest": 1}
     assert watch.skew(np.zeros(3))["skew"] == 1.0
+
+
+def test_a_process_is_as_busy_as_it_does_not_wait_for_its_device(folder, tmp_path, monkeypatch):
+    taken, took, fetch = [], watch.Watcher.took, train.mesh.fetch
+
+    def note(self, step, seconds, busy, values):
+        taken.append((seconds, busy))
+        return took(self, step, seconds, busy, values)
+
+    def slow(tree):
+        time.sleep(0.05)
+        return fetch(tree)
+
+    monkeypatch.setattr(watch.Watcher, "took", note)
+    monkeypatch.setattr(train.mesh, "fetch", slow)
+    small.reuse(folder, monkeypatch)
+    assert train.run(small.config(folder), str(tmp_path / "run")) == 0
+    assert all(0 < busy < seconds - 0.04 for seconds, busy in taken)
+    assert len(taken) == small.TOTAL
+
+
+def test_the_slowest_process_is_the_busiest(tmp_path, monkeypatch):
+    one = watcher(tmp_path)
+    for step in range(1, 4):  # the first compiles
+        one.took(step, 9.0, 1.0 * step, values(1.0))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(watch.multihost_utils, "process_allgather", lambda mine: np.array([mine, 9.0]))
+    found = one.busiest()
+    assert (found["busy_least_s"], found["busy_most_s"], found["slowest"]) == (2.5, 9.0, 1)
+    assert found["skew"] > 1.5
