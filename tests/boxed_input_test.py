@@ -6,6 +6,7 @@ import pytest
 import toys
 
 from jaxcl import compose, domains, network, program
+from jaxcl.methods import hyperinterval
 from jaxcl.models import hypernetwork, mlp, weight_boxes
 from jaxcl.schema import UserError
 from jaxcl.types import Model, Output
@@ -88,6 +89,15 @@ BAD = {
         ["config.stream", "replay", "one task", "leave it out"],
     ),
     "replay of a stage": (replayed(replay=REPLAY), ["config.stream", "replay", "one task", "leave it out"]),
+    "a task again": (
+        {"stream": {"batch": 4, "stages": [*STAGES, {**STAGES[0], "name": "again"}]}},
+        ["config.stream.stages[2] 'again'", "'t0'", "would never be", "new source"],
+    ),
+    "half of an earlier task": (
+        replayed(mixture={"t0": 0.5, "t1": 0.5}),
+        ["config.stream.stages[1] 't1'", "most rows of 't0'", "new source"],
+    ),
+    "two stages of one name": (replayed(name="t0"), ["config.stream.stages[1].name='t0'", "earlier stage"]),
     "microbatches": ({"microbatches": 2}, ["config.microbatches=2", "set it to 1"]),
 }
 
@@ -101,6 +111,11 @@ def test_one_line_names_field_and_remedy(name):
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+def test_a_few_rows_of_an_earlier_task_leave_a_task_its_own():
+    made = program.build(**config(**replayed(mixture={"t0": 0.25, "t1": 0.75})))
+    assert made.stream.total_steps == 4
 
 
 def test_replay_of_nothing_is_no_replay():
@@ -122,6 +137,12 @@ METHOD = {
     "schedule='linear'": ["schedule='linear'", "'smooth' or 'published'"],
     "bta=1.0": ["bta", "did you mean 'beta'"],
 }
+
+
+@pytest.mark.parametrize("option", ["schedule", "average", "point"])
+def test_words_are_checked_where_no_config_is(option):
+    with pytest.raises(UserError, match=rf"hyperinterval\.{option}='cosine': must be one of"):
+        hyperinterval.make(toys.boxed(), **{option: "cosine"})
 
 
 @pytest.mark.parametrize("option", METHOD)

@@ -224,3 +224,20 @@ def test_boxes_of_weights_nest_whatever_shift_and_scale_are():
     np.testing.assert_array_equal(radius[1], 0)
     np.testing.assert_array_equal(centre[0], centre[1])
     np.testing.assert_allclose(radius[0], 0.1 / (1 + np.exp(-5.0)), rtol=1e-6)
+
+
+def test_nothing_is_certain_of_a_class_that_the_network_does_not_have():
+    low, high = -jnp.ones((3, 2)), -0.5 * jnp.ones((3, 2))
+    rows = toys.classes(0, rows=3)
+    rows = dataclasses.replace(rows, targets=jnp.array([7, -1, 2], jnp.int32))
+    assert not boxes.certain(Interval(low, high), rows).any()
+    sure = Interval(jnp.array([[0.1, -2.0]] * 3), jnp.array([[0.2, 0.0]] * 3))
+    assert boxes.certain(sure, dataclasses.replace(rows, targets=jnp.zeros(3, jnp.int32))).all()
+
+
+@pytest.mark.parametrize("task", [-1, 3])
+def test_a_task_that_is_not_there_has_no_network(task):
+    made = toys.boxed().boxed
+    assert made.tasks == 3
+    params = toys.quick(made.model.init)(jax.random.key(0))
+    assert jnp.isnan(made.model.apply(params, toys.classes(0, rows=2, task=task)).logits).all()

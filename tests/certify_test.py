@@ -153,6 +153,25 @@ def test_a_run_that_cannot_be_certified_again_says_why(trained, tmp_path, monkey
     refused("ledger is of another network", lambda config: config["model"].update(hidden=[13]))
     refused("makes no boxes of weights", lambda config: config.update(adapter=None))
 
+    metrics, lines = tmp_path / "run" / "metrics.jsonl", (place / "metrics.jsonl").read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if f'"boundary":{TASKS - 1}' not in line.replace(" ", "")))
+    refused(rf"metrics.jsonl holds no promise of task_{TASKS - 1:02d}; restore it from a copy")
+    metrics.write_text("".join(lines))
+
+    def broken(*args, **options):
+        step, found = params(*args, **options)
+        return step, {**found, "generator": jax.tree.map(lambda x: np.full_like(x, np.nan), found["generator"])}
+
+    monkeypatch.setattr(command.saved, "params", broken)
+    refused(r"weights are not finite, so that nothing is guaranteed.*config\.adapter\.gamma")
+
+    def fresh(*args, **options):
+        step, found = params(*args, **options)
+        return step, {**found, LEDGER: {**found[LEDGER], "done": np.zeros_like(found[LEDGER]["done"])}}
+
+    monkeypatch.setattr(command.saved, "params", fresh)
+    refused(r"no task is over at step \d+")
+
     def empty(*args, **options):
         step, found = params(*args, **options)
         lower = found[LEDGER]["lower"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rl_small
 import small
 import toys
 
@@ -486,3 +487,11 @@ def test_meshes_and_adapters_and_folders_that_do_not_fit_are_refused():
     for kind, field in (("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")):
         with pytest.raises(UserError, match=rf"model_type='{kind}'.*{field}=8.*dense"):
             families.fields({"model_type": kind, field: 8}, "config.json")
+
+
+def test_a_capacity_is_refused_where_answers_are_drawn():
+    settings = rl_small.config(model__experts=2, model__capacity=1.0)
+    with pytest.raises(UserError, match=r"config\.model\.capacity=1\.0: not where answers are drawn.*leave it out"):
+        rl_small.build(settings)
+    settings["stream"]["stages"] = settings["stream"]["stages"][:1]  # worked rows alone
+    assert rl_small.build(settings).rollouts is None

@@ -223,3 +223,11 @@ def test_the_convolutional_network_is_what_it_says():
     y = np.maximum(y @ params["layer_0"]["kernel"] + params["layer_0"]["bias"], 0)
     y = y @ params["layer_1"]["kernel"] + params["layer_1"]["bias"]
     np.testing.assert_allclose(model.apply(params, batch(jnp.asarray(x))).logits, y, rtol=1e-4, atol=1e-5)
+
+
+def test_ends_that_cross_are_refused():
+    crossed = Interval(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.5]))
+    with pytest.raises(UserError, match="lower is above upper in 1 of 2 places; a radius must not be negative"):
+        bounds(jax.nn.relu)(crossed)
+    point = Interval(jnp.ones(2), jnp.ones(2))
+    assert (bounds(jax.nn.relu)(point).lower == 1).all()

@@ -212,6 +212,8 @@ def test_a_run_without_classes_has_the_figures_of_tasks_alone(tmp_path):
     assert block["steps"] == []
     assert "forgot 0.450 nats" in page_of(folder)  # the verdict of losses
     assert "What is right" in page_of(folder)
+    assert "nats per row" in page_of(folder)
+    assert "nats per token" not in page_of(folder)  # a classifier has none
 
 
 @pytest.mark.parametrize("stop", [0, 10, 20, 30])
@@ -252,7 +254,7 @@ def test_runs_side_by_side_show_accuracies(tmp_path):
     ):
         assert words in text
     assert "Loss on first" not in text
-    assert "nats per token over all domains, with" not in text  # no verdict in nats
+    assert "nats per token" not in text  # no verdict in nats, and no tokens
     cells = fake_run_table(results)
     assert cells[0] == ["cpt", "er"]
     assert cells[2][1].startswith(f"{100 * (final - 0.01):.1f} %")

@@ -404,6 +404,22 @@ def test_a_model_that_is_not_finite_from_the_start_ends_the_run(folder, tmp_path
     assert "the loss on d0 is not finite before the first step" in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_finite_at_the_end_of_a_stage_ends_the_run(folder, tmp_path, capsys, monkeypatch):
+    _, _, made = small.shared(folder)
+    calls = []
+
+    def evaluate(params):
+        calls.append(params)
+        loss = {"d0": 1.0 if len(calls) <= 2 else float("nan")}  # before the first step, and within the first stage
+        return {"loss": loss, "bits_per_byte": loss}
+
+    monkeypatch.setattr(train.program, "build", lambda **pieces: made._replace(evaluate=evaluate))
+    monkeypatch.setattr(train, "split", lambda config: (small.shared(folder)[1], {}))
+    assert train.run(small.config(folder), str(tmp_path / "run")) == 3
+    assert "the loss on d0 is not finite at the end of a stage; lower config.schedule.peak" in capsys.readouterr().err
+    assert len(calls) == 3
+
+
 def test_a_run_may_be_renamed(folder, straight, tmp_path):
     workdir = shutil.copytree(straight, tmp_path / "run")
     assert go_on(folder, workdir, small.config(folder, label="another name")) == 0
