@@ -494,4 +494,5 @@ def test_a_capacity_is_refused_where_answers_are_drawn():
     with pytest.raises(UserError, match=r"config\.model\.capacity=1\.0: not where answers are drawn.*leave it out"):
         rl_small.build(settings)
     settings["stream"]["stages"] = settings["stream"]["stages"][:1]  # worked rows alone
+    del settings["objective"], settings["rollout"]
     assert rl_small.build(settings).rollouts is None
