@@ -243,6 +243,25 @@ def test_ranpac_chooses_the_regularisation_on_rows_it_has_not_seen(by):
     close(learner.params["head"], np.linalg.solve(features.T @ features + best * np.eye(20), features.T @ targets))
 
 
+def test_ranpac_holds_a_fifth_out_of_a_task_whose_end_is_all_of_it():
+    """Classes that are new in it would have no row left: the best gamma would be the largest."""
+    learner, (x, y) = Learner("ranpac(gamma=1.0)", expansion="relu", scale="normal", width=20), rows(64, 4)
+    x = x + np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    made = compose.make(f"ranpac(gammas={PATH})", learner.setting._replace(steps=2))
+    batches = [toys.points(x[i : i + 32], y[i : i + 32]) for i in (0, 32)]
+    state = made.init(learner.state.params)
+    for batch in batches:
+        state, _ = toys.quick(made.step)(state, batch, jax.random.key(0))
+    found = toys.quick(made.end_task)(state, toys.stack(batches), jax.random.key(0)).memory["gamma"]
+    features, targets, score = learner.features(x, y), np.eye(C)[y], []
+    for gamma in PATH:
+        rest = features[:-12]
+        w = np.linalg.solve(rest.T @ rest + gamma * np.eye(20), rest.T @ targets[:-12])
+        score.append(np.sum((features[-12:] @ w - targets[-12:]) ** 2))
+    assert found == np.float32(PATH[int(np.argmin(score))])
+    assert found < PATH[-1]
+
+
 def test_ranpac_without_a_choice_is_ridge():
     learner, (x, y) = Learner("ranpac(gamma=2.0)"), rows(32)
     features, targets = learner.learn(x, y).features(x, y), np.eye(C)[y]

@@ -82,6 +82,12 @@ def flat(batch: Batch) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
 
 
+def last(rows: Rows, count: int) -> Rows:
+    """Returns the rows, of which all but the last `count` do not count."""
+    number = jnp.arange(rows.weights.shape[0]) - rows.weights.shape[0] + count
+    return rows._replace(weights=jnp.where(number >= 0, rows.weights, 0.0))
+
+
 def told(setting: Setting, params: Params, batch: Batch, rows: Rows, *, gradient: bool = True) -> Metrics:
     """Returns the metrics of every method: those of the head before these rows are taken in.
 
