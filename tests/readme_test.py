@@ -36,6 +36,14 @@ def test_the_example_method_pulls_towards_the_mean():
     assert 0 < way[1] < way[0]
 
 
+def test_the_example_of_boxes_ends_in_a_certificate(capsys):
+    text = (ROOT / "experiments" / "hyperinterval" / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code
+    exec(compile(code.group(1), "README.md", "exec"), {})
+    assert capsys.readouterr().out == "1.0\n"
+
+
 def test_files_and_methods_that_it_names_exist():
     for name in re.findall(r"(?:configs|experiments|jaxcl)/[\w/.]+", TEXT):
         if name not in ("jaxcl/methods/mine.py",):
