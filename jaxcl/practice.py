@@ -189,12 +189,17 @@ def one_of(given: Any, field: str) -> dict[str, Any]:
     return parts[0]
 
 
-def check(practice: Practice | None, options: Options, method: Any, alignment: bool) -> None:
+def check(practice: Practice | None, options: Options, method: Any, alignment: bool, model: Mapping[str, Any]) -> None:
     """Raises UserError if an option needs a part of the method that is not there, or has no meaning for problems."""
     if practice is None:
         return
     if alignment:
         raise UserError("config.evaluation.alignment=True: compares losses of text; leave it out for problems")
+    if "rl" in practice.learns and model.get("capacity") is not None:
+        raise UserError(
+            f"config.model.capacity={model['capacity']}: not where answers are drawn: a token of one has no row yet "
+            "that this could be a share of, and would be learned by another network; leave it out"
+        )
     entries = schema.parse(method, field="method") if isinstance(method, str) else method
     entries = [entries] if isinstance(entries, Mapping) else entries
     names = {entry.get("name") for entry in entries if isinstance(entry, Mapping)}

@@ -109,8 +109,7 @@ def build(
     check_options(schedule, optim, chosen, len(sources))
     own = practice.Options(policy, objective, rollout)
     made = domains.make(domains.Sections(sources, packing or {}, tokenizer, model, adapter, stages_of(stream), own))
-    practice.check(made.practice, own, method, chosen.alignment)
-    check_capacity(made.practice, model)
+    practice.check(made.practice, own, method, chosen.alignment, model)
     learning = {"optim": optim, "schedule": schedule, "method": method, "loss": loss, "guard": guard}
     learning |= {"microbatches": microbatches, "seed": seed, "practice": made.practice}
     ready = plans.make(devices, made.network, stream=stream, **learning)
@@ -126,15 +125,6 @@ def stages_of(stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return (
         [stage if isinstance(stage, Mapping) else {} for stage in stages] if isinstance(stages, (list, tuple)) else []
     )
-
-
-def check_capacity(own: practice.Practice | None, model: Mapping[str, Any]) -> None:
-    """Raises UserError if experts with a capacity would draw answers."""
-    if own and "rl" in own.learns and model.get("capacity") is not None:
-        raise UserError(
-            f"config.model.capacity={model['capacity']}: not where answers are drawn: a token of one has no row yet "
-            "that this could be a share of, and would be learned by another network; leave it out"
-        )
 
 
 def check_options(schedule: Mapping[str, Any], optim: Mapping[str, Any], evaluation: Evaluation, domains: int) -> None:
