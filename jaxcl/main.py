@@ -75,6 +75,18 @@ def read(argv: list[str], usage: str = USAGE) -> tuple[dict[str, Any], str]:
     return whole, WORKDIR.value or f"runs/{whole.get('label', 'run')}"
 
 
+def parse(argv: list[str], usage: str) -> None:
+    """Reads the flags of a launcher, before its configs.
+
+    Raises:
+      UserError: an unknown flag, or a value that it does not take.
+    """
+    try:
+        flags.FLAGS([arg for arg in argv if not re.match(r"--?config\.", arg)])
+    except flags.Error as error:
+        raise UserError(f"command line: {' '.join(str(error).split())}; {usage}") from error
+
+
 def find_neighbours(argv: list[str]) -> None:
     """Lets a config file import others beside it, as in `from configs import quickstart`, from any folder."""
     for i, arg in enumerate(argv):

@@ -267,7 +267,7 @@ class Session:
         spent = {"seconds": time.perf_counter() - began} | self.watch.busiest()
         bad = [name for name, loss in scores["loss"].items() if not math.isfinite(loss)]
         if boundary is not None and bad:
-            what = "at the end of a stage; lower config.schedule.peak, or the radii of boxes (config.adapter.gamma)"
+            what = "at the end of a stage; lower config.schedule.peak, or look at config.method and config.adapter"
             start = "before the first step; look at config.model, its checkpoint and config.adapter"
             raise BadSteps(f"the loss on {bad[0]} is not finite {start if boundary == -1 else what}")
         if boundary is not None and self.made.compare:

@@ -277,7 +277,7 @@ def test_pairs_and_rollouts_in_one_run_and_resume(tmp_path):
 
 def test_supervision_learns_the_chosen_side_where_nothing_is_worked(folder):
     given = settings(folder, objective=None, method="reference + ewc")
-    given["stream"]["stages"] = [given["stream"]["stages"][0] | {"learn": how} for how in ("sft", "dpo")]
+    given["stream"]["stages"] = [given["stream"]["stages"][0] | {"name": how, "learn": how} for how in ("sft", "dpo")]
     made = rl_small.build(given)
     first, problems = made.place(0), tasks.make(given["sources"]["sums"], WORDS)
     for row, number in enumerate(made.stream.index(0).row):
@@ -352,7 +352,7 @@ def test_bad_input_is_refused_in_one_line(folder, change, learn, message):
     given = settings(folder, **{key: value for key, value in change.items() if key not in own})
     given["sources"]["sums"] |= own
     stage = given["stream"]["stages"][0]
-    given["stream"]["stages"] = [stage | {"learn": how} for how in learn.split()] if learn else [stage]
+    given["stream"]["stages"] = [stage | {"name": how, "learn": how} for how in learn.split()] if learn else [stage]
     with pytest.raises(UserError, match=message) as caught:
         rl_small.build(given)
     assert "\n" not in str(caught.value)

@@ -1,5 +1,7 @@
 """Bad input of ridge sums: a clear error before anything is computed, and the state is as it was."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,13 @@ from jaxcl.schema import UserError
         ({"labels": np.zeros(3, np.int32)}, r"labels of shape \[3\] for 2 rows"),
         ({"features": np.full((2, D), np.nan)}, r"features\[0, 0\]=nan: not finite"),
         ({"features": np.zeros((2, D + 1))}, rf"\[2, {D + 1}\]: the moments are of \[b, {D}\]"),
+        ({"features": np.full((2, D), 1e39)}, r"features\[0, 0\]=1e\+39: not finite in float32"),
+        ({"features": np.zeros((2, D), complex)}, "features of complex128: give real numbers"),
+        ({"features": np.full((2, D), "x")}, "features of <U1: give real numbers"),
+        ({"labels": np.asarray([0.0, 0.5])}, "labels of float64: give whole numbers"),
+        ({"gamma": "x"}, "gamma=x"),
+        ({"gamma": 1e39}, r"gamma=1e\+39"),
+        ({"gamma": 1e-46}, "gamma=1e-46"),
         ({"gamma": 0.0}, "gamma=0.0"),
         ({"gamma": float("nan")}, "gamma=nan"),
     ],
@@ -32,7 +41,7 @@ def test_bad_batches_are_named(change, message):
     jax.tree.map(np.testing.assert_array_equal, m, before)
 
 
-@pytest.mark.parametrize("gamma", [0.0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("gamma", [0.0, -1, float("nan"), float("inf"), np.float32(-1), np.int64(0), 1e39, None])
 def test_no_weights_come_of_a_gamma_that_is_not_positive(gamma):
     m, eye = moments.empty(D, C), jnp.eye(D)
     for solved in (
@@ -42,7 +51,21 @@ def test_no_weights_come_of_a_gamma_that_is_not_positive(gamma):
         lambda: solve.decompose(m, m, gamma),
         lambda: recursion.start(m, gamma),
     ):
-        with pytest.raises(UserError, match=f"gamma={gamma}: the inverse needs a positive number"):
+        with pytest.raises(UserError, match=rf"gamma={re.escape(str(gamma))}: the inverse needs a positive number"):
+            solved()
+
+
+@pytest.mark.parametrize("gammas", [[1.0, 0.0], [-1.0], np.array([1.0, np.nan]), jnp.array([0.0])])
+def test_no_path_has_a_gamma_that_is_not_positive(gammas):
+    x, labels, weights = rows(4)
+    m = stream(rows(B))
+    inverse = recursion.start(m, 1.0)
+    for solved in (
+        lambda: solve.path(m, np.asarray(gammas)),
+        lambda: solve.leave_one_out(m, x, labels, weights, np.asarray(gammas)),
+        lambda: recursion.drift(inverse, m, np.asarray(gammas)[-1]),
+    ):
+        with pytest.raises(UserError, match=r"gamma=.*: the inverse needs a positive number"):
             solved()
 
 

@@ -20,9 +20,8 @@ from absl import flags
 from jaxcl import distributed, main, schema, sweep
 from jaxcl.schema import UserError
 
-PARTS = flags.DEFINE_list(
-    "parts", ["imbalanced", "blurry", "omniglot", "trained", "random", "pixels"], "Comparisons to make."
-)
+KNOWN = ["imbalanced", "blurry", "omniglot", "trained", "random", "pixels"]
+PARTS = flags.DEFINE_list("parts", KNOWN, "Comparisons to make.")
 ARMS = flags.DEFINE_list("arms", None, "Labels of the methods to run; all unless given.")
 CONFIGS = Path(__file__).parents[2] / "configs"
 USAGE = "usage: python experiments/analytic/launch.py --mnist=FOLDER --omniglot=FOLDER --workdir=FOLDER"
@@ -50,23 +49,51 @@ def feed(argv, data, part, seed, programs):
     prepare.features(images, bank, config["model"], params)
 
 
+def check(argv):
+    """Refuses parts, arms and seeds that there are not, before anything is made."""
+    refuse("parts", PARTS.value, KNOWN)
+    if not prepare.SEEDS.value or not all(seed.isdecimal() for seed in prepare.SEEDS.value):
+        raise UserError(f"--seeds={','.join(prepare.SEEDS.value)}: give whole numbers, as in 0,1,2")
+    if ARMS.value is not None:
+        runs = [run for part in PARTS.value for run in sweep.expand(read(argv, "analytic_compare", part, 0))]
+        refuse("arms", ARMS.value, list(dict.fromkeys(run["label"] for run in runs)))
+
+
+def refuse(name, values, known):
+    """Raises UserError for values of a flag that are not known, or for none."""
+    bad = [value for value in values if value not in known]
+    if bad or not values:
+        raise UserError(f"--{name}={','.join(bad)}: choose from {', '.join(known)}")
+
+
+def same(path, given):
+    """Refuses a result that was made with other overrides."""
+    known = json.loads(path.read_text()).get("overrides", given)
+    if known != given:
+        raise UserError(f"{path}: was made with {known}, not {given}; choose another --workdir")
+
+
 def launch(argv):
     """Makes the comparisons that the command line asks for and returns the exit status."""
     if any(re.match(r"--?config(=|$)", arg) for arg in argv):
         raise UserError("--config: is configs/analytic_compare.py; choose its --parts")
-    flags.FLAGS([arg for arg in argv if not arg.startswith("--config.")])
+    main.parse(argv, USAGE)
+    check(argv)
     workdir = main.WORKDIR.value or "runs/analytic"
     os.environ["JAXCL_ANALYTIC"] = f"{workdir}/data"  # where the configs look
     distributed.cache_compilations()
-    programs = {}
+    programs, given = {}, sorted(arg for arg in argv if arg.startswith("--config."))
     for part in PARTS.value:
         for seed in map(int, prepare.SEEDS.value):
             feed(argv, f"{workdir}/data", part, seed, programs)
             for config in sweep.expand(read(argv, "analytic_compare", part, seed)):
                 path = Path(workdir, part, sweep.name_of(config["label"], seed) + ".json")
-                if path.exists() or (ARMS.value and config["label"] not in ARMS.value):
+                if ARMS.value and config["label"] not in ARMS.value:
                     continue
-                found = {"label": config["label"], "seed": seed} | passes.run(config, programs)[0]
+                if path.exists():
+                    same(path, given)
+                    continue
+                found = {"label": config["label"], "seed": seed, "overrides": given} | passes.run(config, programs)[0]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 begun = path.with_suffix(".part")
                 begun.write_text(json.dumps(found) + "\n")

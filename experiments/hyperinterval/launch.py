@@ -18,6 +18,7 @@ PARTS = flags.DEFINE_list(
     "parts", ["task", "universal", "published", "long", "three", "select"], "Comparisons to make."
 )
 MNIST = flags.DEFINE_string("mnist", None, "Folder with the four files of MNIST.")
+USAGE = "usage: python experiments/hyperinterval/launch.py --mnist=FOLDER --workdir=FOLDER"
 CONFIG = Path(__file__).parents[2] / "configs" / "hyperinterval_compare.py"
 
 
@@ -25,7 +26,7 @@ def launch(argv):
     """Makes the comparisons that the command line asks for and returns the exit status of the last."""
     if any(re.match(r"--?config(=|$)", arg) for arg in argv):
         raise UserError("--config: is configs/hyperinterval_compare.py; choose its --parts")
-    flags.FLAGS([arg for arg in argv if not arg.startswith("--config.")])
+    main.parse(argv, USAGE)
     if MNIST.value:
         os.environ["JAXCL_MNIST"] = MNIST.value
     status = 0

@@ -130,7 +130,7 @@ def _method(setting: Setting, width: int, classes: int, options: Options) -> Met
     def init(params: Params) -> TrainState:
         m = moments.empty(width, classes)
         first = options.gammas[len(options.gammas) // 2] if isinstance(options.gamma, str) else options.gamma
-        memory: dict[str, Memory] = {"moments": m, "age": jnp.zeros((), jnp.int32), "bound": jnp.zeros(())}
+        memory: dict[str, Memory] = {"moments": m, "age": jnp.zeros((), jnp.int32), "bound": jnp.ones(())}
         memory |= {"gamma": jnp.float32(first), "least": jnp.float32(first)}
         if compared:
             memory["before"] = {"cross": pair.zeros(width, classes), "counts": pair.zeros(classes)}

@@ -82,7 +82,7 @@ def _method(setting: Setting, options: Options) -> Method:
         memory: dict[str, Any] = {"moments": moments.empty(made.width, made.classes)}
         memory |= {"spread": spreads.empty(made.inputs, made.classes), "age": jnp.zeros((), jnp.int32)}
         return TrainState(
-            jnp.zeros((), jnp.int32), params, (), memory | {"bound": jnp.zeros(()), "made_up": jnp.zeros(())}
+            jnp.zeros((), jnp.int32), params, (), memory | {"bound": jnp.ones(()), "made_up": jnp.zeros(())}
         )
 
     def settled(params: Params, memory: dict[str, Any], key: Key) -> tuple[Params, dict[str, Any]]:

@@ -64,7 +64,7 @@ def _method(setting: Setting, gamma: float, count: int, every: int | None) -> Me
         memory["slot"] = jnp.full(classes, -1, jnp.int32) if folds else jnp.arange(classes, dtype=jnp.int32)
         if folds:
             memory |= {"closed": pair.zeros(d, d), "over": jnp.zeros(classes)}
-        return TrainState(jnp.zeros((), jnp.int32), params, (), memory | {"bound": jnp.zeros(())})
+        return TrainState(jnp.zeros((), jnp.int32), params, (), memory | {"bound": jnp.ones(())})
 
     def settled(params: Params, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
         counts = memory["counts"]

@@ -85,7 +85,7 @@ def _method(setting: Setting, options: Options) -> Method:
         memory |= {
             "before": {"mixed": pair.zeros(d, d), "cross": pair.zeros(d, classes), "counts": pair.zeros(classes)}
         }
-        memory |= {"residue": pair.zeros(d, classes), "bound": jnp.zeros(())}
+        memory |= {"residue": pair.zeros(d, classes), "bound": jnp.ones(())}
         return TrainState(jnp.zeros((), jnp.int32), params, (), memory)
 
     def settled(params: Params, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:

@@ -52,7 +52,7 @@ def make(
     learner.check_gammas("ranpac", gamma, path)
 
     def init(params: Params) -> TrainState:
-        memory: dict[str, Any] = {"moments": moments.empty(made.width, made.classes), "bound": jnp.zeros(())}
+        memory: dict[str, Any] = {"moments": moments.empty(made.width, made.classes), "bound": jnp.ones(())}
         memory["gamma"] = jnp.float32(path[len(path) // 2] if isinstance(gamma, str) else gamma)
         return TrainState(jnp.zeros((), jnp.int32), params, (), memory)
 

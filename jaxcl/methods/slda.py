@@ -44,7 +44,7 @@ def make(setting: Setting, *, epsilon: float = 1e-4, every: int | None = None) -
     learner.check_every("slda", every)
 
     def init(params: Params) -> TrainState:
-        memory: dict[str, Any] = {"moments": moments.empty(made.width, made.classes), "bound": jnp.zeros(())}
+        memory: dict[str, Any] = {"moments": moments.empty(made.width, made.classes), "bound": jnp.ones(())}
         return TrainState(jnp.zeros((), jnp.int32), params, (), memory | {"age": jnp.zeros((), jnp.int32)})
 
     def settled(params: Params, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:

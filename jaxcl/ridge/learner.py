@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcl import grad
 from jaxcl.compose import Setting
@@ -30,6 +31,7 @@ from jaxcl.types import Batch, Metrics, Output, Params
 Sums = dict[str, Any]  # the entries of a memory that are sums over rows
 Merger = Callable[[Sums, Sums], Sums]  # see `jaxcl.compose.merger`
 By = Literal["gcv", "loo", "held_out"]
+LONGEST = 1e34  # squared length of a row: sums of squares of longer ones overflow; of NaN it is no comparison true
 SHARPEST = 1e3  # scale of logits, at most
 GAMMAS = tuple(10.0**n for n in range(-4, 5))  # a path to choose from
 
@@ -71,7 +73,7 @@ def rows_of(setting: Setting, params: Params, batch: Batch) -> Rows:
     """Returns the rows of a batch; see `Rows`."""
     made = setting.analytic
     x = made.features(params, batch)
-    good = jnp.all(jnp.isfinite(x), axis=1) & (batch.targets >= 0) & (batch.targets < made.classes)
+    good = (jnp.sum(x * x, axis=1) < LONGEST) & (batch.targets >= 0) & (batch.targets < made.classes)
     weights = jnp.where(good, batch.weights, 0.0)
     lost = jnp.sum(((batch.weights > 0) & ~good).astype(jnp.float32))
     return Rows(jnp.where(weights[:, None] > 0, x, 0.0), jnp.where(good, batch.targets, 0), weights, lost)
@@ -245,5 +247,7 @@ def check_gammas(name: str, gamma: float | str, gammas: tuple[float, ...]) -> No
         raise UserError(f"config.method {name}.gammas: empty; name at least one number to choose from")
     field, values = ("gamma", (gamma,)) if not isinstance(gamma, str) else ("gammas", gammas)
     for value in values:
-        if not 0 < float(value) < float("inf"):
+        with np.errstate(over="ignore", under="ignore"):
+            single = np.float32(value)
+        if not 0 < single < np.inf:
             raise UserError(f"config.method {name}.{field}={value}: must be above 0, and finite; try 0.1 or 100")

@@ -169,6 +169,10 @@ def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None)
     """
     features, labels = np.asarray(features), np.asarray(labels)
     width, classes = m.cross.high.shape
+    if features.dtype.kind not in "biuf" and features.dtype.name != "bfloat16":
+        raise schema.UserError(f"features of {features.dtype}: give real numbers")
+    if labels.dtype.kind not in "iu":
+        raise schema.UserError(f"labels of {labels.dtype}: give whole numbers")
     check_width(features.shape, width)
     if labels.shape != features.shape[:1]:
         found = f"labels of shape {list(labels.shape)} for {len(features)} rows of features"
@@ -176,11 +180,12 @@ def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None)
     outside = labels[(labels < 0) | (labels >= classes)]
     if outside.size:
         raise schema.UserError(f"labels={outside[0]}: the head has classes 0 to {classes - 1}; make it larger")
-    bad = np.argwhere(~np.isfinite(features))
+    with np.errstate(over="ignore"):
+        bad = np.argwhere(~np.isfinite(features.astype(np.float32)))
     if bad.size:
         row, column = bad[0]
         found = f"features[{row}, {column}]={features[row, column]}"
-        raise schema.UserError(f"{found}: not finite; repair the row or give it weight 0")
+        raise schema.UserError(f"{found}: not finite in float32; repair the row or give it weight 0")
     if gamma is not None:
         check_gamma(gamma)
 
@@ -191,10 +196,16 @@ def check_width(shape: tuple[int, ...], width: int) -> None:
         raise schema.UserError(f"features of shape {list(shape)}: the moments are of [b, {width}] features")
 
 
-def check_gamma(gamma: float) -> None:
-    """Raises UserError unless gamma is a positive number."""
-    if not 0 < float(gamma) < float("inf"):
-        raise schema.UserError(f"gamma={gamma}: the inverse needs a positive number; try 0.1 or 100")
+def check_gamma(gamma: Any) -> None:
+    """Raises UserError unless every gamma is positive and finite, also in float32. One that is traced passes."""
+    if any(isinstance(part, Tracer) for part in jax.tree.leaves(gamma)):
+        return
+    values = np.atleast_1d(np.asarray(gamma.high if isinstance(gamma, Pair) else gamma))
+    real = np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)
+    with np.errstate(over="ignore", under="ignore"):
+        single = values.astype(np.float32) if real else np.full(values.shape, np.nan, np.float32)
+    for value in values[~((single > 0) & np.isfinite(single))][:1]:
+        raise schema.UserError(f"gamma={value}: the inverse needs a positive number of float32; try 0.1 or 100")
 
 
 def check_merge(a: Moments, b: Moments) -> None:

@@ -28,7 +28,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxcl.kernels import ridge, sharded
 from jaxcl.kernels.ridge import cholesky, pair
 from jaxcl.ridge import solve
-from jaxcl.ridge.moments import Moments, check_width, prepare
+from jaxcl.ridge.moments import Moments, check_gamma, check_width, prepare
 
 _Carry = tuple[jax.Array, jax.Array, jax.Array]  # R before the last block, V of that block, W
 
@@ -145,6 +145,7 @@ def _gain(seen: jax.Array, w: jax.Array, x: jax.Array, y: jax.Array, sign: float
 
 def drift(inverse: Inverse, m: Moments, gamma: solve.Gamma) -> jax.Array:
     """Returns the largest |(A + gamma I) R v - v| / |v| over four fixed vectors, float32 []: 0 for an exact inverse."""
+    check_gamma(gamma)
     size = inverse.r.shape[0]
     v = jnp.asarray(np.random.default_rng(0).standard_normal((size, min(4, size))), jnp.float32)
     image = pair.contract(inverse.r, v, 1, 0)

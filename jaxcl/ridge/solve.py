@@ -150,8 +150,10 @@ def _largest(matrix: Callable[[jax.Array], jax.Array], size: int, count: int) ->
     def step(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         v, _ = carry
         new = matrix(v)
+        top = jnp.max(jnp.abs(new), 0)
+        new = new / top[None]  # squares of what is left do not overflow
         length = jnp.sqrt(jnp.sum(new * new, 0))
-        return new / length[None], length
+        return new / length[None], top * length
 
     return jnp.max(jax.lax.fori_loop(0, count, step, (start, jnp.zeros(start.shape[1])))[1])
 
@@ -173,8 +175,7 @@ def normal(gram: Pair, right: Pair, gamma: Gamma) -> Solution:
     Raises:
       UserError: a gamma that is known when the program is traced, and not positive.
     """
-    if isinstance(gamma, (int, float)):
-        check_gamma(gamma)
+    check_gamma(gamma)
     ridge, (lower, shift) = pair.of(gamma), factor(gram, gamma)
     largest, least = _spectrum(gram.high, ridge.high, lower, shift)
     w, found = _refine(gram, right, ridge, _apply(lower), pair.zeros(*right.high.shape), largest)
@@ -206,8 +207,7 @@ def refresh(m: Moments, gamma: Gamma, factor: jax.Array, w: jax.Array, iteration
       w: [d, C], weights to start from.
       iterations: of conjugate gradients, all in one sequence.
     """
-    if isinstance(gamma, (int, float)):
-        check_gamma(gamma)
+    check_gamma(gamma)
     ridge = pair.of(gamma)
     r = _residual(m.gram, m.cross, ridge, pair.of(w))
     return w + _correction(m.gram.high, ridge.high, r, _apply(factor), iterations)
@@ -247,6 +247,7 @@ class Path(NamedTuple):
 
 def path(m: Moments, gammas: jax.Array | np.ndarray) -> Path:
     """Returns the solutions for many gammas [G] from one eigendecomposition, refined; no rows are needed."""
+    check_gamma(gammas)
     values, basis = _eigen(m)
     total = pair.total(m.counts)
 
@@ -289,6 +290,7 @@ def leave_one_out(
       row_weights: float32 [b] as in `add`; the error of a row of weight 0 is 0.
       gammas: [G], each > 0.
     """
+    check_gamma(gammas)
     classes = m.cross.high.shape[1]
     x, row_weights = prepare(x, labels, row_weights, classes)
     values, basis = _eigen(m)
