@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import versions
 from attention_aot_test import compiled, missing
 from jax.test_util import check_grads
 from vocabulary_kernels_test import close, draw, wide
@@ -188,6 +189,7 @@ def temporary(function, *x, donate=()):
     return done.temp_size_in_bytes, done.alias_size_in_bytes, done.output_size_in_bytes
 
 
+@versions.COPIES
 def test_programs_for_a_cpu_hold_no_copy_of_the_layer():
     count, rows, width = 5, 40_000, 96
     size, x = 4 * rows * width, specs(count, rows, width)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+import versions
 from jax.sharding import AbstractMesh, AxisType
 from ridge_kernels_test import draw, symmetric
 from ridge_test import C, D, joint64, off, rows, sums64
@@ -59,6 +60,7 @@ def test_streams_are_mapped_over():
                 assert apart(got[n], want) < 1e-6
 
 
+@versions.COPIES
 def test_a_stream_is_in_place():
     r, v = jnp.eye(640), jnp.ones((4, 640))
     compiled = jax.jit(ridge.stream, donate_argnums=0).lower(r, v, v).compile()
