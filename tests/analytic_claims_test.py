@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-import versions
 from acil_test import published
 from ridge_test import joint64, off, precisions, rows, sums64, wide
 
@@ -169,7 +168,6 @@ def test_twenty_gammas_are_twenty_solves_and_their_scores_those_of_the_rows():
         np.testing.assert_allclose(found.gcv[n], squares / 2000 / (1 - degrees / 2000) ** 2, rtol=5e-7)  # float32
 
 
-@versions.ROUNDS
 def test_a_twentieth_of_the_rows_is_unlearned_to_ten_digits():
     x, labels, ones = features(1280, 4, 64, 5)
     gone = np.zeros(1280, bool)

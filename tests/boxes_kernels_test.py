@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import versions
 from attention_aot_test import compiled, missing
 from jax.test_util import check_grads
 from vocabulary_kernels_test import close, draw, wide
@@ -208,7 +207,6 @@ def test_programs_for_a_cpu_hold_no_copy_of_the_layer():
     assert updated(x, of_box)[1] >= 3 * size
 
 
-@versions.COPIES
 def test_the_update_of_the_layer_needs_no_memory_of_its_own():
     count, rows, width = 5, 40_000, 96
     used, _ = updated(specs(count, rows, width), jax.ShapeDtypeStruct((count, rows), jnp.float32))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from ridge_kernels_test import draw, symmetric
 from ridge_stream_test import apart, exact, shapes
 
@@ -43,7 +43,7 @@ def test_six_products_of_thirds_are_one_of_float32():
 
 def lowered(function, operands):
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
         return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-import versions
 from jax.sharding import AbstractMesh, AxisType
 from ridge_test import precisions
 
@@ -57,7 +56,8 @@ def test_an_update_agrees_with_float64_and_is_symmetric(name, size, rows, sign):
     sizes = np.abs(r) + np.abs(v).T @ np.abs(v)  # whatever the order of a sum of n + 1 terms, n roundings of these
     assert (np.abs(found - want) <= (rows + 1) * 2.0**-24 * sizes).all()
     assert np.abs(found - want).max() / np.abs(want).max() < 3e-6
-    np.testing.assert_array_equal(found, found.T)
+    if name != "reference":  # whether a plain product is symmetric depends on the processor
+        np.testing.assert_array_equal(found, found.T)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -122,7 +122,6 @@ def test_updates_take_the_memory_of_what_they_update():
         assert all(x.is_deleted() for x in jax.tree.leaves(donated))
 
 
-@versions.COPIES
 def test_updates_are_in_place():
     assert all("f32[640,640]{1,0} copy(" not in compiled.as_text() for compiled, _, _ in updates())
 

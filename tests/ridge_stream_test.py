@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-import versions
 from jax.sharding import AbstractMesh, AxisType
 from ridge_kernels_test import draw, symmetric
 from ridge_test import C, D, joint64, off, rows, sums64
@@ -60,7 +59,6 @@ def test_streams_are_mapped_over():
                 assert apart(got[n], want) < 1e-6
 
 
-@versions.COPIES
 def test_a_stream_is_in_place():
     r, v = jnp.eye(640), jnp.ones((4, 640))
     assert "f32[640,640]{1,0} copy(" not in jax.jit(ridge.stream, donate_argnums=0).lower(r, v, v).compile().as_text()

@@ -49,6 +49,11 @@ def _put(x: jax.Array, block: jax.Array, start: Any, axis: int = 0) -> jax.Array
     return jax.lax.dynamic_update_slice_in_dim(x, block, start, axis)
 
 
+def _put_first(x: jax.Array, block: jax.Array, start: Any) -> jax.Array:
+    """Returns x with a block written before anything is read from it again."""
+    return jax.lax.optimization_barrier(_put(x, block, start))
+
+
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns a^T b, [rows, K], of a [T, rows] and b [T, K]."""
     if not 0 < len(a) <= _FEW:
@@ -139,8 +144,8 @@ def update(
         middle, half = _take(d_centre, start, size, 1), _take(d_radius, start, size, 1)
         d_block = _outer(middle, centre) + signed(_outer(half, radius), block)
         # Each is read back from its array: the order of the three writes is then given, and XLA copies no array.
-        first = _put(first, b1 * _take(first, start, size) + (1 - b1) * d_block, start)
-        second = _put(second, b2 * _take(second, start, size) + (1 - b2) * d_block**2, start)
+        first = _put_first(first, b1 * _take(first, start, size) + (1 - b1) * d_block, start)
+        second = _put_first(second, b2 * _take(second, start, size) + (1 - b2) * d_block**2, start)
         root = jnp.sqrt(_take(second, start, size) / share_2) + eps
         return _put(weight, block - lr * (_take(first, start, size) / share_1) / root, start), first, second
 

@@ -30,7 +30,13 @@ def mirrored(tile: jax.Array) -> jax.Array:
 
 
 def _place(matrices: Sequence[jax.Array], tiles: Sequence[jax.Array], i: Any, j: Any) -> list[jax.Array]:
-    return [jax.lax.dynamic_update_slice(m, tile, (i, j)) for m, tile in zip(matrices, tiles, strict=True)]
+    """Returns the matrices with tiles written at (i, j).
+
+    What is read from them afterwards is read back: otherwise XLA would compute a tile anew where it is used, from an
+    old matrix that is kept for that.
+    """
+    new = [jax.lax.dynamic_update_slice(m, tile, (i, j)) for m, tile in zip(matrices, tiles, strict=True)]
+    return jax.lax.optimization_barrier(new)
 
 
 def _apart(sums: Sums, old: Sequence[jax.Array], found: Sequence[jax.Array]) -> Sequence[jax.Array]:
