@@ -43,7 +43,8 @@ def test_six_products_of_thirds_are_one_of_float32():
 
 def lowered(function, operands):
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -90,12 +90,22 @@ def test_pairs_are_not_simplified_away(compile_):
     assert not wide(compile_(pair.root)(jnp.zeros(3))).any()
 
 
-def test_a_product_of_pairs_has_the_quality_of_float64():
+@pytest.mark.parametrize("terms", [9, pair.ROWS, 2 * pair.ROWS + 30])
+def test_a_product_of_pairs_has_the_quality_of_float64(terms):
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((9, 2 * pair.ROWS + 30)), rng.standard_normal((2 * pair.ROWS + 30, 4))
+    a, b = rng.standard_normal((9, terms)), rng.standard_normal((terms, 4))
+    for form, limit in ((pair._dot_sliced, 1e-9), (pair._dot_wide, 1e-12)):  # 2^-40 and 2^-47 of products up to 16
+        assert np.abs(wide(toys.quick(form)(pair.of(a), pair.of(b))) - a @ b).max() < limit
     found = toys.quick(pair.dot)(pair.of(a), pair.of(b))
-    assert np.abs(wide(found) - a @ b).max() < 1e-9  # 2^-40 of products up to 16, and 286 of them
+    np.testing.assert_array_equal(wide(found), wide(toys.quick(pair._dot_wide)(pair.of(a), pair.of(b))))
     np.testing.assert_allclose(wide(pair.of(0.1)), 0.1, rtol=2.0**-47)
+
+
+def test_a_product_of_pairs_for_a_tpu_has_no_float64():
+    x = pair.of(jnp.ones((300, 300)))
+    text = {name: jax.jit(pair.dot).trace(x, x).lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu")}
+    assert "f64" not in text["tpu"]
+    assert "f64" in text["cpu"]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 128])

@@ -21,6 +21,7 @@ Products = Callable[[Sequence[Any], Sequence[Any]], Sequence[jax.Array]]
 Sums = Callable[[Sequence[Any], Sequence[Any]], Sequence[jax.Array]]
 
 SIDE = 256  # of a block: with less a product is too small for a CPU to be fast
+WIDE = 128  # of one in float64
 
 
 def mirrored(tile: jax.Array) -> jax.Array:
@@ -153,7 +154,7 @@ def wide_sums(sign: float, old: Sequence[jax.Array], found: Sequence[jax.Array])
         return pair.narrow(pair.wide(pair.Pair(*old)) + sign * found[0])
 
 
-def gram_update(a: pair.Pair, x: pair.Pair, sign: float = 1.0, *, side: int = SIDE) -> pair.Pair:
+def gram_update(a: pair.Pair, x: pair.Pair, sign: float = 1.0, *, side: int = WIDE) -> pair.Pair:
     """Returns a + sign * x^T x in pairs, by way of float64; see `jaxcl.kernels.ridge.gram_update`."""
     return pair.Pair(*_blocks(wide_products, functools.partial(wide_sums, sign), a, x, side))
 
