@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl import compose, frozen, losses, schedules, schema
+from jaxcl import compose, frozen, losses, ridge, schedules, schema
 from jaxcl import guard as guards
 from jaxcl import mesh as meshes
 from jaxcl import optim as optimisers
@@ -24,17 +24,6 @@ from jaxcl.schema import UserError
 from jaxcl.types import Batch, Method, Model
 
 BOXED = ("hyperinterval", "intercontinet")  # methods of models whose weights come from boxes
-ANALYTIC = (
-    "acil",
-    "aef_ocl",
-    "air",
-    "ds_al",
-    "fecam",
-    "gkeal",
-    "nmc",
-    "ranpac",
-    "slda",
-)  # methods of models with a head in closed form
 
 
 class Plan(NamedTuple):
@@ -209,10 +198,10 @@ def check_analytic(method: Any, network: Network, patterns: Sequence[str]) -> No
     if network.analytic is None:
         return
     for name in names_of(method):
-        if name not in ANALYTIC:
+        if name not in ridge.METHODS:
             raise UserError(
                 f"config.method={name!r}: trains weights, but config.adapter='analytic' solves for them; choose one of "
-                f"{', '.join(ANALYTIC)}, or leave the adapter out"
+                f"{', '.join(ridge.METHODS)}, or leave the adapter out"
             )
     if patterns:
         raise UserError("config.optim.frozen: all below a head in closed form is frozen already; leave it out")

@@ -18,6 +18,7 @@ from jaxcl import feed as feeds
 from jaxcl import watch as watches
 from jaxcl.data.archive import Archive
 from jaxcl.report import terminal
+from jaxcl.ridge import learner
 from jaxcl.types import Batch, TrainState
 
 Stop = Callable[[int], str | None]  # step -> why to stop after it, or None
@@ -37,10 +38,7 @@ class Loop(NamedTuple):
 class Stopped(Exception):
     """A signal asked the run to stop; the state is saved. The argument names the signal."""
 
-    @property
-    def cause(self) -> str:
-        """The signal."""
-        return str(self)
+    cause = property(str)  # the signal
 
 
 class BadSteps(Exception):
@@ -252,10 +250,8 @@ class Session:
         for where, message in self.watch.told():
             self.event("repeated", message, where)
         if fetched.get("guard/consecutive", 0) >= self.loop.rollback:
-            raise BadSteps(
-                f"steps {step - self.loop.rollback + 1} to {step} were all skipped (loss {fetched['loss']:.3g}); "
-                "lower config.schedule.peak, or look at these rows"
-            )
+            which = f"steps {step - self.loop.rollback + 1} to {step} were all skipped (loss {fetched['loss']:.3g})"
+            raise BadSteps(f"{which}; lower config.schedule.peak, or look at these rows")
 
     def evaluate(self, boundary: int | None = None) -> None:
         """Evaluates every domain and writes the result and the ledger; at a boundary, also their alignment."""
@@ -273,11 +269,14 @@ class Session:
         if boundary is not None and self.made.compare:
             with self.watch.spending("evaluation"):
                 scores = scores | self.made.compare(params)
-            name = "alignment_s" if "alignment" in scores else "modes_s"
-            spent[name] = time.perf_counter() - began - spent["seconds"]
+            took = time.perf_counter() - began - spent["seconds"]
+            spent["alignment_s" if "alignment" in scores else "modes_s"] = took
         task = self.made.stream.stage_of(self.step - 1) if self.step else -1
         about = {"step": self.step, "task": task, "boundary": boundary}
+        about |= learner.solved(self.state.memory) if boundary not in (None, -1) else {}
         self.write({"kind": "eval", **about, **scores, "time": spent})
+        if text := learner.inexact(about):
+            self.event("inexact", text)
         self.write({"kind": "ledger", "step": self.step, "sources": self.ledger})
         self.clock = time.perf_counter()
 
@@ -348,8 +347,7 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
         print(f"{place}: finished before")
     else:
         with distributed.stop_on_signal() as stopped:
-            made = program.build(**pieces)
-            status = supervise(made, loop, place, config, stopped, began)
+            status = supervise(program.build(**pieces), loop, place, config, stopped, began)
     if status == 0 and folder.about(place)["finished"] and jax.process_index() == 0:
         results = report.write([str(place)])
         if final:

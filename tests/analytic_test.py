@@ -13,6 +13,8 @@ import toys
 from jaxcl import adapters, main, network, program, saved, train
 from jaxcl.data import scenarios
 from jaxcl.models import analytic, cnn, mlp, patches
+from jaxcl.report.run import load
+from jaxcl.ridge import learner
 from jaxcl.schema import UserError
 
 QUICK = True
@@ -167,6 +169,41 @@ def test_a_run_brings_its_backbone(tmp_path):
     again = {"adapter": None, "method": "cpt", "model": config()["model"] | {"start": str(tmp_path / "base")}}
     begun = program.build(**config(**again)).create().params
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(begun), learned)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e12])
+def test_a_run_says_how_its_head_was_solved_for_and_when_its_digits_are_lost(tmp_path, largest):
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((48, 64)).astype(np.float32), np.arange(48) % 4
+    x[np.flatnonzero(labels >= 2)[0]] *= np.float32(largest)  # a row of the second task
+    np.savez(tmp_path / "bank.npz", features=x, labels=labels)
+    sources, stages = scenarios.class_incremental(
+        {"name": "features", "path": str(tmp_path / "bank.npz")}, 4, 2, steps=3
+    )
+    finished(tmp_path / "run", sources=sources, stream={"batch": 8, "stages": stages}, method="acil(gamma=0.5)")
+    found = load(tmp_path / "run")
+    assert found.label == "acil"  # no step is taken, so that a learning rate says nothing
+    assert sorted(found.solves) == [0, 1]
+    assert all(known["gamma"] == 0.5 for known in found.solves.values())
+    assert 0 < found.solves[0]["bound"] < 1e-3
+    said = [event for event in found.events if event["event"] == "inexact"]
+    if largest == 1:
+        assert 0 < found.solves[1]["bound"] < 1e-3
+        assert not said
+    else:
+        assert found.solves[1]["bound"] == 1
+        assert [event["step"] for event in said] == [6]
+        assert "features that are far larger than the rest, or raise gamma" in said[0]["message"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The head, solved for at the end of each task" in page
+    assert f"<td>{found.solves[0]['bound']:.3g}</td>" in page
+
+
+def test_of_a_head_that_no_one_solved_for_nothing_is_said():
+    assert learner.solved({"inner": {"gamma": 1.0}, "bound": 1.0}) == learner.solved(()) == learner.solved({}) == {}
+    assert learner.inexact({}) is None
+    assert learner.inexact({"solve": {"bound": 0.0099}}) is None
+    assert "off by 2 %" in learner.inexact({"solve": {"bound": 0.02}})
 
 
 def test_centres_are_features_of_rows_of_the_first_task():

@@ -41,6 +41,21 @@ def test_bad_batches_are_named(change, message):
     jax.tree.map(np.testing.assert_array_equal, m, before)
 
 
+def test_rows_that_were_never_added_are_not_taken_out():
+    x, labels, weights = rows(B)
+    m = add(moments.empty(D, C), x, labels, weights)
+    moments.check(m, x, labels, gone=True)
+    moments.check(m, x[:3], labels[:3], gone=True)
+    with pytest.raises(UserError, match=rf"rows of class {C - 1} are to go, of 0: take out rows that were added"):
+        moments.check(m, x[:1], np.full(1, C - 1), gone=True)
+    with pytest.raises(UserError, match=r"features\[:, \d+\] of the rows to go have squares of .* in sum, of "):
+        moments.check(m, 2 * x, labels, gone=True)
+    moments.check(m, 2 * x, labels)
+    left = moments.remove(m, x, labels, weights)
+    with pytest.raises(UserError, match=r"1 rows of class \d are to go, of 0"):
+        moments.check(left, x[:1], labels[:1], gone=True)
+
+
 @pytest.mark.parametrize("gamma", [0.0, -1, float("nan"), float("inf"), np.float32(-1), np.int64(0), 1e39, None])
 def test_no_weights_come_of_a_gamma_that_is_not_positive(gamma):
     m, eye = moments.empty(D, C), jnp.eye(D)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl import forgetting, goodput, metrics
+from jaxcl import forgetting, goodput, metrics, ridge
 from jaxcl.schema import UserError
 
 SCORES = ("bits_per_byte", "accuracy")  # of an evaluation, besides the loss: domain -> value
@@ -39,6 +39,7 @@ class Run:
     boundaries: dict[int, int]  # k -> step of the evaluation after task k; -1 = before training
     alignment: dict[int, np.ndarray]  # k -> cosines [D, D] of the gradients of `domains`; empty if not recorded
     certificates: dict[int, dict[str, Any]]  # boundary -> domain -> what was certified; empty if nothing was
+    solves: dict[int, dict[str, float]]  # boundary -> `bound` and `gamma` of the head; empty if none was solved for
     train: dict[str, np.ndarray]  # column -> float [M], with "step" and "task"
     speed: dict[str, np.ndarray]  # columns of "time"
     hosts: dict[str, np.ndarray]  # of several processes, at evaluations: see `jaxcl.watch.skew`; else empty
@@ -175,6 +176,7 @@ def _assemble(
             r["boundary"]: _square(r["alignment"], domains) for r in evals if _is_boundary(r) and r.get("alignment")
         },
         certificates={r["boundary"]: r["certificate"] for r in evals if _is_boundary(r) and r.get("certificate")},
+        solves={r["boundary"]: r["solve"] for r in evals if _is_boundary(r) and r.get("solve")},
         train=_columns(train),
         speed=_columns([{"step": r["step"], **r.get("time", {})} for r in train]),
         hosts=_columns([{"step": r["step"], **r["time"]} for r in evals if "skew" in (r.get("time") or {})]),
@@ -187,14 +189,15 @@ def _assemble(
 
 
 def readable(config: Mapping[str, Any]) -> str:
-    """Returns a label for a run without one: its policy, objective, method, replay and peak learning rate."""
+    """Returns a label for a run without one: policy, objective, method, replay and, if it takes steps, peak rate."""
     learning = [name for key in ("policy", "objective") if (name := named(config, key))]
     methods = " + ".join(name for name, _ in parts(config))
     words = [*learning, *([methods] if methods else [])] or ["plain"]
     replay = _section(config, "stream").get("replay") or config.get("replay") or {}
     if isinstance(replay, Mapping) and replay.get("fraction"):
         words.append(f"{100 * float(replay['fraction']):g} % replay")
-    if (peak := _section(config, "schedule").get("peak")) is not None:
+    stepless = any(name in ridge.METHODS for name, _ in parts(config))
+    if (peak := _section(config, "schedule").get("peak")) is not None and not stepless:
         words.append("lr " + " / ".join(f"{one:g}" for one in (peak if isinstance(peak, list) else [peak])))
     return ", ".join(words)
 

@@ -14,6 +14,7 @@ from jaxcl.report.chart import Line, Span, figure
 from jaxcl.report.figures import TOLERANCE, WINDOW, speed
 from jaxcl.report.run import Run, readable
 
+SOLVED = ("gamma", "bound")
 STANDARD = ("step", "task", "loss", "lr", "grad_norm", "weight")  # columns that every method has
 nats = words.nats
 
@@ -244,7 +245,7 @@ def machinery(run: Run) -> str:
 
 
 def particulars(run: Run) -> str:
-    """Returns the metrics that the method itself reports, each as a small curve, if they vary."""
+    """Returns the metrics that the method itself reports, as small curves if they vary, and what it solved for."""
     known = (*STANDARD, *(rollouts.COLUMNS if inference.rolled(run) else ()))
     columns = {n: c for n, c in run.train.items() if n not in known and not n.startswith("guard/")}
     figures = [
@@ -254,7 +255,20 @@ def particulars(run: Run) -> str:
         for i, (name, column) in enumerate(columns.items())
         if np.unique(column[np.isfinite(column)]).size > 1
     ]
-    return f"<h2>What the method reports</h2>{page.pairs(figures)}" if figures else ""
+    text = (page.pairs(figures) if figures else "") + solves(run)
+    return f"<h2>What the method reports</h2>{text}" if text else ""
+
+
+def solves(run: Run) -> str:
+    """Returns how the head was solved for at the end of each task; empty if it was learned by steps."""
+    if not run.solves:
+        return ""
+    rows = [
+        [escape(run.tasks[k]), f"{run.boundaries[k]:,}", *(f"{known[n]:.3g}" if n in known else "" for n in SOLVED)]
+        for k, known in sorted(run.solves.items())
+    ]
+    hint = "Bound on the relative error of the weights of the head: from 1 on nothing is known of them."
+    return page.table("The head, solved for at the end of each task", ["task", "step", *SOLVED], rows, hint=hint)
 
 
 def events(run: Run) -> str:

@@ -12,14 +12,14 @@ such row would destroy the sums of all others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import grad
+from jaxcl import grad, mesh
 from jaxcl.compose import Setting
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
@@ -32,6 +32,7 @@ Sums = dict[str, Any]  # the entries of a memory that are sums over rows
 Merger = Callable[[Sums, Sums], Sums]  # see `jaxcl.compose.merger`
 By = Literal["gcv", "loo", "held_out"]
 LONGEST = 1e34  # squared length of a row: sums of squares of longer ones overflow; of NaN it is no comparison true
+POOR = 0.01  # bound from which a run says that digits are lost
 SHARPEST = 1e3  # scale of logits, at most
 GAMMAS = tuple(10.0**n for n in range(-4, 5))  # a path to choose from
 
@@ -128,6 +129,29 @@ def written(
     seen = (counts.high > 0).astype(jnp.float32)
     bias = jnp.zeros_like(seen) if bias is None else bias
     return {**params, "head": head, "bias": bias, "scale": jnp.float32(scale), "seen": seen, **more}
+
+
+def solved(memory: Any) -> dict[str, dict[str, float]]:
+    """Returns what a method's memory knows of the head that it has solved for, on the host: for a record.
+
+    `solve` has its `bound` and, if it has one, `gamma`. Empty for methods that do not solve.
+    """
+    while isinstance(memory, dict) and "inner" in memory:
+        memory = memory["inner"]
+    if not isinstance(memory, dict) or "bound" not in memory:
+        return {}
+    found = mesh.fetch({name: memory[name] for name in ("bound", "gamma") if name in memory})
+    return {"solve": {name: float(value) for name, value in found.items()}}
+
+
+def inexact(record: Mapping[str, Any]) -> str | None:
+    """Returns what to say of a record with what `solved` returns; None unless digits are lost."""
+    bound = record.get("solve", {}).get("bound", 0.0)
+    if bound < POOR:
+        return None
+    off = f"the weights of the head can be off by {100 * bound:.2g} %"
+    off = off if bound < 1 else "nothing is known of the weights of the head"
+    return f"{off} (bound {bound:.2g}): look for features that are far larger than the rest, or raise gamma"
 
 
 def bound_of(found: solve.Solution) -> jax.Array:

@@ -155,17 +155,20 @@ def _add_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tuple[P
     return cross, pair.plus(counts, sign * jax.ops.segment_sum(weights, labels, classes))
 
 
-def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None) -> None:
+def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None, gone: bool = False) -> None:
     """Says on the host whether a batch fits the moments; nothing is changed.
 
     Args:
-      m: the moments it is to be added to.
+      m: the moments it is to be added to, or taken out of.
       features: [b, d].
       labels: [b].
       gamma: the regularisation, if it is to be checked.
+      gone: whether the rows are to be taken out. Sums do not know their rows: what is noticed is a class that has fewer
+        rows, or a feature whose squares sum to less, than would go.
 
     Raises:
-      UserError: a size, a label outside the head, a feature that is not finite, or a gamma that is not positive.
+      UserError: a size, a label outside the head, a feature that is not finite, rows that cannot be among those added,
+        or a gamma that is not positive.
     """
     features, labels = np.asarray(features), np.asarray(labels)
     width, classes = m.cross.high.shape
@@ -186,8 +189,21 @@ def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None)
         row, column = bad[0]
         found = f"features[{row}, {column}]={features[row, column]}"
         raise schema.UserError(f"{found}: not finite in float32; repair the row or give it weight 0")
+    if gone:
+        _check_gone(m, features.astype(np.float64), labels)
     if gamma is not None:
         check_gamma(gamma)
+
+
+def _check_gone(m: Moments, features: np.ndarray, labels: np.ndarray) -> None:
+    there, going = np.asarray(m.counts.high), np.bincount(labels, minlength=m.counts.high.shape[0])
+    for label in np.flatnonzero(going > there)[:1]:
+        found = f"{going[label]} rows of class {label} are to go, of {there[label]:g}"
+        raise schema.UserError(f"{found}: take out rows that were added")
+    squares, held = (features**2).sum(0), np.diagonal(np.asarray(m.gram.high)).astype(np.float64)
+    for column in np.flatnonzero(squares > held * (1 + 1e-5))[:1]:
+        found = f"features[:, {column}] of the rows to go have squares of {squares[column]:.6g} in sum"
+        raise schema.UserError(f"{found}, of {held[column]:.6g}: take out rows that were added")
 
 
 def check_width(shape: tuple[int, ...], width: int) -> None:
