@@ -32,7 +32,7 @@ def numbered(count, shape=(4, 5), classes=4, start=0):
 
 
 def numbers(columns):
-    return np.rint(columns["inputs"].reshape(len(columns["inputs"]), -1)[:, 0] * 255).astype(int).tolist()
+    return np.rint(columns["inputs"][:].reshape(len(columns["inputs"][:]), -1)[:, 0] * 255).astype(int).tolist()
 
 
 def idx(array, *, code=8, sizes=None):
@@ -70,7 +70,7 @@ def test_a_folder_of_idx_files(tmp_path, ending):
         assert kinds == dict.fromkeys(("inputs", "weights"), "float32") | dict.fromkeys(
             ("targets", "segments", "positions"), "int32"
         )
-        np.testing.assert_array_equal(columns["inputs"], x[..., None].astype(np.float32) / np.float32(255))
+        np.testing.assert_array_equal(columns["inputs"][:], x[..., None].astype(np.float32) / np.float32(255))
         np.testing.assert_array_equal(columns["targets"], y)
         assert (columns["weights"].min(), columns["segments"].min(), columns["positions"].max()) == (1, 1, 0)
     assert table.description == {"name": "images", "path": str(tmp_path)}
@@ -94,7 +94,7 @@ def test_archives_by_usual_names_and_by_given_ones(tmp_path):
     table = made(path=odd, image="pictures", label="kinds", held_out=3, permutation=5)
     assert table.train["inputs"].shape == (9, 20)
     order = np.random.default_rng(5).permutation(20)
-    found = np.concatenate([table.train["inputs"], table.held_out["inputs"]])[:, np.argsort(order)]
+    found = np.concatenate([table.train["inputs"][:], table.held_out["inputs"][:]])[:, np.argsort(order)]
     assert {row.tobytes() for row in found} == {row.tobytes() for row in flat.astype(np.float32)}
 
 
@@ -154,6 +154,38 @@ def test_a_quarter_turn_is_counterclockwise():
     np.testing.assert_allclose(pixels.rotated(x, 90), np.rot90(x, axes=(1, 2)), atol=1e-6)
 
 
+def test_tasks_that_see_one_file_in_several_ways_take_the_memory_of_the_file(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (2000, 28, 28), np.uint8)  # 1.6 MB, as float32 6.3
+    np.savez(
+        tmp_path / "all.npz", x_train=x[:1800], y_train=np.arange(1800) % 10, x_test=x[1800:], y_test=np.arange(200)
+    )
+    path = str(tmp_path / "all.npz")
+    made(path=path)
+    tracemalloc.start()
+    tables = [made(path=path, pad=2, permutation=seed, rotation=10.0 * seed) for seed in range(10)]
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 10 * 8 * 5 * 2000  # index and labels of every task
+    assert peak < held + x.nbytes
+    for seed, table in enumerate(tables):
+        want = pixels.seen(x[[5, 3, 1799], ..., None], pixels.View(2, 10.0 * seed, seed))
+        rows = table.train["inputs"]
+        np.testing.assert_array_equal(rows[np.array([5, 3, 1799])], want)
+        np.testing.assert_array_equal(rows[1790:][-1], want[-1])
+        assert (rows.shape, rows.dtype, rows.nbytes, len(rows)) == ((1800, 32, 32, 1), np.float32, 1800 * 4096, 1800)
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for fill in (1, 2):
+        pair(folder, "train", (np.full((6, 2, 2), fill, np.uint8), np.arange(6, dtype=np.uint8)))
+        pair(folder, "t10k", (np.full((6, 2, 2), 10 * fill, np.uint8), np.arange(6, dtype=np.uint8)))
+        table = made(path=str(folder))
+        assert np.unique(np.rint(table.train["inputs"][:] * 255)).tolist() == [fill]
+        assert np.unique(np.rint(table.held_out["inputs"][:] * 255)).tolist() == [10 * fill]
+
+
 def test_pixels_are_padded_then_rotated_then_permuted_then_standardised(archive):
     """Against the same steps one by one, per image."""
     x, _ = numbered(60)
@@ -167,14 +199,14 @@ def test_pixels_are_padded_then_rotated_then_permuted_then_standardised(archive)
         wanted.append(turned.reshape(-1)[order].reshape(8, 9, 1))
     np.testing.assert_allclose(pixels.seen(x[..., None], view), wanted, atol=1e-6)
     plain = made(path=archive, held_out=10)
-    raw = plain.train["inputs"].astype(np.float64)
+    raw = plain.train["inputs"][:].astype(np.float64)
     full = made(path=archive, held_out=10, classes=[2], pad=2, rotation=30.0, permutation=8, standardise=True)
     kept = [i for i, n in enumerate(numbers(plain.train)) if n % 4 == 2]
     seen = np.asarray(wanted)[[numbers(plain.train)[i] for i in kept]]
-    np.testing.assert_allclose(full.train["inputs"], (seen - raw.mean()) / raw.std(), atol=1e-5)  # of all classes
+    np.testing.assert_allclose(full.train["inputs"][:], (seen - raw.mean()) / raw.std(), atol=1e-5)  # of all classes
     assert full.description["permutation"] == 8
-    zero = made(path=archive, permutation=0).train["inputs"]
-    assert np.any(zero != made(path=archive).train["inputs"])
+    zero = made(path=archive, permutation=0).train["inputs"][:]
+    assert np.any(zero != made(path=archive).train["inputs"][:])
     colours = np.random.default_rng(1).integers(0, 256, (3, 4, 5, 3), np.uint8)
     mixed = pixels.seen(colours, pixels.View(permutation=1)).reshape(3, 20, 3)
     whole = colours.reshape(3, 20, 3).astype(np.float32) / np.float32(255)
@@ -312,4 +344,4 @@ def test_mnist():
     table = made(path=str(MNIST), classes=[4, 9], limit=500)
     assert table.train["inputs"].shape == (500, 28, 28, 1)
     assert np.bincount(table.held_out["targets"]).tolist() == [982, 1009]  # LeCun et al., test set
-    assert table.held_out["inputs"].max() == 1
+    assert table.held_out["inputs"][:].max() == 1

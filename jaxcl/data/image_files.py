@@ -6,6 +6,7 @@ with the size of the file first, of a compressed one with what deflate can make 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import math
 import os
@@ -13,7 +14,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +54,15 @@ def read(path: str, image: str | None = None, label: str | None = None) -> tuple
       UserError: something else, or a file that is damaged or does not fit its header.
     """
     path = os.path.expanduser(path)
+    place = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    stamp = tuple((one.name, one.stat().st_mtime_ns) for one in os.scandir(place)) if os.path.isdir(place) else ()
+    return _read(path, image, label, stamp)
+
+
+@functools.lru_cache(maxsize=1)  # tasks that see one file in several ways share its pixels
+def _read(path: str, image: str | None, label: str | None, stamp: Any) -> tuple[Images, Images | None]:
+    """Reads what `read` returns; `stamp` says which state of the files this is."""
+    del stamp
     if os.path.isdir(path):
         train, held_out = _in_folder(path)
         return _pair(train), _pair(held_out) if held_out else None

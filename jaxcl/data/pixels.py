@@ -7,6 +7,7 @@ Lopez-Paz & Ranzato 2017, https://arxiv.org/abs/1706.08840).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxcl.data import chosen
 from jaxcl.data.image_files import Images
-from jaxcl.data.rows import Columns
+from jaxcl.data.rows import Columns, Lazy
 from jaxcl.data.sources import Table, describe
 from jaxcl.schema import UserError
 
@@ -60,7 +61,7 @@ def table(
     every: Sequence[int] | None = None,
     licence: str | None = None,
 ) -> Table:
-    """Returns the rows of a task in memory.
+    """Returns the rows of a task; its pixels stay those of the file, and are made what it sees when they are read.
 
     Args:
       name: of the source.
@@ -88,28 +89,27 @@ def table(
         (held_out.pixels, *chosen.held_out(held_out.labels, choice, count)),
     ]
     told = describe(name, {**options, **view.options, **choice.options})
-    first, second = (columns(seen(_taken(pixels, index), view, moments), labels) for pixels, index, labels in parts)
+    see = functools.partial(seen, view=view, moments=moments)
+    first, second = ({"inputs": Lazy(pixels, index, see), **beside(labels)} for pixels, index, labels in parts)
     return Table(told, first, second, licence)
 
 
-def _taken(pixels: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns the pixels of some rows; of all rows the array itself."""
-    return pixels if len(index) == len(pixels) else pixels[index]
-
-
 def columns(inputs: np.ndarray, labels: np.ndarray) -> Columns:
-    """Returns rows of a classifier.
+    """Returns rows of a classifier: inputs float32 [N, ...] as given, and what `beside` returns."""
+    return {"inputs": inputs, **beside(labels)}
+
+
+def beside(labels: np.ndarray) -> Columns:
+    """Returns what rows of a classifier have beside their inputs.
 
     Args:
-      inputs: float32 [N, ...].
       labels: whole numbers [N].
 
     Returns:
-      inputs as given; targets, segments (1) and positions (0) int32 [N]; weights (1) float32 [N].
+      targets, segments (1) and positions (0) int32 [N]; weights (1) float32 [N].
     """
     total = len(labels)
     return {
-        "inputs": inputs,
         "targets": labels.astype(np.int32),
         "weights": np.ones(total, np.float32),
         "segments": np.ones(total, np.int32),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,24 +15,27 @@ Columns = dict[str, np.ndarray]  # those of NAMES, and what a source adds; the l
 _CHUNK = 2**22  # bytes that are hashed at a time
 
 
-class OnDisk:
-    """Some rows of an array that are read when they are asked for: stands for an array [n, ...] in a table."""
+class Lazy:
+    """Some rows of an array that are made when they are asked for: stands for an array [n, ...] in a table.
 
-    def __init__(self, array: np.ndarray, index: np.ndarray, dtype: Any):
-        """Takes the rows `index`, int64 [n], of a memory-mapped array as `dtype`."""
-        self._array, self._index, self.dtype = array, index, np.dtype(dtype)
-        self.shape = (len(index), *array.shape[1:])
+    The array lies on disk, or is shared with others: ten tasks that see one file in ten ways take the memory of a file.
+    """
+
+    def __init__(self, array: np.ndarray, index: np.ndarray, make: Callable[[np.ndarray], np.ndarray]):
+        """Takes the rows `index`, int64 [n], of an array as `make` returns them; each is made by itself."""
+        self._array, self._index, self._make = array, index, make
+        one = make(array[:1])
+        self.dtype, self.shape = one.dtype, (len(index), *one.shape[1:])
         self.nbytes = int(np.prod(self.shape)) * self.dtype.itemsize
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what the type cannot hold becomes infinite, which the source refuses
-            return np.asarray(self._array[self._index[rows]], self.dtype)
+        return self._make(self._array[self._index[rows]])
 
 
-Stored = Mapping[str, np.ndarray | OnDisk]  # columns as a source has them
+Stored = Mapping[str, np.ndarray | Lazy]  # columns as a source has them
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxcl.data import chosen, image_files, pixels
 from jaxcl.data.permutation import fold_in, key_of, mix
-from jaxcl.data.rows import OnDisk, Stored
+from jaxcl.data.rows import Lazy, Stored
 from jaxcl.data.sources import Table, describe, records
 from jaxcl.schema import UserError
 
@@ -182,9 +182,15 @@ def _checked(path: str, features: np.ndarray, labels: np.ndarray) -> Bank:
     return Bank(path, features, np.array(labels, np.int64))
 
 
+def _single(features: np.ndarray) -> np.ndarray:
+    """Returns features in float32; what that cannot hold becomes infinite, which is refused."""
+    with np.errstate(over="ignore"):
+        return np.asarray(features, np.float32)
+
+
 def _columns(bank: Bank, index: np.ndarray, labels: np.ndarray) -> Stored:
     """Returns the columns of some rows, all of them finite."""
-    inputs = OnDisk(bank.features, index, np.float32)
+    inputs = Lazy(bank.features, index, _single)
     step = max(1, _ROWS // inputs.shape[1])
     for start in range(0, len(index), step):
         bad = np.argwhere(~np.isfinite(inputs[start : start + step]))
@@ -192,7 +198,7 @@ def _columns(bank: Bank, index: np.ndarray, labels: np.ndarray) -> Stored:
             row, column = index[start + bad[0, 0]], bad[0, 1]
             value = bank.features[row, column]
             raise UserError(f"{bank.path}: features[{row}, {column}]={value}: no finite float32; repair the row")
-    return {**pixels.columns(np.empty((len(labels), 0), np.float32), labels), "inputs": inputs}
+    return {"inputs": inputs, **pixels.beside(labels)}
 
 
 Taken = tuple[np.ndarray, np.ndarray]  # rows and their labels
@@ -213,7 +219,7 @@ def _divided(bank: Bank, choice: chosen.Choice, first: Taken, second: Taken, sha
 
 def _drawn(features: np.ndarray, index: np.ndarray, seed: int, share: float) -> np.ndarray:
     """Returns which rows are held out, bool [n], by a hash of their content."""
-    rows = OnDisk(features, index, np.float32)
+    rows = Lazy(features, index, _single)
     factors = fold_in(key_of("held out", seed), np.arange(rows.shape[1])) | np.uint64(1)
     step = max(1, _ROWS // rows.shape[1])
     out = np.zeros(len(index), bool)
