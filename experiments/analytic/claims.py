@@ -67,7 +67,7 @@ def orders(found: dict[str, dict[str, dict[int, dict]]]) -> dict[str, dict[str, 
     for part, arms in found.items():
         pairs = [("mean_class" if part == "imbalanced" else "a_last", *pair) for pair in ORDERS]
         if part == GAIN[0]:
-            pairs += [(GAIN[1], better, GAIN[3]) for better in GAIN[2]]
+            pairs += [(GAIN[1], better, worse) for better in GAIN[2] for worse in (GAIN[3], "nmc")]
         for figure, better, worse in pairs:
             if better in arms and worse in arms:
                 gap = paired(values(arms[better], figure), values(arms[worse], figure))
