@@ -49,6 +49,7 @@ from jaxcl import (
 )
 from jaxcl.models.analytic import Analytic
 from jaxcl.random import key_for
+from jaxcl.ridge import learner as heads
 from jaxcl.schema import UserError
 from jaxcl.tree import map_named
 from jaxcl.types import Batch, Memory, Method, Params, TrainState
@@ -329,9 +330,11 @@ def _write(
     if made:
         began = time.perf_counter()
         scores = made.evaluate(state.params)
-        about = {"step": found.steps, "task": 0, "boundary": 0}
+        about = {"step": found.steps, "task": 0, "boundary": 0} | heads.solved(state.memory)
         records.append({"kind": "eval", **about, **scores, "time": {"seconds": time.perf_counter() - began}})
         records.append({"kind": "ledger", "step": found.steps, "sources": found.ledger})
+        if text := heads.inexact(about):
+            records.append({"kind": "event", "step": found.steps, "event": "inexact", "message": text})
     path.touch()
     with contextlib.closing(metrics.Jsonl(path)) as out:
         for record in records:

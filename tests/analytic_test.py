@@ -193,7 +193,7 @@ def test_a_run_says_how_its_head_was_solved_for_and_when_its_digits_are_lost(tmp
     else:
         assert found.solves[1]["bound"] == 1
         assert [event["step"] for event in said] == [6]
-        assert "features that are far larger than the rest, or raise gamma" in said[0]["message"]
+        assert "features that are far larger than the rest, or regularise more" in said[0]["message"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "The head, solved for at the end of each task" in page
     assert f"<td>{found.solves[0]['bound']:.3g}</td>" in page

@@ -175,6 +175,34 @@ def test_tasks_that_see_one_file_in_several_ways_take_the_memory_of_the_file(tmp
         assert (rows.shape, rows.dtype, rows.nbytes, len(rows)) == ((1800, 32, 32, 1), np.float32, 1800 * 4096, 1800)
 
 
+def test_a_task_of_some_rows_holds_no_others(tmp_path):
+    x, labels = np.random.default_rng(0).integers(0, 256, (4000, 28, 28), np.uint8), np.arange(4000) % 10
+    np.savez(tmp_path / "one.npz", x=x, y=labels)
+    tracemalloc.start()
+    tables = [made(path=str(tmp_path / "one.npz"), classes=[label]) for label in range(10)]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(len(t.train["inputs"]) + len(t.held_out["inputs"]) for t in tables) == 4000
+    assert held < 2.5 * x.nbytes  # the file, which is kept for the next task, and every row once
+
+
+@pytest.mark.parametrize("view", [pixels.View(permutation=3), pixels.View(rotation=20.0), pixels.View(pad=1)])
+def test_a_row_by_itself_is_that_of_the_table(archive, view):
+    rows = made(path=archive, **view._asdict()).train["inputs"]
+    np.testing.assert_array_equal(rows[3], rows[:][3])
+    np.testing.assert_array_equal(np.asarray(rows), rows[:])
+    assert rows[:0].shape == (0, *rows.shape[1:])
+    assert rows[np.zeros(len(rows), bool)].shape == (0, *rows.shape[1:])
+
+
+def test_what_else_lies_in_a_folder_does_not_matter(archive, tmp_path):
+    before = made(path=archive).train["inputs"][:]
+    (tmp_path / "lock-ubyte").symlink_to(tmp_path / "nowhere")
+    np.testing.assert_array_equal(made(path=archive).train["inputs"][:], before)
+    path = pair(tmp_path, "train", numbered(12))
+    assert len(made(path=path).train["inputs"]) == 11
+
+
 def test_a_file_that_has_changed_is_read_again(tmp_path):
     folder = tmp_path / "mnist"
     folder.mkdir()

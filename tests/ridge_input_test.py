@@ -51,6 +51,10 @@ def test_rows_that_were_never_added_are_not_taken_out():
     with pytest.raises(UserError, match=r"features\[:, \d+\] of the rows to go have squares of .* in sum, of "):
         moments.check(m, 2 * x, labels, gone=True)
     moments.check(m, 2 * x, labels)
+    half = add(moments.empty(D, C), x, labels, weights / 2)
+    moments.check(half, x, labels, weights / 2, gone=True)
+    with pytest.raises(UserError, match="are to go, of"):
+        moments.check(half, x, labels, gone=True)
     left = moments.remove(m, x, labels, weights)
     with pytest.raises(UserError, match=r"1 rows of class \d are to go, of 0"):
         moments.check(left, x[:1], labels[:1], gone=True)

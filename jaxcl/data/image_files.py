@@ -54,12 +54,27 @@ def read(path: str, image: str | None = None, label: str | None = None) -> tuple
       UserError: something else, or a file that is damaged or does not fit its header.
     """
     path = os.path.expanduser(path)
+    return _read(path, image, label, tuple(_state(one) for one in _candidates(path)))
+
+
+def _candidates(path: str) -> list[str]:
+    """Returns the files that may be read for a path."""
+    if path.endswith(".npz"):
+        return [path]
     place = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    stamp = tuple((one.name, one.stat().st_mtime_ns) for one in os.scandir(place)) if os.path.isdir(place) else ()
-    return _read(path, image, label, stamp)
+    return sorted(os.path.join(place, name) for name in os.listdir(place) if "ubyte" in name)
 
 
-@functools.lru_cache(maxsize=1)  # tasks that see one file in several ways share its pixels
+def _state(path: str) -> tuple[Any, ...]:
+    """Returns what changes if a file does."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (path,)
+    return path, found.st_size, found.st_mtime_ns, found.st_ino
+
+
+@functools.lru_cache(maxsize=2)  # tasks that see one file in several ways share its pixels
 def _read(path: str, image: str | None, label: str | None, stamp: Any) -> tuple[Images, Images | None]:
     """Reads what `read` returns; `stamp` says which state of the files this is."""
     del stamp

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +61,9 @@ def table(
     every: Sequence[int] | None = None,
     licence: str | None = None,
 ) -> Table:
-    """Returns the rows of a task; its pixels stay those of the file, and are made what it sees when they are read.
+    """Returns the rows of a task: pixels as they are in the file, which are made what it sees when they are read.
+
+    A task that has all rows shares the array; one that has some of them has a copy of these.
 
     Args:
       name: of the source.
@@ -90,8 +92,13 @@ def table(
     ]
     told = describe(name, {**options, **view.options, **choice.options})
     see = functools.partial(seen, view=view, moments=moments)
-    first, second = ({"inputs": Lazy(pixels, index, see), **beside(labels)} for pixels, index, labels in parts)
+    first, second = ({"inputs": _some(pixels, index, see), **beside(labels)} for pixels, index, labels in parts)
     return Table(told, first, second, licence)
+
+
+def _some(pixels: np.ndarray, index: np.ndarray, see: Callable[[np.ndarray], np.ndarray]) -> Lazy:
+    own = pixels if len(index) == len(pixels) else pixels[index]
+    return Lazy(own, index if own is pixels else np.arange(len(own)), see)
 
 
 def columns(inputs: np.ndarray, labels: np.ndarray) -> Columns:
@@ -131,7 +138,8 @@ def seen(pixels: np.ndarray, view: View, moments: tuple[np.ndarray, np.ndarray] 
     if view.rotation % 360:
         out = rotated(out, view.rotation)
     if view.permutation is not None:
-        flat = out.reshape(len(out), *((-1, out.shape[-1]) if out.ndim == 4 else (-1,)))
+        sizes = (math.prod(out.shape[1:3]), out.shape[3]) if out.ndim == 4 else out.shape[1:]
+        flat = out.reshape(len(out), *sizes)
         order = np.random.default_rng(view.permutation).permutation(flat.shape[1])
         out = flat[:, order].reshape(out.shape)
     if moments is not None:
@@ -162,7 +170,7 @@ def rotated(images: np.ndarray, degrees: float) -> np.ndarray:
     row = cos * y + sin * x + (height - 1) / 2  # where each pixel comes from
     column = cos * x - sin * y + (width - 1) / 2
     top, left = np.floor(row).astype(int), np.floor(column).astype(int)
-    flat = images.reshape(len(images), height * width, -1)
+    flat = images.reshape(len(images), height * width, images.shape[3])
     out = np.zeros_like(flat)
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
         i, j = top + down, left + right

@@ -16,13 +16,16 @@ _CHUNK = 2**22  # bytes that are hashed at a time
 
 
 class Lazy:
-    """Some rows of an array that are made when they are asked for: stands for an array [n, ...] in a table.
-
-    The array lies on disk, or is shared with others: ten tasks that see one file in ten ways take the memory of a file.
-    """
+    """Some rows of an array that are made when they are asked for: stands for an array [n, ...] in a table."""
 
     def __init__(self, array: np.ndarray, index: np.ndarray, make: Callable[[np.ndarray], np.ndarray]):
-        """Takes the rows `index`, int64 [n], of an array as `make` returns them; each is made by itself."""
+        """Takes rows of an array on disk or in memory, where tables may share it.
+
+        Args:
+          array: [N, ...].
+          index: of the rows, int64 [n].
+          make: [k, ...] as they are -> [k, ...] as they are read, each row by itself.
+        """
         self._array, self._index, self._make = array, index, make
         one = make(array[:1])
         self.dtype, self.shape = one.dtype, (len(index), *one.shape[1:])
@@ -31,8 +34,10 @@ class Lazy:
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        return self._make(self._array[self._index[rows]])
+    def __getitem__(self, rows: np.ndarray | slice | int) -> np.ndarray:
+        picked = self._index[rows]
+        made = self._make(self._array[np.atleast_1d(picked)])
+        return made if np.ndim(picked) else made[0]
 
 
 Stored = Mapping[str, np.ndarray | Lazy]  # columns as a source has them

@@ -151,7 +151,7 @@ def inexact(record: Mapping[str, Any]) -> str | None:
         return None
     off = f"the weights of the head can be off by {100 * bound:.2g} %"
     off = off if bound < 1 else "nothing is known of the weights of the head"
-    return f"{off} (bound {bound:.2g}): look for features that are far larger than the rest, or raise gamma"
+    return f"{off} (bound {bound:.2g}): look for features that are far larger than the rest, or regularise more"
 
 
 def bound_of(found: solve.Solution) -> jax.Array:

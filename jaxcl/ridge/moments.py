@@ -155,13 +155,16 @@ def _add_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tuple[P
     return cross, pair.plus(counts, sign * jax.ops.segment_sum(weights, labels, classes))
 
 
-def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None, gone: bool = False) -> None:
+def check(
+    m: Moments, features: Any, labels: Any, weights: Any = 1.0, *, gamma: float | None = None, gone: bool = False
+) -> None:
     """Says on the host whether a batch fits the moments; nothing is changed.
 
     Args:
       m: the moments it is to be added to, or taken out of.
       features: [b, d].
       labels: [b].
+      weights: [b] or a number, >= 0, of rows that are to be taken out.
       gamma: the regularisation, if it is to be checked.
       gone: whether the rows are to be taken out. Sums do not know their rows: what is noticed is a class that has fewer
         rows, or a feature whose squares sum to less, than would go.
@@ -190,17 +193,20 @@ def check(m: Moments, features: Any, labels: Any, *, gamma: float | None = None,
         found = f"features[{row}, {column}]={features[row, column]}"
         raise schema.UserError(f"{found}: not finite in float32; repair the row or give it weight 0")
     if gone:
-        _check_gone(m, features.astype(np.float64), labels)
+        _check_gone(
+            m, features.astype(np.float64), labels, np.broadcast_to(np.asarray(weights, np.float64), labels.shape)
+        )
     if gamma is not None:
         check_gamma(gamma)
 
 
-def _check_gone(m: Moments, features: np.ndarray, labels: np.ndarray) -> None:
-    there, going = np.asarray(m.counts.high), np.bincount(labels, minlength=m.counts.high.shape[0])
-    for label in np.flatnonzero(going > there)[:1]:
-        found = f"{going[label]} rows of class {label} are to go, of {there[label]:g}"
+def _check_gone(m: Moments, features: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> None:
+    there = np.asarray(m.counts.high, np.float64)
+    going = np.bincount(labels, weights, len(there))
+    for label in np.flatnonzero(going > there * (1 + 1e-6))[:1]:
+        found = f"{going[label]:g} rows of class {label} are to go, of {there[label]:g}"
         raise schema.UserError(f"{found}: take out rows that were added")
-    squares, held = (features**2).sum(0), np.diagonal(np.asarray(m.gram.high)).astype(np.float64)
+    squares, held = weights @ features**2, np.diagonal(np.asarray(m.gram.high)).astype(np.float64)
     for column in np.flatnonzero(squares > held * (1 + 1e-5))[:1]:
         found = f"features[:, {column}] of the rows to go have squares of {squares[column]:.6g} in sum"
         raise schema.UserError(f"{found}, of {held[column]:.6g}: take out rows that were added")

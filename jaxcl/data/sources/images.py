@@ -1,4 +1,4 @@
-"""Images as rows in memory, for classifiers: of files (`.npz`, IDX), or of TensorFlow Datasets; a task sees a part.
+"""Images as rows, for classifiers: of files (`.npz`, IDX), or of TensorFlow Datasets; a task sees a part.
 
     dict(name="images", path="mnist", classes=[0, 1])                 # a folder of the four files of MNIST
     dict(name="images", path="mnist", permutation=7)                  # a task of permuted MNIST
