@@ -199,6 +199,8 @@ def test_what_else_lies_in_a_folder_does_not_matter(archive, tmp_path):
     before = made(path=archive).train["inputs"][:]
     (tmp_path / "lock-ubyte").symlink_to(tmp_path / "nowhere")
     np.testing.assert_array_equal(made(path=archive).train["inputs"][:], before)
+    with pytest.raises(UserError, match="no such file or folder"):
+        made(path=str(tmp_path / "nowhere" / "train-images-idx3-ubyte"))
     path = pair(tmp_path, "train", numbered(12))
     assert len(made(path=path).train["inputs"]) == 11
 

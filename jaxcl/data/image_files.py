@@ -62,7 +62,10 @@ def _candidates(path: str) -> list[str]:
     if path.endswith(".npz"):
         return [path]
     place = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    return sorted(os.path.join(place, name) for name in os.listdir(place) if "ubyte" in name)
+    try:
+        return sorted(os.path.join(place, name) for name in os.listdir(place) if "ubyte" in name)
+    except OSError:  # what cannot be read is said when it is read
+        return [path]
 
 
 def _state(path: str) -> tuple[Any, ...]:
