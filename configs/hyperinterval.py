@@ -66,6 +66,7 @@ def get_config(text="task"):
     config.optim = ConfigDict({"name": "adam", "clip": None})
     config.schedule = ConfigDict({"name": "constant", "peak": peak})
     config.evaluation = ConfigDict({"every": 10 * steps, "rows": 10_000})
-    config.checkpoint = ConfigDict({"every_steps": 10**9, "every_minutes": 10.0, "keep": 1})
+    saves = {"background": part != "permuted"}  # the state of 206 M parameters is not to be held twice
+    config.checkpoint = ConfigDict({"every_steps": 10**9, "every_minutes": 10.0, "keep": 1, **saves})
     config.mesh = ConfigDict({"data": 1})
     return config

@@ -25,3 +25,14 @@ def keep_pages() -> bool:
     wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 256 << 20))
     done = [mallopt(parameter, value) for parameter, value in wanted]
     return all(done)
+
+
+def give_back() -> None:
+    """Gives pages that hold nothing back to the system; later allocations take new ones.
+
+    After a checkpoint: its buffers come between those of the steps, and with one arena that is never trimmed the
+    process would hold more with every save (measured: four times the state after six). Takes about 0.1 s per GB that
+    is held. Nothing happens outside Linux with glibc.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

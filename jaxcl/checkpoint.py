@@ -36,7 +36,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from jaxcl import manifests, saved
+from jaxcl import allocator, manifests, saved
 from jaxcl.checksum import checksums
 from jaxcl.manifests import MANIFEST, PART
 from jaxcl.saved import BASE, Base
@@ -76,6 +76,7 @@ class Checkpoints:
         keep: int = 2,
         keep_every: int | None = None,
         second: str | None = None,
+        background: bool = True,
     ):
         """Prepares a directory; nothing is created before the first save.
 
@@ -88,6 +89,8 @@ class Checkpoints:
           keep_every: those at multiples of it stay as well; None = none.
           second: another place, best on another file system: every checkpoint is copied there once it is whole, and
             read there if it is damaged or gone in the first. None = none. A copy that fails is told by `warnings`.
+          background: whether training goes on while a checkpoint is written, from memory that holds the state once more
+            until it is; False waits, and takes none.
         """
         for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes), ("keep_every", keep_every)):
             if value is not None and value <= 0:
@@ -98,7 +101,7 @@ class Checkpoints:
         self._directory = _place(directory)
         self._second = None if second is None else self._own_second(second)
         self._every_steps, self._every_minutes = every_steps, every_minutes
-        self._keep, self._keep_every, self._base = keep, keep_every, base
+        self._keep, self._keep_every, self._base, self._background = keep, keep_every, base, background
         self._last = time.monotonic()
         self._pending: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -160,7 +163,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, host: Mapping[str, Any]) -> float:
         """Starts to write a checkpoint and returns the seconds it held up the caller.
 
-        It waits for the save before it and until the state is copied to the host, from where threads write it.
+        It waits for the save before it and until the state may be donated: threads write what it was. Without
+        `background` it waits for them too.
 
         Args:
           step: number of finished updates.
@@ -168,7 +172,7 @@ class Checkpoints:
           host: what else a resumed run must know, as JSON.
 
         Raises:
-          NotSaved: the save before this one failed.
+          NotSaved: the save before this one failed; without `background`, this one.
         """
         begin = time.monotonic()
         self.wait()
@@ -186,19 +190,23 @@ class Checkpoints:
         sums = checksums(list(leaves.values()))
         table = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
         inside = {name: leaf for name, leaf in leaves.items() if not (self._base and name.startswith(BASE))}
-        response = ocp.save_async(target / "state", manifests.nest(inside))
+        under_way = [ocp.save_async(target / "state", manifests.nest(inside))]
 
         # The thread must not touch the leaves: the next step may take their memory.
         def finish() -> None:
             try:
-                response.result()
+                under_way.pop().result()  # and with it go its buffers
                 self._commit(step, target, table, np.asarray(sums.addressable_data(0)).tolist())
             except BaseException as error:  # raised again by wait()
                 self._error = NotSaved(f"checkpoint {step} in {self._directory} was not written: {error}")
                 self._error.__cause__ = error
+            allocator.give_back()
 
         self._pending = threading.Thread(target=finish, name=f"checkpoint-{step}")
         self._pending.start()
+        if not self._background:
+            self.wait()
+            allocator.give_back()  # what other threads have let go of since
         self._last = time.monotonic()
         return self._last - begin
 

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import alignment, certify, compose, domains, feed, flops, frozen, losses, practice, schema, scores, tree
+from jaxcl import alignment, certify, compose, domains, feed, flops, frozen, practice, schema, scores, tree
 from jaxcl import mesh as meshes
 from jaxcl import optim as optimisers
 from jaxcl import plan as plans
 from jaxcl.data import prepare, provenance
 from jaxcl.data import rows as tables
 from jaxcl.data import stream as streams
+from jaxcl.models import boxed as boxes
 from jaxcl.random import key_for
 from jaxcl.rl import inference
 from jaxcl.schema import UserError
@@ -246,7 +247,9 @@ def measures(
         for name, c in corpora.items()
     }
     rows = scores.put(batches, functools.partial(meshes.place, mesh))
-    found["evaluate"] = evaluator(setting.model, corpora, rows, meshes.replicated(mesh))
+    found["evaluate"] = evaluator(
+        setting.model, corpora, rows, meshes.replicated(mesh), deployed(mesh, plan.network.boxed)
+    )
     if all(corpus.held_out.labels is not None for corpus in corpora.values()):
         labels = {name: np.asarray(corpus.held_out.labels)[: chosen.rows] for name, corpus in corpora.items()}
         known["classes"] = classes_of(plan.flow, labels)
@@ -267,35 +270,22 @@ def task_of(flow: streams.Stream, domain: str) -> int:
 
 
 def evaluator(
-    network: Model, corpora: Mapping[str, prepare.Corpus], rows: scores.Rows, everywhere: Any = None
+    network: Model, corpora: Mapping[str, prepare.Corpus], rows: scores.Rows, everywhere: Any = None, made: Any = None
 ) -> Callable[[Params], dict[str, Any]]:
-    """Returns the evaluation of every domain on its held-out rows; `everywhere` is the sharding of what is fetched."""
-    if not any(c.manifest["tokenizer"] for c in corpora.values()):
-        return classified(network, rows, everywhere)
-    ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()}
-    score = scores.make(network, losses.cross_entropy)
-
-    def run(params: Params) -> dict[str, dict[str, float]]:
-        nats = score(params, rows)
-        return {"loss": nats, "bits_per_byte": scores.bits_per_byte(nats, ratio)}
-
-    return run
+    """Returns the evaluation of every domain on its held-out rows; the arguments are those of `scores.domains`."""
+    texts = any(c.manifest["tokenizer"] for c in corpora.values())
+    ratio = {name: 1 / (c.held_out.bytes_per_token or 1.0) for name, c in corpora.items()} if texts else None
+    return scores.domains(network, rows, ratio, everywhere, made)
 
 
-def classified(network: Model, rows: scores.Rows, everywhere: Any = None) -> Callable[[Params], dict[str, Any]]:
-    """Returns the evaluation of a classifier: the accuracy of every domain, and of every class of its rows."""
-    loss, by_class = scores.make(network, losses.cross_entropy), scores.by_class(network, everywhere)
-
-    def run(params: Params) -> dict[str, Any]:
-        found = by_class(params, rows)
-        accuracy = {name: float(right.sum() / total.sum()) for name, (right, total) in found.items()}
-        classes = {
-            name: {str(c): float(right[c] / total[c]) for c in np.flatnonzero(total)}
-            for name, (right, total) in found.items()
-        }
-        return {"loss": loss(params, rows), "bits_per_byte": {}, "accuracy": accuracy, "classes": classes}
-
-    return run
+def deployed(
+    mesh: jax.sharding.Mesh, boxed: boxes.Boxed | None
+) -> tuple[Model, Callable[[Params, Batch], Params]] | None:
+    """Returns what `scores.domains` is told of a model of boxes; None of any other."""
+    if boxed is None:
+        return None
+    make = jax.jit(meshes.on(mesh, lambda params, batch: boxes.deployed(boxed, params, batch.task[0])))
+    return boxed.target._replace(apply=meshes.on(mesh, boxed.target.apply)), make
 
 
 def classes_of(flow: streams.Stream, held: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, int]]]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.losses import cross_entropy
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Model, Output, Params
 
@@ -100,6 +101,63 @@ def by_class(
         return {domain: (table[:, 0], table[:, 1]) for domain, table in tables.items()}
 
     return evaluate
+
+
+def domains(
+    network: Model,
+    rows: Rows,
+    tokens_per_byte: Mapping[str, float] | None,
+    everywhere: Any = None,
+    made: tuple[Model, Callable[[Params, Batch], Params]] | None = None,
+) -> Callable[[Params], dict[str, dict[str, Any]]]:
+    """Returns `run(params)`: `loss` and `bits_per_byte`, and of a classifier `accuracy` and `classes`, of each domain.
+
+    Args:
+      network: the model.
+      rows: held-out rows of each domain.
+      tokens_per_byte: of each domain, see `bits_per_byte`; None for a classifier.
+      everywhere: sharding of what is fetched; several processes need it replicated.
+      made: of a network that makes another one for each task: that other, and (params, batch) -> its parameters. They
+        are made once for each domain, not once for each batch.
+    """
+    model = network if made is None else made[0]
+    measure = classified(model, everywhere) if tokens_per_byte is None else texts(model, tokens_per_byte)
+
+    def run(params: Params) -> dict[str, dict[str, Any]]:
+        if made is None:
+            return measure(params, rows)
+        parts = [measure(made[1](params, batches[0]), {name: batches}) for name, batches in rows.items()]
+        return {key: {name: one for part in parts for name, one in part[key].items()} for key in parts[0]}
+
+    return run
+
+
+def texts(network: Model, tokens_per_byte: Mapping[str, float]) -> Callable[[Params, Rows], dict[str, dict[str, Any]]]:
+    """Returns the evaluation of a language model."""
+    score = make(network, cross_entropy)
+
+    def run(params: Params, rows: Rows) -> dict[str, dict[str, Any]]:
+        nats = score(params, rows)
+        ratio = {name: tokens_per_byte[name] for name in nats}
+        return {"loss": nats, "bits_per_byte": bits_per_byte(nats, ratio)}
+
+    return run
+
+
+def classified(network: Model, everywhere: Any = None) -> Callable[[Params, Rows], dict[str, dict[str, Any]]]:
+    """Returns the evaluation of a classifier: the accuracy of every domain, and of every class of its rows."""
+    loss, counted = make(network, cross_entropy), by_class(network, everywhere)
+
+    def run(params: Params, rows: Rows) -> dict[str, dict[str, Any]]:
+        found = counted(params, rows)
+        accuracy = {name: float(right.sum() / total.sum()) for name, (right, total) in found.items()}
+        classes = {
+            name: {str(c): float(right[c] / total[c]) for c in np.flatnonzero(total)}
+            for name, (right, total) in found.items()
+        }
+        return {"loss": loss(params, rows), "bits_per_byte": {}, "accuracy": accuracy, "classes": classes}
+
+    return run
 
 
 def bits_per_byte(losses: Mapping[str, float], tokens_per_byte: Mapping[str, float] | float = 1.0) -> dict[str, float]:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import toys
 
+from jaxcl import mesh as meshes
+from jaxcl import program, scores
 from jaxcl.models import boxed as boxes
 from jaxcl.models import weight_boxes
 from jaxcl.models.boxed import LEDGER
@@ -243,3 +245,33 @@ def test_a_task_that_is_not_there_has_no_network(task):
     rows = toys.classes(0, rows=2)
     rows = dataclasses.replace(rows, task=jnp.full_like(rows.task, task))
     assert jnp.isnan(made.model.apply(params, rows).logits).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_evaluation_makes_the_network_of_a_task_once(case):
+    """However many batches a domain has: making it may cost more than using it. The scores are those of the model."""
+    trial = Trial(case)
+    tasks, calls = (0, 2), []
+
+    def boxes_of(generator, which, scales):
+        jax.debug.callback(lambda one: calls.append(int(one[0])), which)
+        return trial.made.boxes(generator, which, scales)
+
+    watched = trial.made._replace(boxes=boxes_of)
+    mesh = meshes.make(devices=jax.devices()[:1])
+    domains = {f"task {t}": [toys.classes(10 * t + i, task=t) for i in range(3)] for t in tasks}
+    rows = scores.put(domains)
+    params = trial.close(trial.init(jax.random.key(0)), jnp.int32(0))
+    wanted = scores.domains(trial.made.model, rows, None)(params)
+    found = scores.domains(trial.made.model, rows, None, None, program.deployed(mesh, watched))(params)
+    jax.effects_barrier()
+    shown = int(params[LEDGER]["current"])
+    assert sorted(calls) == [shown if trial.made.universal else t for t in tasks]
+    assert found.keys() == wanted.keys()
+    for part in ("loss", "accuracy"):
+        np.testing.assert_allclose(list(found[part].values()), list(wanted[part].values()), rtol=1e-6)
+    assert found["classes"].keys() == wanted["classes"].keys()
+    beyond = {"none": [toys.classes(0, task=9)]}
+    if not trial.made.universal:
+        told = scores.domains(trial.made.model, beyond, None, None, program.deployed(mesh, trial.made))(params)
+        assert np.isnan(told["loss"]["none"])

@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact, whole or absent, and any damage to any file is found."""
 
+import functools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import processes
 import pytest
 
-from jaxcl import checkpoint, manifests, optim, tree
+from jaxcl import checkpoint, checksum, manifests, optim, tree
 from jaxcl import mesh as meshes
 from jaxcl.checkpoint import MANIFEST, Checkpoints
 from jaxcl.checksum import checksums
@@ -262,6 +263,20 @@ def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
     assert checkpoints.steps() == []
 
 
+def test_without_background_a_checkpoint_is_whole_or_refused_when_save_returns(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, background=False)
+    held = checkpoints.save(1, make_state(1), {})
+    assert checkpoints.steps() == [1]  # nobody waited
+    assert held > 0
+    monkeypatch.setattr(manifests, "fingerprint", lambda path: 1 / 0)
+    with pytest.raises(checkpoint.NotSaved, match=r"checkpoint 2 .* was not written"):
+        checkpoints.save(2, make_state(2), {})
+    monkeypatch.undo()
+    checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    assert_same(Checkpoints(tmp_path).restore(abstract()).state, make_state(1))
+
+
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     for options in ({"every_steps": 0}, {"every_minutes": -1.0}, {"keep": 0}, {"keep_every": 0}):
         with pytest.raises(UserError, match=next(iter(options))):
@@ -337,6 +352,27 @@ def test_checksums_equal_numpy_on_any_mesh_and_change_with_any_element():
         y = x.copy()
         y.view(np.uint32).ravel()[i] ^= 1
         assert int(checksums([jnp.asarray(y)])[0]) != wanted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64", "bool", "uint8"])
+@pytest.mark.parametrize("shape", [(2**20,), (2**20 + 1,), (3, 2**20 - 1), (2050, 1001, 2)])
+def test_the_checksum_of_a_large_array_is_taken_in_blocks(dtype, shape):
+    """On one CPU, where all at once takes as much memory as the array, which blocks do not."""
+    with jax.enable_x64(dtype == "float64"):
+        x = (np.random.default_rng(0).normal(size=shape) * 50).astype(dtype)
+        cut = (
+            jax.device_put(x, meshes.batch_sharding(meshes.make(devices=jax.devices()[:2]))) if not shape[0] % 2 else x
+        )
+        whole = jax.device_put(x, jax.devices()[0])
+        wanted = int(jax.jit(checksum._checksum)(whole))
+        assert int(checksums([whole])[0]) == wanted
+        if cut is not x:
+            assert int(checksums([cut])[0]) == wanted
+        taken = jax.jit(functools.partial(checksum._checksum_all, True)).lower([whole]).compile().memory_analysis()
+        assert taken.temp_size_in_bytes <= 32 * checksum.BLOCK
+        last = x.copy()
+        last.view(np.uint8).reshape(-1)[-1] ^= 1
+        assert int(checksums([jax.device_put(last, jax.devices()[0])])[0]) != wanted
 
 
 def test_a_second_place_holds_copies_that_are_read_when_the_first_is_damaged(tmp_path):

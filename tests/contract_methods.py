@@ -1,5 +1,6 @@
 """The laws every method keeps. Modules of jaxcl.methods, their options and their combinations are found, not listed."""
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -291,10 +292,11 @@ def test_topology_does_not_matter(case, sizes):
         state, metrics = step(state, batch, key(i))
         losses.append(float(metrics["loss"]))
     assert mesh.shape["context"] == 1 or "context" in batch.inputs.sharding.spec
-    # A loss may be nearly 0. The head of gkeal passes on what its features round to: on one device a unit in the last
-    # place of the inputs moves its loss by 7e-6 of it.
-    rtol = 3e-5 if case == "gkeal" else 1e-5
-    np.testing.assert_allclose(losses, reference_losses(case), rtol=rtol, atol=1e-6)
+    wanted = np.array(reference_losses(case))
+    # A loss may be nearly 0. A head in closed form passes on what its features round to, and its loss on logits of
+    # hundreds: the bound is what ten units in the last place of the inputs do to it on one device.
+    allowed = np.maximum(1e-5 * wanted + 1e-6, 10 * rounding(case) if case in SOLVED else 0)
+    assert (np.abs(losses - wanted) <= allowed).all(), f"{losses} for {wanted}: off by more than {allowed}"
 
 
 @pytest.mark.parametrize("case", ["everything", *BOXED, "acil", "fecam"])
@@ -317,8 +319,9 @@ def test_closing_a_task_does_not_depend_on_the_topology(case):
             reference = built(case)[3](reference, stacked, key(i))
     terms = ("ewc", "si", "lwf", "l2", "cpo", "chord") if case == "everything" else {"drift"} & set(pairs[0][0])
     for cut, alone in pairs:
-        # Logits of a head in closed form reach 100 and a loss may be nearly 0: the parameters are what must agree.
-        np.testing.assert_allclose(cut["loss"], alone["loss"], rtol=1e-5, atol=1e-4 if case in SOLVED else 0)
+        # Logits of a head in closed form reach 100 and a loss may be nearly 0: its parameters are what must agree.
+        rtol, atol = (1e-4, 1e-4) if case in SOLVED else (1e-5, 0)
+        np.testing.assert_allclose(cut["loss"], alone["loss"], rtol=rtol, atol=atol)
         for name in terms:  # squares of small differences, so fewer digits agree
             np.testing.assert_allclose(cut[name], alone[name], rtol=1e-3, atol=1e-9, err_msg=name)
             assert alone is not pairs[-1][1] or alone[name] > 1e-6
@@ -332,12 +335,28 @@ def test_closing_a_task_does_not_depend_on_the_topology(case):
 @functools.cache
 def reference_losses(case):
     """Losses on one device of three steps without a task end."""
+    return steps_alone(case, lambda rows: rows)
+
+
+def steps_alone(case, change):
     _, init, step, _, _ = built(case)
     state, losses = init(params(case)), []
     for i in range(3):
-        state, metrics = step(state, toy(case).rows(i, task=i // 2), key(i))
+        state, metrics = step(state, change(toy(case).rows(i, task=i // 2)), key(i))
         losses.append(float(metrics["loss"]))
     return losses
+
+
+@functools.cache
+def rounding(case):
+    """Returns how far the losses move if inputs move by a unit in their last place, the most of four draws."""
+    rng = np.random.default_rng(0)
+
+    def moved(rows):
+        up = np.where(rng.integers(0, 2, rows.inputs.shape), np.inf, -np.inf)
+        return dataclasses.replace(rows, inputs=jnp.nextafter(rows.inputs, up.astype("f")))
+
+    return np.max([np.abs(np.subtract(steps_alone(case, moved), reference_losses(case))) for _ in range(4)], axis=0)
 
 
 def assert_equal(a, b):

@@ -103,7 +103,7 @@ def test_accuracies_of_classes_are_counted_over_batches_and_padding():
     for name, count in (("a", 21), ("b", 3)):
         right = [np.sum((guess == y)[:count] & (y[:count] == c)) for c in range(5)]
         np.testing.assert_array_equal(found[name], [right, np.bincount(y[:count], minlength=5)])
-    told = program.classified(model, held)(params)
+    told = scores.classified(model)(params, held)
     assert told["accuracy"] == {"a": np.mean(guess == y), "b": np.mean((guess == y)[:3])}
     assert told["accuracy"] == scores.make(model, scores.accuracy)(params, held)
     assert list(told["classes"]["b"]) == ["0", "1", "2"]

@@ -52,7 +52,8 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
       weights of the point network that the ledger moves; and, of task networks, `guessed` and `guessed_interval`: the
       share of rows of which task and class are right if the task is that of the least (interval) entropy.
     """
-    find, count, shape, guess = (jax.jit(functools.partial(f, made)) for f in (_boxes, _counts, _shape, _guesses))
+    parts = (_points, _boxes, _counts, _shape, _guesses)
+    point, find, count, shape, guess = (jax.jit(functools.partial(f, made)) for f in parts)
     joint = _joint(made, fetch)
     # All rows of a domain are of one task, so that those of this process say which.
     task_of = {domain: int(batches[0].task.addressable_data(0)[0]) for domain, batches in rows.items()}
@@ -63,10 +64,11 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
     def run(params: Params) -> dict[str, Any]:
         found: dict[str, Any] = {}
         over = fetch(params[LEDGER]["done"]) > 0
+        points = point(params)  # once: a network may cost more to make than to use
         for domain, batches in rows.items():
             task = task_of[domain]
-            made_boxes = find(params, batches[0])
-            numbers, unsure = zip(*[count(params, made_boxes, batch) for batch in batches], strict=True)
+            made_boxes = find(params, points, batches[0])
+            numbers, unsure = zip(*[count(params, points, made_boxes, batch) for batch in batches], strict=True)
             deployed, promised, wide, tight, weight = total(numbers)
             sizes = {name: float(value) for name, value in fetch(shape(params, made_boxes, batches[0])).items()}
             kept = math.isfinite(sizes["kept_radius"])
@@ -77,7 +79,7 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
                 one["joint"] = (tight + joint(params, made_boxes[2], batches, unsure)) / weight
             one |= sizes | ({} if kept else {"kept_radius": None})
             if not made.universal and over.sum() > 1:
-                plain, interval, weight = total([guess(params, batch) for batch in batches])
+                plain, interval, weight = total([guess(params, points, batch) for batch in batches])
                 one |= {"guessed": plain / weight, "guessed_interval": interval / weight}
             found[domain] = one
         return {"certificate": found}
@@ -113,9 +115,15 @@ def common(made: Boxed, params: Params, tasks: Sequence[str]) -> Interval:
     return Interval(jnp.asarray(lower.max(0)), jnp.asarray(upper.min(0)))
 
 
-def _ledger(made: Boxed, params: Params, task: jax.Array) -> Interval:
+def _points(made: Boxed, params: Params) -> jax.Array:
+    """Returns the weights of the deployed network of every task, [T, N]; [1, N] where one serves all."""
+    tasks = jnp.arange(1 if made.universal else made.tasks)
+    return jax.lax.map(lambda task: boxes.point(made, params, task), tasks)
+
+
+def _ledger(made: Boxed, params: Params, points: jax.Array, task: jax.Array) -> Interval:
     """Returns the box that was promised, [N]; where nothing was, that of the deployed network alone."""
-    held, where = boxes.point(made, params, task), boxes.limits(made, params, task)
+    held, where = points[0 if made.universal else task], boxes.limits(made, params, task)
     kept = jnp.isfinite(where.lower) & jnp.isfinite(where.upper)
     return Interval(jnp.where(kept, where.lower, held), jnp.where(kept, where.upper, held))
 
@@ -128,19 +136,21 @@ def _raw(made: Boxed, params: Params, task: jax.Array) -> tuple[Interval, Interv
     return Interval(centre[0] - radius[0], centre[0] + radius[0]), Interval(middle - near, middle + near)
 
 
-def _boxes(made: Boxed, params: Params, batch: Batch) -> tuple[Interval, Interval, Interval]:
+def _boxes(made: Boxed, params: Params, points: jax.Array, batch: Batch) -> tuple[Interval, Interval, Interval]:
     """Returns the boxes of the task of a batch: of the ledger, by interval arithmetic, by affine forms; [N] each."""
     task = batch.task[0]
-    return _ledger(made, params, task), *_raw(made, params, task)
+    return _ledger(made, params, points, task), *_raw(made, params, task)
 
 
-def _counts(made: Boxed, params: Params, found: Sequence[Interval], batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _counts(
+    made: Boxed, params: Params, points: jax.Array, found: Sequence[Interval], batch: Batch
+) -> tuple[jax.Array, jax.Array]:
     """Returns numbers of rows, float32 [5]: deployed right, promised, certified by both arithmetics; weight.
 
     And the rows that count and that the last box does not certify, bool [B].
     """
-    weights = batch.weights
-    right = made.model.apply(params, batch).logits.argmax(-1) == batch.targets
+    weights, held = batch.weights, points[0 if made.universal else batch.task[0]]
+    right = made.target.apply(made.network(params, held), batch).logits.argmax(-1) == batch.targets
     sure = [boxes.certain(boxes.logits(made, params, box, batch, outward=True), batch) for box in found]
     numbers = jnp.stack([*(jnp.sum(weights * one) for one in (right, *sure)), jnp.sum(weights)])
     return numbers, (weights > 0) & ~sure[-1]
@@ -198,7 +208,7 @@ def _shape(
     }
 
 
-def _guesses(made: Boxed, params: Params, batch: Batch) -> jax.Array:
+def _guesses(made: Boxed, params: Params, points: jax.Array, batch: Batch) -> jax.Array:
     """Returns numbers of rows, float32 [3]: task and class right by entropy, by interval entropy; weight.
 
     The entropy of a task is that of the probabilities of its point network; the interval entropy divides each term by
@@ -208,9 +218,9 @@ def _guesses(made: Boxed, params: Params, batch: Batch) -> jax.Array:
 
     def one(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         rows = dataclasses.replace(batch, task=jnp.full_like(batch.task, k))
-        logits = made.model.apply(params, rows).logits
+        logits = made.target.apply(made.network(params, points[k]), rows).logits
         term = jax.scipy.special.entr(jax.nn.softmax(logits))  # -p log p, 0 at 0
-        spread = boxes.logits(made, params, _ledger(made, params, k), rows, outward=True)
+        spread = boxes.logits(made, params, _ledger(made, params, points, k), rows, outward=True)
         return jnp.sum(term, -1), jnp.sum(term / (1e-3 + spread.upper - spread.lower), -1), logits.argmax(-1)
 
     plain, interval, classes = jax.lax.map(one, jnp.arange(made.tasks))  # [T, B]

@@ -114,11 +114,9 @@ def make(
         return frozen.join(unravel(weights), params.get("fixed", {}))
 
     def apply(params: Params, batch: Batch, cache: Any = None) -> Output:
-        task = batch.task[0]
-        output = target.apply(network(params, point(made, params, task)), batch, cache)
+        output = target.apply(deployed(made, params, batch.task[0]), batch, cache)
         # Rows of several tasks have no common network: nothing is better than a wrong number.
-        known = (task >= 0) & (task < tasks)  # an index beyond would be that of the nearest task
-        one = (jnp.all(batch.task == task) & known) | jnp.asarray(universal)
+        one = jnp.all(batch.task == batch.task[0]) | jnp.asarray(universal)
         return output._replace(hidden=jnp.where(one, output.hidden, jnp.nan))
 
     known = {"lower": (None, "mlp"), "upper": (None, "mlp"), "done": (None,), "current": ()}
@@ -181,6 +179,12 @@ def point(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
     own = shown(boxed, params, task)[None]
     centre, _ = boxed.boxes(params["generator"], own, jnp.zeros(1))
     return inside(centre[0], limits(boxed, params, task))
+
+
+def deployed(boxed: Boxed, params: Params, task: jax.Array) -> Params:
+    """Returns the parameters of the deployed network of a task; nan if there is no such task."""
+    known = ((task >= 0) & (task < boxed.tasks)) | jnp.asarray(boxed.universal)  # else that of the nearest task
+    return boxed.network(params, jnp.where(known, point(boxed, params, task), jnp.nan))
 
 
 def box(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = False) -> Interval:
