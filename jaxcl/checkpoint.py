@@ -190,7 +190,8 @@ class Checkpoints:
         sums = checksums(list(leaves.values()))
         table = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
         inside = {name: leaf for name, leaf in leaves.items() if not (self._base and name.startswith(BASE))}
-        under_way = [ocp.save_async(target / "state", manifests.nest(inside))]
+        with saved.memory(leaves.values()):
+            under_way = [ocp.save_async(target / "state", manifests.nest(inside))]
 
         # The thread must not touch the leaves: the next step may take their memory.
         def finish() -> None:
@@ -250,6 +251,7 @@ class Checkpoints:
                     message = (
                         "; ".join([*reasons, f"resuming from step {number}{place}"]) if reasons or second else None
                     )
+                    allocator.give_back()
                     return Restored(number, state, host, message)
                 reason = "an array differs from the one that was saved"
             where = f" in {self._second}" if second else ""

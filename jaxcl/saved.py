@@ -6,11 +6,13 @@ it from a folder saves the checksums of its arrays alone (`BASE`), and reads the
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import SingleDeviceSharding
@@ -24,6 +26,7 @@ from jaxcl.tree import named_leaves
 from jaxcl.types import Params, PyTree
 
 WEIGHTS = ("params/", "memory/frozen/")  # where the parameters of a model are in a state, trained and frozen
+PIECE = 2**26  # bytes of an array that are compressed at once
 BASE = "memory/frozen/base/"  # the leaves that a checkpoint may leave to the folder they came from
 Base = Callable[[PyTree], Params]  # nested dicts of jax.ShapeDtypeStruct with shardings -> the arrays of the folder
 
@@ -116,7 +119,8 @@ def arrays(
     names = [name for name in manifest["leaves"] if not (without and name.startswith(BASE))]
     try:
         tree = manifests.nest({name: asked.get(name, ocp.PLACEHOLDER) for name in names})
-        loaded = ocp.load(path / "state", tree)
+        with memory(asked.values()):
+            loaded = ocp.load(path / "state", tree)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # a forged manifest, or forged files
         text = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its arrays are not those of its {MANIFEST} ({text}); choose another") from error
@@ -134,6 +138,20 @@ def arrays(
             "folder as it was"
         )
     return {name: found[name] for name in asked}, differ
+
+
+def memory(leaves: Iterable[Any]) -> ocp.Context:
+    """Returns the context in which Orbax reads and writes: beside the arrays, memory for the largest and some pieces.
+
+    Args:
+      leaves: what is read or written, with shapes and dtypes.
+    """
+    largest = max((math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves), default=0)
+    pieces = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=PIECE)
+    return ocp.Context(
+        array_options=ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(storage_options=pieces)),
+        memory_options=ocp.options.MemoryOptions(read_concurrent_bytes=max(largest, 2**30)),
+    )
 
 
 def _chosen(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, dict[str, Any]]:
