@@ -1,4 +1,4 @@
-"""Saves a state again and again between steps: held.py FOLDER. Reports its bytes, and those of the process after each."""
+"""Saves a state again and again: held.py FOLDER. Reports its bytes, and those of the process after each save."""
 
 import sys
 from functools import partial
