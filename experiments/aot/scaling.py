@@ -38,7 +38,10 @@ PRESETS = {"8b": "llama3-8b", "70b": "llama3-70b"}
 # Bytes a second of a chip to other slices: 6.4 Tbps for a pod of 256 chips (https://cloud.google.com/tpu/docs/v5e).
 BETWEEN_SLICES = 6.4e12 / 8 / 256
 MOST_ROWS = 4  # of a chip and pass: what a layer needs besides is known for one row, and grows with them
-COMPILED = (("8b", "v5p", 64), ("8b", "v5e", 64), ("8b", "v5p", 16), ("8b", "v5e", 16))
+COMPILED = (
+    *(("8b", kind, chips) for chips in (16, 64, 1024) for kind in ("v5p", "v5e")),
+    *(("70b", "v5p", chips) for chips in (16, 64, 1024)),
+)
 HEAD = (
     "| model, chips | how | rows a step, passes | GiB needed of | gathered + summed, GiB | sent, GiB | arithmetic, ms "
     "| links, ms | bound: hidden | bound: in turn |"
@@ -172,9 +175,11 @@ def compile_all():
         if path.exists():
             continue
         passes = computed(model, kind, chips)["passes"]
-        flags = (f"--topology={kind}:{TORI[kind][chips]}", f"--config=configs/pod.py:{model}", "--quick")
-        command = [sys.executable, "-m", "jaxcl.aot", *flags, f"--config.microbatches={passes}", f"--out={path}"]
-        subprocess.run(command, check=False)
+        flags = [f"--topology={kind}:{TORI[kind][chips]}", f"--config=configs/pod.py:{model}", "--quick"]
+        flags += [f"--config.stream.batch={max(256, chips)}", f"--config.microbatches={passes}", f"--out={path}"]
+        if kind == "v5e" and chips > 256:
+            flags += [f"--slices={chips // 256}", f"--config.mesh.replica={chips // 256}"]
+        subprocess.run([sys.executable, "-m", "jaxcl.aot", *flags], check=False)
 
 
 def main():
