@@ -147,11 +147,10 @@ def memory(leaves: Iterable[Any]) -> ocp.Context:
       leaves: what is read or written, with shapes and dtypes.
     """
     largest = max((math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves), default=0)
-    pieces = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=PIECE)
-    return ocp.Context(
-        array_options=ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(storage_options=pieces)),
-        memory_options=ocp.options.MemoryOptions(read_concurrent_bytes=max(largest, 2**30)),
-    )
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = PIECE
+    context.memory.read_concurrent_bytes = max(largest, 2**30)
+    return context
 
 
 def _chosen(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, dict[str, Any]]:
