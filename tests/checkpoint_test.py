@@ -281,7 +281,7 @@ def test_without_background_a_checkpoint_is_whole_or_refused_when_save_returns(t
 def test_saves_do_not_make_the_process_larger_and_larger(tmp_path):
     """Their buffers come between those of the steps, where memory that is kept would stay in pieces."""
     ((state, after),) = processes.run("held", tmp_path)
-    assert min(after[4:]) <= 5 * state, after  # 6.5 times without giving back, and more with every save
+    assert min(after[4:]) <= 5.5 * state, after  # 6.5 times without giving back, and more with every save
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):
