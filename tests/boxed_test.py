@@ -191,6 +191,21 @@ def test_a_clipped_weight_can_come_back_and_is_not_driven_away():
     np.testing.assert_array_equal(back(jnp.array([-3.0, 3.0, 3.0, -3.0, 3.0]))[0], [-3, 0, 3, 0, 3])
 
 
+@pytest.mark.parametrize(("end", "centre"), [("lower", -1.4), ("upper", 1.4)])
+def test_a_clipped_end_of_a_box_can_come_back_too(end, centre):
+    """The loss over a box reaches centre and radius through the ends that the ledger cuts, if a step leads back."""
+    where, held = Interval(-jnp.ones(1), jnp.ones(1)), jnp.zeros(1)
+    side = -1 if end == "lower" else 1
+
+    def cut(centre, radius):
+        return getattr(boxes.around(centre, radius, held, where), end)
+
+    value, back = jax.vjp(cut, jnp.array([centre]), jnp.ones(1))
+    np.testing.assert_array_equal(value, [side])
+    np.testing.assert_array_equal(back(jnp.array([3.0 * side])), [[3 * side], [3]])  # a step against it leads back
+    np.testing.assert_array_equal(back(jnp.array([-3.0 * side])), [[0], [0]])
+
+
 def test_a_box_holds_its_network_whatever_the_rounding():
     """The point network is computed in another way than the middle of a tight box, and may be an ulp beside it."""
     above = np.float32(1 + 2**-23)

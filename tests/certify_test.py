@@ -322,9 +322,15 @@ def test_a_tie_is_not_certain():
     assert not boxes.certain(same, toys.classes(0)).any()
 
 
-def test_tasks_are_guessed_by_their_entropy():
-    """Against float64; a task that is not over takes no part, sure as its network may be."""
+@pytest.mark.parametrize("later", [1.0, 3.0])
+def test_tasks_are_guessed_by_their_entropy(later):
+    """Against float64; a task that is not over takes no part, sure as its network may be.
+
+    The widths are those of the ledger, whatever has become of the boxes since.
+    """
     made, params, rows = toy(False)
+    grown = params["generator"]["head"]["weight"] * later
+    params = {**params, "generator": {**params["generator"], "head": {**params["generator"]["head"], "weight": grown}}}
     place = params["generator"]["embedding"]
     place = {**place, "centre": place["centre"].at[2].mul(100.0)}
     params = {**params, "generator": {**params["generator"], "embedding": place}}

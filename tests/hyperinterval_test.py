@@ -180,7 +180,20 @@ def test_the_worst_case_is_no_better_than_any_network_of_the_box(universal):
     told = kappa.step(clipped, rows, jax.random.key(0))[1]
     total, weight = toys.cross_entropy(run.made.model.apply(params, rows), rows)
     np.testing.assert_allclose(told["loss"], total / weight, rtol=1e-5)
+    # And the worst case is that of the box that the ledger clips.
+    half = Run(universal, kappa=0.5, beta=0.0)
+    told = half.step(clipped, rows, jax.random.key(0))[1]
+
+    @toys.quick
+    def hardest(params):
+        found = boxes.box(run.made, params, rows.task[0])
+        return boxes.worst(boxes.logits(run.made, params, found, rows), rows)
+
+    bad = cross_entropy(np.asarray(hardest(params), np.float64), rows.targets)
+    np.testing.assert_allclose(told["loss"], 0.5 * total / weight + 0.5 * bad, rtol=1e-5)
     free = {**params, LEDGER: states[0].params[LEDGER]}
+    wider = cross_entropy(np.asarray(hardest(free), np.float64), rows.targets)
+    assert wider > 1.02 * bad
     bare, _ = toys.cross_entropy(run.made.model.apply(free, rows), rows)
     assert abs(float(bare / total) - 1) > 0.02
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import toys
 
+from jaxcl.kernels import boxes as products
 from jaxcl.models import boxed as boxes
 from jaxcl.models import hypernetwork
 from jaxcl.models.interval import Interval
@@ -186,6 +187,28 @@ def test_scale_nothing_is_the_network_of_points(universal):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
         moved.append(np.abs(ours["embedding"]["centre"][1]).max())
     assert np.median(moved) > 1e-3
+
+
+@pytest.mark.parametrize("universal", KINDS)
+def test_scale_nothing_is_the_network_of_points_bit_for_bit(universal):
+    """Layer by layer: a point goes through the hidden layers as through any network, the last is that of all boxes."""
+    made = made_of(universal)
+    generator = drawn(made, jax.random.key(2))["generator"]
+    high = jax.lax.Precision.HIGHEST
+
+    def both(generator):
+        place = embedded(generator, universal)[1][None]
+        for i in range(len(generator["hidden"])):
+            layer = generator["hidden"][f"layer_{i}"]
+            place = jax.nn.relu(jnp.dot(place, layer["kernel"], precision=high) + layer["bias"][None])
+        head = generator["head"]
+        plain = products.affine(head["weight"], head["bias"], place, jnp.zeros_like(place))[0]
+        return plain, made.boxes(generator, jnp.array([1]), 0 * ONE)[0], made.boxes(generator, jnp.array([1]), ONE)
+
+    plain, ours, (middle, radius) = both(generator)  # not compiled as one, so that each product is that of its shapes
+    np.testing.assert_array_equal(ours, plain)
+    assert np.any(radius)
+    assert np.any(middle != plain)  # a ReLU that is undecided moves the middle
 
 
 @pytest.mark.parametrize("universal", KINDS)

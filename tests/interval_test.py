@@ -265,6 +265,32 @@ def test_elementary_functions_are_bounded_outward(name):
     assert (exact <= np.asarray(result.upper, np.float64)).all()
 
 
+def test_normalised_activations_are_bounded_outward():
+    """Without scale and bias behind it, whose own rounding hides what is missing; to nearest, many are beyond."""
+    x = (np.random.default_rng(0).normal(size=(500, 16)) * 10.0 ** np.arange(-2, 3).repeat(100)[:, None]).astype("f")
+    wide = x.astype(np.float64)
+    wide = wide - wide.mean(-1, keepdims=True)
+    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + float(np.float32(EPSILON)))
+    beyond = {}
+    for outward in (True, False):
+        found = jax.jit(bounds(lambda x: standardise(x, epsilon=EPSILON), outward=outward))(Interval(x, x))
+        beyond[outward] = (np.asarray(found.lower) > exact).mean() + (np.asarray(found.upper) < exact).mean()
+    assert beyond[True] == 0
+    assert beyond[False] > 0.1
+
+
+def test_narrower_types_are_bounded_outward():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=1000)
+        found = {}
+        for outward in (True, False):
+            function = jax.jit(bounds(lambda x: x.astype(jnp.float32), outward=outward))
+            found[outward] = [np.asarray(end, np.float64) for end in function(Interval(x, x))]
+    assert (found[True][0] <= x).all()
+    assert (x <= found[True][1]).all()
+    assert (found[False][0] > x).any()
+
+
 def test_long_sums_are_bounded_outward():
     """Terms that cancel, so that the rounding error of the sum is far beyond an ulp of the result."""
     rng = np.random.default_rng(2)

@@ -10,7 +10,7 @@ import optax
 import pytest
 import toys
 
-from jaxcl import compose, selection
+from jaxcl import certify, compose, selection
 from jaxcl.methods import hyperinterval
 from jaxcl.models import boxed as boxes
 from jaxcl.models.boxed import LEDGER
@@ -114,6 +114,20 @@ def test_a_task_ends_with_the_generator_that_certified_most(universal):
     assert memory["score"] == -1
     assert memory["kept"]["seen"] == 0
     assert not np.any(memory["kept"]["rows"].weights)
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_what_is_selected_by_is_the_certificate_of_affine_forms(universal):
+    """Not accuracy, and not interval arithmetic: all three differ here, and the ledger is open."""
+    made = toys.boxed(universal=universal, gamma=0.3).boxed
+    params, batch = toys.quick(made.model.init)(jax.random.key(1)), toys.classes(0, rows=256)
+    labels = toys.quick(made.model.apply)(params, batch).logits.argmax(-1).astype(jnp.int32)
+    batch = dataclasses.replace(batch, targets=labels)
+    share = toys.quick(functools.partial(hyperinterval._certified, made))
+    found = share(params, jnp.int32(0), params["generator"], batch)
+    told = certify.make(made, {"task": [batch]})(params)["certificate"]["task"]
+    assert 0 < told["interval"] < told["affine"] < told["deployed"] == 1
+    np.testing.assert_allclose(found, told["affine"], atol=1e-6)
 
 
 def test_a_task_that_never_had_its_full_box_ends_with_what_it_has():
