@@ -322,15 +322,17 @@ def test_a_tie_is_not_certain():
     assert not boxes.certain(same, toys.classes(0)).any()
 
 
-@pytest.mark.parametrize("later", [1.0, 3.0])
-def test_tasks_are_guessed_by_their_entropy(later):
+@pytest.mark.parametrize("share", [1.0, 0.05])
+def test_tasks_are_guessed_by_their_entropy(share):
     """Against float64; a task that is not over takes no part, sure as its network may be.
 
-    The widths are those of the ledger, whatever has become of the boxes since.
+    The widths are those of the ledger, here of a `share` of the present box of a task, whatever that has become.
     """
     made, params, rows = toy(False)
-    grown = params["generator"]["head"]["weight"] * later
-    params = {**params, "generator": {**params["generator"], "head": {**params["generator"]["head"], "weight": grown}}}
+    lower, upper = params[LEDGER]["lower"], params[LEDGER]["upper"]
+    middle, size = (lower[0] + upper[0]) / 2, share * (upper[0] - lower[0]) / 2
+    narrow = {"lower": lower.at[0].set(middle - size), "upper": upper.at[0].set(middle + size)}
+    params = {**params, LEDGER: {**params[LEDGER], **narrow}}
     place = params["generator"]["embedding"]
     place = {**place, "centre": place["centre"].at[2].mul(100.0)}
     params = {**params, "generator": {**params["generator"], "embedding": place}}
