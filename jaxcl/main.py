@@ -72,6 +72,7 @@ def read(argv: list[str], usage: str = USAGE) -> tuple[dict[str, Any], str]:
     whole = plain(config)
     for arg in given:
         override(whole, arg)
+        heard(whole, arg)
     return whole, WORKDIR.value or f"runs/{whole.get('label', 'run')}"
 
 
@@ -116,6 +117,20 @@ def override(config: dict[str, Any], arg: str) -> None:
     if section in SECTIONS and section != key and config.get(section) is None:
         config[section] = {}
     schema.assign(config, key, plain(value), text)
+
+
+def heard(config: Mapping[str, Any], arg: str) -> None:
+    """Raises UserError for an override of what every variant of a comparison sets itself: it would change nothing."""
+    key = arg.split("config.", 1)[1].partition("=")[0]
+    above = [key[: match.start()] for match in re.finditer(r"[.\[]", key)] + [key]
+    sets = [
+        {str(pair[0]) for pair in variant.get("set", ())} if isinstance(variant, Mapping) else set()
+        for variant in config.get("variants") or ()
+    ]
+    if sets and (same := next((name for name in above if all(name in one for one in sets)), None)):
+        raise UserError(
+            f"--config.{key}: would change nothing, every variant of this file sets config.{same}; edit its variants"
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -86,7 +86,8 @@ def check(function: Callable[..., Any], options: Mapping[str, Any], *, field: st
     """Raises UserError unless `options` fit the keyword parameters of `function`."""
     parameters = list(inspect.signature(function).parameters.values())[positional:]
     known = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    hints = typing.get_type_hints(function)
+    own = inspect.isclass(function) and "__init__" in vars(function)  # a class of fields has its hints itself
+    hints = typing.get_type_hints(vars(function)["__init__"] if own else function)
     for key, value in options.items():
         if key not in known:
             raise UserError(f"{dotted(field, key)}: unknown key{nearest(key, list(known))}")

@@ -129,3 +129,27 @@ def test_sizes_that_no_array_has_are_refused_before_any_is_made():
 def test_half_a_character_does_not_end_the_training_of_a_tokenizer():
     assert tokenizer.without_surrogates("\ud800 a") == "� a"
     assert '"vocab"' in bpe.train(iter(["\ud800 some words, some words"]), 300)
+
+
+SETS = [{"label": "a", "set": [("method", "er"), ("optim.lr", 1)]}, {"label": "b", "set": [("method", "cpt")]}]
+
+
+@pytest.mark.parametrize("key", ["method", "method.gamma", "method[0]"])
+def test_an_option_that_every_variant_sets_is_refused(key):
+    """It would change nothing, and a result would be told to come from it."""
+    with pytest.raises(UserError, match=r"would change nothing, every variant of this file sets config.method"):
+        main.heard({"variants": SETS}, f"--config.{key}=3")
+    main.heard({"variants": SETS}, "--config.optim.lr=3")  # of some variants
+    main.heard({"variants": SETS}, "--config.methods=3")
+    main.heard({"method": "er"}, f"--config.{key}=3")
+
+
+def test_the_command_line_of_a_comparison_refuses_it(tmp_path):
+    """And says so before anything is made."""
+    argv = ["--config=configs/analytic.py:compare", "--config.method=acil(gamma=3)", f"--workdir={tmp_path / 'w'}"]
+    command = [sys.executable, "-m", "jaxcl.main", *argv]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: --config.method: would change nothing")
+    assert run.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()

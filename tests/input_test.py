@@ -13,6 +13,15 @@ from jaxcl import train
 SECTIONS = {
     "misspelt section": ({"evaluaton": {"every": 3}}, ["config.evaluaton", "did you mean 'evaluation'"]),
     "misspelt key": ({"packing": {"lenght": 32}}, ["config.packing.lenght", "did you mean 'length'"]),
+    "words for a number of the loop": (
+        {"checkpoint": {"every_steps": "abc"}},
+        ["config.checkpoint.every_steps='abc'", "expected int"],
+    ),
+    "half a checkpoint": ({"checkpoint": {"keep": 1.5}}, ["config.checkpoint.keep=1.5", "expected int"]),
+    "words for yes": (
+        {"checkpoint": {"background": "maybe"}},
+        ["config.checkpoint.background='maybe'", "expected bool"],
+    ),
     "misspelt key of the loop": ({"checkpoint": {"every_step": 3}}, ["config.checkpoint.every_step", "'every_steps'"]),
     "wrong type": ({"microbatches": "two"}, ["config.microbatches='two'", "expected int"]),
     "wrong type in a section": ({"evaluation": {"every": "often"}}, ["config.evaluation.every='often'", "int"]),

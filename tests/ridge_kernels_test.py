@@ -12,22 +12,22 @@ from jax.sharding import AbstractMesh, AxisType
 from ridge_test import precisions
 
 from jaxcl.kernels import ridge
-from jaxcl.kernels.ridge import cpu, pair, reference, tpu
+from jaxcl.kernels.ridge import cpu, gpu, pair, reference, tpu
 
 FORMS = {
     "reference": reference,
     "cpu": cpu,
     "sliced": types.SimpleNamespace(gram_update=cpu.gram_update_sliced, downdate=cpu.downdate),
     "tpu": tpu,
+    "gpu": types.SimpleNamespace(gram_update=gpu.gram_update, downdate=cpu.downdate),  # that one of Triton needs a GPU
 }
 SIZES = [(100, 32), (128, 5), (300, 100), (257, 1)]  # one block, blocks and a ragged one, one row
 
 
 def form(name, function):
     """Returns a form with small blocks."""
-    options = {"reference": {}, "cpu": {"side": 128}, "sliced": {"side": 128}, "tpu": {"side": 128, "interpret": True}}[
-        name
-    ]
+    options = {} if name == "reference" else {"side": 128}
+    options |= {"interpret": True} if name == "tpu" else {}
     return toys.quick(functools.partial(getattr(FORMS[name], function), **options), static_argnums=2)
 
 
@@ -75,6 +75,27 @@ def test_a_sum_of_pairs_has_the_quality_of_float64(name, size, rows, sign):
     assert (np.abs(wide(found) - want) / limit).max() < 1
     assert name == "reference" or all((np.asarray(part) == np.asarray(part).T).all() for part in found)
     assert (np.abs(found.low) <= 2.0**-24 * np.abs(found.high)).all()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_a_tpu_does_without_the_kernel_is_what_all_others_do(sign, whole, monkeypatch):
+    """Also of more rows than one product of slices takes, and of the rows of a matrix that a device of a mesh has."""
+    a, x, found = pair.of(symmetric(100)), pair.of(draw(300, 100)), {}
+
+    def each(*operands, **forms):
+        found.update({name: toys.quick(form)(*operands) for name, form in forms.items()})
+        return found["default"]
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", each)
+    if whole:
+        ridge.gram_update(a, x, sign, kernel=False)
+    else:
+        ridge._gram_strip(sign, [part[:40] for part in a], [part[:, :40] for part in x], list(x))
+    want = (wide(a) + sign * wide(x).T @ wide(x))[: 100 if whole else 40]
+    assert {"tpu", "default"} <= set(found)
+    for name, form in found.items():
+        assert np.abs(wide(pair.Pair(*form)) - want).max() / np.abs(want).max() < 4e-12, name
 
 
 @pytest.mark.parametrize("compile_", [toys.quick, jax.jit])
@@ -181,7 +202,7 @@ def test_products_are_in_full_float32():
         found = precisions(form_.downdate, r, v) + precisions(form_.gram_update, pair.of(r), pair.of(v))
         assert len(found) >= 2
         assert all(one[0] == {jax.lax.Precision.HIGHEST} for one in found)
-        kinds = {"float32", "float64"} if form_ is cpu else {"float32"}
+        kinds = {"float32", "float64"} if form_ in (cpu, FORMS["gpu"]) else {"float32"}
         assert {one[1] for one in found} == kinds
 
 

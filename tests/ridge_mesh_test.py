@@ -10,7 +10,7 @@ import pytest
 import toys
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from ridge_test import off, rows, sums64, wide
+from ridge_test import everything, off, precisions, rows, sums64, wide
 
 from jaxcl import mesh as meshes
 from jaxcl.kernels import ridge, sharded
@@ -233,3 +233,16 @@ def test_weights_on_a_mesh_are_those_of_one_device_and_move_panels_only(function
     else:
         assert off(wide(pair.Pair(found.weights, found.low)), wide(pair.Pair(want.weights, want.low))) < 1e-12
         assert float(found.bound) < 1e-6
+
+
+def test_no_product_on_a_mesh_depends_on_the_default_precision():
+    """Factors, triangular solves, strips and panels have products that one device has not."""
+    mesh = meshes.make(data=2, fsdp=4)
+    width = 8 * 16
+    x, labels, weights = (jnp.asarray(part) for part in some(16, 0, width))
+    state = moments.empty(width, C), recursion.Inverse(jnp.eye(width), jnp.zeros((width, C)))
+    found = precisions(meshes.on(mesh, everything), *state, x, labels, weights)
+    alone = precisions(everything, *state, x, labels, weights)
+    assert len(found) > 35
+    assert found != alone
+    assert all(one[0] == {jax.lax.Precision.HIGHEST} and one[1] in ("float32", "float64") for one in found)

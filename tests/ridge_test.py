@@ -10,6 +10,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxcl import tree
 from jaxcl.kernels.ridge import pair
 from jaxcl.ridge import choice, moments, recursion, solve
 from jaxcl.schema import UserError
@@ -108,7 +109,7 @@ def test_weights_do_not_depend_on_order_and_batches(random, gamma):
         inverse = update(inverse, batch[0][part], batch[1][part], weights[at : at + B])
     want = joint64(*batch, gamma)
     found = weights_of(m, gamma)
-    assert off(wide(pair.Pair(found.weights, found.low)), want) < 1e-12
+    assert off(wide(pair.Pair(found.weights, found.low)), want) < 1e-11
     largest = np.linalg.norm(sums64(*batch)[0], 2)
     assert off(inverse.w, want) < 2.0**-24 * (1 + largest / gamma)  # the condition of S at most
     assert not np.asarray(inverse.w)[:, -1].any()
@@ -132,11 +133,31 @@ def test_rows_are_unlearned():
     kept, gone = rows(4 * B, 0), rows(B, 1)
     m = remove(stream(*split(kept, (B, 2 * B, 3 * B)), gone), *gone)
     assert off(wide(m.gram), sums64(*kept)[0]) < 1e-12
+    np.testing.assert_array_equal(wide(m.counts), np.bincount(kept[1], kept[2], C))
     found = weights_of(m, 0.1)
     assert off(wide(pair.Pair(found.weights, found.low)), joint64(*kept, 0.1)) < 1e-12
     inverse = downdate(recursion.start(stream(kept, gone), 1.0), *gone)
     assert off(inverse.w, joint64(*kept, 1.0)) < 2e-5
     assert not weights_of(remove(stream(gone), *gone), 1.0).weights.any()
+
+
+def test_streams_are_mapped_over():
+    """Sums, weights, their path and the inverse of several streams at once are those of each."""
+    batches = [rows(B, i) for i in range(3)]
+    x, labels, weights = (jnp.stack([jnp.asarray(batch[k]) for batch in batches]) for k in range(3))
+
+    def run(x, labels, weights):
+        m = moments.add(moments.empty(D, C), x, labels, weights)
+        inverse = recursion.update(recursion.start(m, 0.1), x, labels, weights)
+        rest = solve.path(m, np.ones(2)).gcv, solve.leave_one_out(m, x, labels, weights, np.ones(2))
+        return m, solve.weights(m, 0.1).weights, inverse.w, *rest
+
+    together = jax.jit(jax.vmap(run))(x, labels, weights)
+    for i in range(3):
+        alone = jax.jit(run)(x[i], labels[i], weights[i])
+        for (name, one), many in zip(tree.named_leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(many[i], one, rtol=1e-4, atol=1e-4, err_msg=name)
+        assert off(np.asarray(together[1][i]), joint64(*batches[i], 0.1)) < 1e-6
 
 
 def test_a_head_grows_without_a_new_program():

@@ -156,7 +156,12 @@ def wide_sums(sign: float, old: Sequence[jax.Array], found: Sequence[jax.Array])
 
 def gram_update(a: pair.Pair, x: pair.Pair, sign: float = 1.0, *, side: int = WIDE) -> pair.Pair:
     """Returns a + sign * x^T x in pairs, by way of float64; see `jaxcl.kernels.ridge.gram_update`."""
-    return pair.Pair(*_blocks(wide_products, functools.partial(wide_sums, sign), a, x, side))
+
+    @jax.custom_batching.sequential_vmap  # a batch of float64 products has no lowering where JAX is not told to use it
+    def update(a: pair.Pair, x: pair.Pair) -> pair.Pair:
+        return pair.Pair(*_blocks(wide_products, functools.partial(wide_sums, sign), a, x, side))
+
+    return update(a, x)
 
 
 def gram_update_sliced(a: pair.Pair, x: pair.Pair, sign: float = 1.0, *, side: int = SIDE) -> pair.Pair:

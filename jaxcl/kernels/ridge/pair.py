@@ -207,6 +207,7 @@ def _dot_sliced(a: Pair, b: Pair) -> Pair:
     return _by_terms(lambda into, a, b: absorb(into, parts(pieces(a, 1), pieces(b, 0), 1, 0)), a, b)
 
 
+@jax.custom_batching.sequential_vmap  # a batch of float64 products has no lowering where JAX is not told to use it
 def _dot_wide(a: Pair, b: Pair) -> Pair:
     def add_product(into: Pair, a: Pair, b: Pair) -> Pair:
         with jax.enable_x64(True):

@@ -72,8 +72,8 @@ def make(
         return {**record, "perturbed": log_p + (noise if clamp is None else jnp.clip(noise, *clamp))}
 
     def mixture(record: thoughts.Record) -> thoughts.Mixture:
-        g = jnp.where(record["kept"], record["perturbed"], NEVER)
-        return record["support"], jax.nn.softmax(g / tau_g, axis=-1)
+        g = jnp.where(record["kept"], record["perturbed"] / tau_g, NEVER)  # divided later it would be -inf
+        return record["support"], jax.nn.softmax(g, axis=-1)
 
     def mean(logits: jax.Array, table: jax.Array) -> jax.Array:
         record = choose(logits)
