@@ -3,7 +3,8 @@
 python -m experiments.aot.scaling [--compile]     prints the table and writes results/scaling/table.json
 
 A row is `compiled` if results/scaling has its program (--compile makes those of COMPILED, minutes of a core each), or
-if results/ does. All others are computed by the closed form below, which the compiled ones check.
+if results/ does; `refused` if the compiler found that it does not fit: its memory is the compiler's, the rest computed.
+All others are computed by the closed form below, which the compiled ones check.
 
 Closed form, for parameters cut over N chips (fsdp), M passes a step, full rematerialisation, bfloat16 compute:
     gathered   M (2 layers + head) 2 bytes      forward and again in the backward pass; the head once
@@ -139,6 +140,8 @@ def row(model, kind, chips):
     if not path.exists():
         return computed(model, kind, chips)
     found = json.loads(path.read_text())
+    if not found["fits"]:
+        return computed(model, kind, chips) | {"how": "refused", "needed_gib": found["needed_gib"]}
     passes, rows = found["microbatches"], found["rows_per_step"]
     made = figures(model, kind, chips, rows, passes, found["needed_gib"], found["collectives"])
     wanted = sum(one["bytes"] for one in formula(model, passes).values())
