@@ -19,7 +19,7 @@ from jaxcl.data import tokenizer as tokenizers
 from jaxcl.hf import peft, read
 from jaxcl.models import hypernetwork, interval, lora, transformer, weight_boxes
 from jaxcl.models.analytic import Analytic
-from jaxcl.models.boxed import Boxed
+from jaxcl.models.boxed import LEDGER, Boxed
 from jaxcl.models.config import Config, resolve
 from jaxcl.random import named
 from jaxcl.rl import gate
@@ -319,6 +319,13 @@ def started(network: Network, folder: Any) -> Network:
                     f"config.model.start={folder!r}: {name} has the shape {shapes[1]} there and {shapes[0]} here; "
                     "make config.model that of the run"
                 )
+
+        over = np.flatnonzero(np.asarray(found.get(f"{LEDGER}/done", 0)))
+        if over.size:
+            raise UserError(
+                f"config.model.start={folder!r}: its ledger has promises for {len(over)} tasks, which would bind those "
+                "of this run; leave it out"
+            )
 
         def put(name: str, leaf: Any) -> jax.Array:
             host = np.asarray(found[name])

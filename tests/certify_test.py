@@ -15,7 +15,7 @@ import rl_small
 import small
 import toys
 
-from jaxcl import certify, folder
+from jaxcl import certify, folder, program, train
 from jaxcl.certify import __main__ as command
 from jaxcl.data import scenarios
 from jaxcl.methods import hyperinterval
@@ -117,6 +117,14 @@ def test_a_run_is_certified_again_from_its_folder(trained):
         told = found[-1]["certificate"][one["domain"]]
         assert one["now"] == pytest.approx(told["promised"], abs=1e-6)
         assert one["joint_now"] == pytest.approx(told["joint"], abs=1e-6)
+
+
+def test_promises_of_another_run_do_not_bind_one_that_starts_from_it(trained):
+    """Its tasks are over: a ledger that was taken over would keep the new ones from being learned."""
+    config = folder.about(trained[2])["config"]
+    _, pieces = train.split({**config, "model": {**config["model"], "start": str(trained[2])}})
+    with pytest.raises(UserError, match=rf"its ledger has promises for {TASKS} tasks, which would bind"):
+        program.build(**pieces).create()
 
 
 def test_a_run_that_goes_on_has_the_same_promises(trained, tmp_path):

@@ -21,6 +21,11 @@ from jaxcl.schema import UserError
         ({"features": np.full((2, D), np.nan)}, r"features\[0, 0\]=nan: not finite"),
         ({"features": np.zeros((2, D + 1))}, rf"\[2, {D + 1}\]: the moments are of \[b, {D}\]"),
         ({"features": np.full((2, D), 1e39)}, r"features\[0, 0\]=1e\+39: not finite in float32"),
+        ({"features": np.full((2, D), 1e20)}, r"features\[0, 0\]=1e\+20: not finite in float32, or its square"),
+        ({"weights": np.asarray([1.0, -1.0])}, "weights=-1.0: how often a row counts"),
+        ({"weights": float("nan")}, "weights=nan"),
+        ({"weights": np.ones(3)}, r"weights of shape \[3\] for 2 rows"),
+        ({"features": np.full((2, D), np.nan), "weights": np.asarray([0, 1])}, r"features\[1, 0\]=nan"),
         ({"features": np.zeros((2, D), complex)}, "features of complex128: give real numbers"),
         ({"features": np.full((2, D), "x")}, "features of <U1: give real numbers"),
         ({"labels": np.asarray([0.0, 0.5])}, "labels of float64: give whole numbers"),
@@ -39,6 +44,11 @@ def test_bad_batches_are_named(change, message):
     with pytest.raises(UserError, match=message):
         moments.check(m, **(good | change))
     jax.tree.map(np.testing.assert_array_equal, m, before)
+
+
+def test_rows_without_weight_are_not_looked_at():
+    bad = np.asarray([[np.nan] * D, [1.0] * D])
+    moments.check(moments.empty(D, C), bad, np.asarray([C + 5, 0]), np.asarray([0.0, 1.0]))
 
 
 def test_rows_that_were_never_added_are_not_taken_out():

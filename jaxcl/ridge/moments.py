@@ -164,14 +164,14 @@ def check(
       m: the moments it is to be added to, or taken out of.
       features: [b, d].
       labels: [b].
-      weights: [b] or a number, >= 0, of rows that are to be taken out.
+      weights: [b] or a number, >= 0. Rows of weight 0 are not looked at.
       gamma: the regularisation, if it is to be checked.
       gone: whether the rows are to be taken out. Sums do not know their rows: what is noticed is a class that has fewer
         rows, or a feature whose squares sum to less, than would go.
 
     Raises:
-      UserError: a size, a label outside the head, a feature that is not finite, rows that cannot be among those added,
-        or a gamma that is not positive.
+      UserError: a size, a weight below 0, a label outside the head, a feature that is not finite or whose square is
+        not in float32, rows that cannot be among those added, or a gamma that is not positive.
     """
     features, labels = np.asarray(features), np.asarray(labels)
     width, classes = m.cross.high.shape
@@ -183,19 +183,26 @@ def check(
     if labels.shape != features.shape[:1]:
         found = f"labels of shape {list(labels.shape)} for {len(features)} rows of features"
         raise schema.UserError(f"{found}: give one label for every row")
+    weights = np.asarray(weights, np.float64)
+    if weights.shape not in ((), labels.shape):
+        found = f"weights of shape {list(weights.shape)} for {len(labels)} rows"
+        raise schema.UserError(f"{found}: give one number, or one for every row")
+    weights = np.broadcast_to(weights, labels.shape)
+    if (bad := weights[~((weights >= 0) & np.isfinite(weights))]).size:
+        raise schema.UserError(f"weights={bad[0]}: how often a row counts; give finite numbers from 0 on")
+    counted = np.flatnonzero(weights > 0)
+    features, labels, weights = features[counted], labels[counted], weights[counted]
     outside = labels[(labels < 0) | (labels >= classes)]
     if outside.size:
         raise schema.UserError(f"labels={outside[0]}: the head has classes 0 to {classes - 1}; make it larger")
     with np.errstate(over="ignore"):
-        bad = np.argwhere(~np.isfinite(features.astype(np.float32)))
+        bad = np.argwhere(~np.isfinite(np.square(features.astype(np.float32))))
     if bad.size:
         row, column = bad[0]
-        found = f"features[{row}, {column}]={features[row, column]}"
-        raise schema.UserError(f"{found}: not finite in float32; repair the row or give it weight 0")
+        found = f"features[{counted[row]}, {column}]={features[row, column]}"
+        raise schema.UserError(f"{found}: not finite in float32, or its square; repair the row or give it weight 0")
     if gone:
-        _check_gone(
-            m, features.astype(np.float64), labels, np.broadcast_to(np.asarray(weights, np.float64), labels.shape)
-        )
+        _check_gone(m, features.astype(np.float64), labels, weights)
     if gamma is not None:
         check_gamma(gamma)
 
