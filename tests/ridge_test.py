@@ -141,6 +141,23 @@ def test_rows_are_unlearned():
     assert not weights_of(remove(stream(gone), *gone), 1.0).weights.any()
 
 
+def test_a_process_that_computes_in_float64_has_the_same_weights():
+    batch = rows(B)
+
+    def run(*batch):
+        m = moments.add(moments.empty(D, C), *batch)
+        inverse = recursion.update(recursion.start(m, 0.1), *batch)
+        return m, solve.weights(m, 0.1), inverse, recursion.downdate(inverse, *(part[:3] for part in batch))
+
+    wanted = run(*batch)
+    with jax.enable_x64(True):
+        found = run(*batch), jax.jit(run)(*batch)
+    for one in found:
+        for (name, want), got in zip(tree.named_leaves(wanted), jax.tree.leaves(one), strict=True):
+            assert got.dtype == want.dtype, name
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 def test_streams_are_mapped_over():
     """Sums, weights, their path and the inverse of several streams at once are those of each."""
     batches = [rows(B, i) for i in range(3)]

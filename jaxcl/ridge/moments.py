@@ -98,7 +98,12 @@ def add(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Mome
 
 
 def remove(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Moments:
-    """Returns the moments without a batch of rows that was added before: exact unlearning. Arguments as for `add`."""
+    """Returns the moments without a batch of rows that was added before: exact unlearning. Arguments as for `add`.
+
+    Exact to the digits of the sums with them in: a row 10^k times as large as the others has taken 2 k of their 14
+    digits with it, and neither the moments nor the `bound` of weights know of that afterwards. Unlearn outliers from
+    moments of the batches that they were in, and merge the rest.
+    """
     return _accumulate(m, x, labels, weights, -1.0)
 
 

@@ -58,6 +58,7 @@ def start(m: Moments, gamma: solve.Gamma) -> Inverse:
     return begun(solve.weights(m, gamma))
 
 
+@jax.enable_x64(False)  # in float32 where the process is told to compute in float64, too
 def begun(found: solve.Solution) -> Inverse:
     """Returns the inverse that belongs to a solution."""
     size = found.factor.shape[0]
@@ -105,6 +106,7 @@ def stream(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array
     return _run(inverse, x.reshape(-1, x.shape[2]), labels.reshape(-1), weights.reshape(-1), block, 1.0)
 
 
+@jax.enable_x64(False)
 def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, block: int, sign: float) -> Inverse:
     """Takes in blocks of rows; between two of them R is written, and read for the second, in one go."""
     if block < 1:

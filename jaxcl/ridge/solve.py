@@ -177,13 +177,14 @@ def normal(gram: Pair, right: Pair, gamma: Gamma) -> Solution:
       UserError: a gamma that is known when the program is traced, and not positive.
     """
     check_gamma(gamma)
-    ridge, (lower, shift) = pair.of(gamma), factor(gram, gamma)
-    largest, least = _spectrum(gram.high, ridge.high, lower, shift)
-    w, found = _refine(gram, right, ridge, _apply(lower), pair.zeros(*right.high.shape), largest)
-    residual, condition = found + _FLOOR, largest / least
-    bound = residual * condition
-    bound = jnp.where(jnp.isfinite(bound) & (bound < 0.5), 2 * bound, jnp.inf)  # relative to the exact weights
-    return Solution(w.high, w.low, bound, residual, condition, lower, least)
+    with jax.enable_x64(False):  # in float32 where the process is told to compute in float64, too
+        ridge, (lower, shift) = pair.of(gamma), factor(gram, gamma)
+        largest, least = _spectrum(gram.high, ridge.high, lower, shift)
+        w, found = _refine(gram, right, ridge, _apply(lower), pair.zeros(*right.high.shape), largest)
+        residual, condition = found + _FLOOR, largest / least
+        bound = residual * condition
+        bound = jnp.where(jnp.isfinite(bound) & (bound < 0.5), 2 * bound, jnp.inf)  # relative to the exact weights
+        return Solution(w.high, w.low, bound, residual, condition, lower, least)
 
 
 def weights(m: Moments, gamma: Gamma) -> Solution:
