@@ -15,7 +15,7 @@ import rl_small
 import small
 import toys
 
-from jaxcl import certify, folder, program, train
+from jaxcl import certify, folder, program, report, train
 from jaxcl.certify import __main__ as command
 from jaxcl.data import scenarios
 from jaxcl.methods import hyperinterval
@@ -23,6 +23,7 @@ from jaxcl.models import boxed as boxes
 from jaxcl.models import hypernetwork, mlp
 from jaxcl.models.boxed import LEDGER
 from jaxcl.models.interval import Interval
+from jaxcl.report import terminal, words
 from jaxcl.schema import UserError
 
 QUICK = True
@@ -117,6 +118,24 @@ def test_a_run_is_certified_again_from_its_folder(trained):
         told = found[-1]["certificate"][one["domain"]]
         assert one["now"] == pytest.approx(told["promised"], abs=1e-6)
         assert one["joint_now"] == pytest.approx(told["joint"], abs=1e-6)
+
+
+def test_a_comparison_tells_what_was_promised(trained, tmp_path):
+    """Arms are not ranked by accuracy alone: beside it stands what was certified of each."""
+    place, other = trained[2], tmp_path / "other"
+    shutil.copytree(place, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "label": "other"}))
+    results = report.write([str(place), str(other)], out=tmp_path / "both.html")
+    block = report.write([str(place)], out=tmp_path / "one.html")["certificates"]
+    for group in results["groups"]:
+        assert group["classified"]["promised"]["mean"] == pytest.approx(block["promised"])
+        now = np.mean([one["now"] for one in block["tasks"]])
+        assert group["classified"]["certified"]["mean"] == pytest.approx(now)
+    page = (tmp_path / "both.html").read_text()
+    assert "<th>promised</th>" in page
+    assert words.share(block["promised"]) in page
+    assert "promised" in [str(column.header) for column in terminal.summary(results).columns]
 
 
 def test_promises_of_another_run_do_not_bind_one_that_starts_from_it(trained):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl import forgetting, online, seeds
-from jaxcl.report import page, words
+from jaxcl.report import certificates, page, words
 from jaxcl.report.chart import Line, Span, figure
 from jaxcl.report.run import Run
 
@@ -19,6 +19,8 @@ TASKS = {
     "learned": ("learned", True),
     "forgetting": ("forgetting", False),
     "average_incremental": ("average", True),
+    "promised": ("promised", True),
+    "certified": ("certified", True),
 }
 STREAM = {
     "a_auc": ("any time", True),
@@ -32,7 +34,7 @@ FIGURES = TASKS | STREAM
 HINTS = (
     "Share of held-out rows right, task by task. Final: mean over all domains at the end. Learned: just after each "
     "task. Forgetting: best minus end of the earlier tasks, points. Average: over the ends of tasks, mean of the tasks "
-    "so far.",
+    "so far. Promised: certified when a task was learned, mean over tasks. Certified: at the end.",
     "Over the held-out rows of all classes that have come by then. Any time: mean of all evaluations (A_AUC). Mean of "
     "ends: of the ends of tasks (A_avg). Last: A_last. Forgetting: best earlier end minus last, mean over classes, "
     "points. Mean class: every class counts the same, however many rows it has.",
@@ -51,6 +53,10 @@ def of(run: Run) -> dict[str, Any] | None:
     known = forgetting.summary(done, higher_is_better=True)
     figures = {name: known[name] for name in ("learned", "forgetting", "average_incremental", "backward_transfer")}
     figures["final"] = float(np.mean([_last(values) for values in run.accuracy.values()]))
+    block = certificates.of(run) or {"promised": None, "tasks": []}
+    kept = [one["now"] for one in block["tasks"]]
+    figures["promised"] = math.nan if block["promised"] is None else block["promised"]
+    figures["certified"] = float(np.mean(kept)) if kept and None not in kept else math.nan
     facts = run.about.get("facts", {}).get("classes") or {}
     cells = [(domain, label) for domain, table in facts.items() for label in table if (domain, label) in run.classes]
     if not cells:

@@ -97,9 +97,15 @@ def _accuracies(groups: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _mean_of(value: Any) -> float:
+    return value["mean"] if isinstance(value, dict) else value
+
+
 def _classified(rows: dict[str, dict[str, Any]]) -> Table:
     """Returns the main accuracies of classifiers, given figures or their intervals; forgetting is in points."""
     names = {"learned": "learned", "final": "final", "forgetting": "forgetting", "mean_class": "mean class"}
+    if any(math.isfinite(_mean_of(row.get("promised", math.nan))) for row in rows.values()):
+        names["promised"] = "promised"
     table = _table("method", *names.values())
     for label, row in rows.items():
         cells = []
