@@ -133,7 +133,7 @@ def test_a_comparison_tells_what_was_promised(trained, tmp_path):
         now = np.mean([one["now"] for one in block["tasks"]])
         assert group["classified"]["certified"]["mean"] == pytest.approx(now)
     page = (tmp_path / "both.html").read_text()
-    assert "<th>promised</th>" in page
+    assert ">promised</th>" in page
     assert words.share(block["promised"]) in page
     assert "promised" in [str(column.header) for column in terminal.summary(results).columns]
 
