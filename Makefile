@@ -4,13 +4,17 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: run test lint audit bench clean
+.PHONY: run test test-all lint audit bench clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/python -m jaxcl.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+# Also the tests that are marked slow, and all methods on all numbers of processes.
+test-all: $(VENV)/test.stamp
+	JAXCL_ALL_LAYOUTS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --slow
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -80,6 +80,7 @@ def flip(settings, workdir, slot):
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.slow
 def test_processes_change_no_bit(folder, tmp_path):
     settings = config(folder, mesh={"data": 2}, stream__steps=5, method="cpt")
     del settings["guard"]

@@ -2,8 +2,6 @@
 
 import gc
 import importlib
-import os
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -21,10 +19,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A loaded machine must not turn into a failure; the same examples every time make one reproducible.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
-
-# XLA for CPUs takes half of its time to emit fused loops, and tests run most of what they compile once. JAXCL_FUSED=1
-# tests what users run: the suite does so where this flag is not known (JAX 0.11 and newer).
-UNFUSED = "--xla_cpu_use_fusion_emitters=false"
 
 # Every compiled program takes some mappings of memory; Linux allows a process 65,530, and the compiler crashes beyond.
 MAPPINGS = 16_000
@@ -51,18 +45,13 @@ def mappings():
     return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
-def quicker_compiler():
-    """Sets UNFUSED for this process and those it starts, if XLA knows it; it ends a process whose flags it does not."""
-    if "XLA_FLAGS" in os.environ or os.environ.get("JAXCL_FUSED") == "1":
-        return
-    probe = [sys.executable, "-c", "import jax; jax.devices()"]
-    if not subprocess.run(probe, env={**os.environ, "XLA_FLAGS": UNFUSED}, capture_output=True, check=False).returncode:
-        os.environ["XLA_FLAGS"] = UNFUSED
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests that are marked slow: `make test-all`")
 
 
 def pytest_configure(config):
     """Keeps compiled programs on disk, for this process alone: tests build the same runs again and again."""
-    quicker_compiler()
+    config.addinivalue_line("markers", "slow: takes long, and a quicker test has most of what it shows")
     place = tempfile.TemporaryDirectory(prefix="jaxcl-compiled-")
     config.add_cleanup(place.cleanup)
     jax.config.update("jax_compilation_cache_dir", place.name)
@@ -71,8 +60,12 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    """Orders the files: the long ones, then those of most tests."""
+def pytest_collection_modifyitems(config, items):
+    """Leaves slow tests out unless they are asked for; orders the files: the long ones, then those of most tests."""
+    if not config.getoption("--slow"):
+        left_out = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     count = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem not in LONG, -count[item.path], str(item.path)))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import toys
 
 from jaxcl import compose
@@ -109,6 +110,7 @@ def interval(values):
     return values.mean() - half, values.mean() + half
 
 
+@pytest.mark.slow
 def test_replay_lowers_forgetting_with_its_dose():
     doses = ["cpt", *(f"er(fraction={share}, capacity=4096)" for share in (0.05, 0.25, 0.5))]
     found = [forgetting(run(options, 3e-3)) for options in doses]

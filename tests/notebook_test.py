@@ -19,7 +19,14 @@ for out in outputs:
 PRINTED = {"soft_rl": "pass@16", "hyperinterval": "every promise kept: True"}  # of those that compare no methods
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.ipynb")), ids=lambda p: p.stem)
+QUICK = ("quickstart", "hyperinterval")
+BOOKS = [
+    pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow])
+    for path in sorted((ROOT / "experiments").rglob("*.ipynb"))
+]
+
+
+@pytest.mark.parametrize("path", BOOKS)
 def test_notebook_runs(path, tmp_path):
     environment = os.environ | {"JAXCL_STEPS": "4", "IPYTHONDIR": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path)}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # a few steps: the compiler need not try

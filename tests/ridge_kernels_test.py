@@ -21,7 +21,7 @@ FORMS = {
     "tpu": tpu,
     "gpu": types.SimpleNamespace(gram_update=gpu.gram_update, downdate=cpu.downdate),  # that one of Triton needs a GPU
 }
-SIZES = [(100, 32), (128, 5), (300, 100), (257, 1)]  # one block, blocks and a ragged one, one row
+SIZES = [(100, 32), (128, 5), (300, 100), (257, 1), (256, 32), (384, 100), (512, 100)]
 
 
 def form(name, function):
@@ -96,6 +96,19 @@ def test_what_a_tpu_does_without_the_kernel_is_what_all_others_do(sign, whole, m
     assert {"tpu", "default"} <= set(found)
     for name, form in found.items():
         assert np.abs(wide(pair.Pair(*form)) - want).max() / np.abs(want).max() < 4e-12, name
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "sliced", "tpu"])
+def test_updates_are_mapped_over_streams(name):
+    r, v = jnp.stack([symmetric(150), 2 * symmetric(150)]), draw(2 * 9, 150).reshape(2, 9, 150)
+    a, x = pair.Pair(r, 0 * r), pair.Pair(v, 0 * v)
+    for function, operands in (("downdate", (r, v)), ("gram_update", (a, x))):
+        one = form(name, function)
+        together = jax.vmap(lambda *both, one=one: one(*both, -1.0))(*operands)
+        for n in range(2):
+            alone = one(*jax.tree.map(lambda part, n=n: part[n], operands), -1.0)
+            for many, want in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+                np.testing.assert_allclose(many[n], want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("compile_", [toys.quick, jax.jit])

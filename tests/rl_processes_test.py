@@ -1,6 +1,7 @@
 """Rollouts on two processes, drawn one step ahead: the bits of one process, also if they are stopped on the way."""
 
 import processes
+import pytest
 import rl_small
 import small
 
@@ -11,6 +12,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.slow
 def test_two_processes_change_no_bit_and_neither_does_a_stop(tmp_path):
     settings = rl_small.config(
         mesh={"data": 2},

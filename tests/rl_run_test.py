@@ -40,7 +40,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("on-policy", marks=pytest.mark.slow), "ahead"])
 def test_a_chain_of_kills_and_stops_changes_no_bit(kind, folder, tmp_path):
     config = rl_small.write(rl_small.config(**KINDS[kind]), tmp_path / "config.py")
     processes.finish([command(config, tmp_path / "straight", folder)])

@@ -97,6 +97,7 @@ def test_a_judge_that_throws_hangs_or_says_nan_costs_the_sample_and_is_counted(f
         assert np.isfinite(record["loss"])
 
 
+@pytest.mark.slow
 def test_the_shipped_config_runs_to_its_report(folder, tmp_path, monkeypatch):
     """configs/gsm8k_rl.py as a command line changes it: fewer and shorter rollouts, and a verifier without extras."""
     given = main.plain(importlib.import_module("configs.gsm8k_rl").get_config())
