@@ -9,6 +9,7 @@ import toys
 from closed_form import GAMMA, C, D, Learner, joint, off, rows
 
 from jaxcl import compose
+from jaxcl.kernels.ridge import pair
 from jaxcl.methods import acil
 from jaxcl.ridge import learner as learners
 from jaxcl.ridge import moments
@@ -63,8 +64,27 @@ def test_the_regularisation_is_chosen_by_what_is_least(by):
     assert off(learner.head, joint(features, y, best)) < 1e-6
 
 
+def test_a_row_counts_in_the_choice_as_often_as_its_weight_says():
+    """Ten rows of full weight whose labels are noise, and thirty of a quarter that can be learned."""
+    rng, path = np.random.default_rng(8), (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+    x, y = rng.standard_normal((40, 8)).astype(np.float32), rng.integers(0, 2, 40).astype(np.int32)
+    y[10:] = x[10:, 0] > 0
+    weights = np.where(np.arange(40) < 10, 1.0, 0.25).astype(np.float32)
+    score = np.zeros((2, len(path)))
+    for k, gamma in enumerate(path):
+        for n in range(40):
+            past, labels, w = (np.delete(part, n, 0).astype(np.float64) for part in (x, np.eye(2)[y], weights[:, None]))
+            head = np.linalg.solve(past.T @ (w * past) + gamma * np.eye(8), past.T @ (w * labels))
+            score[:, k] += np.sum((np.eye(2)[y[n]] - x[n] @ head) ** 2) * np.array([weights[n], 1.0])
+    weighted, plain = score.argmin(1)
+    assert weighted != plain
+    rows = learners.Rows(jnp.asarray(x), jnp.asarray(y), jnp.asarray(weights), jnp.zeros(()))
+    m = moments.add(moments.empty(8, 2), *rows.counted)
+    assert learners.choose(m, rows, path, "loo") == np.float32(path[weighted])
+
+
 def test_a_score_that_is_no_number_is_not_chosen(monkeypatch):
-    found = types.SimpleNamespace(gcv=jnp.array([jnp.nan, 2.0, 1.0, jnp.inf]))
+    found = types.SimpleNamespace(gcv=pair.of(jnp.array([jnp.nan, 2.0, 1.0, jnp.inf])))
     monkeypatch.setattr(learners.solve, "path", lambda m, gammas: found)
     assert learners.choose(moments.empty(2, 2), None, (1.0, 2.0, 3.0, 4.0), "gcv") == 3
 

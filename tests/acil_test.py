@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from closed_form import GAMMA, C, Learner, batches, joint, off, rows
 
-from jaxcl.ridge import moments
+from jaxcl.ridge import moments, recursion
 
 QUICK = True
 
@@ -137,7 +137,7 @@ def test_bad_rows_are_left_out_and_counted():
     weights[3] = 0
     bad, labels = x.copy(), y.copy()
     bad[0], bad[3], labels[1], labels[2] = np.nan, np.inf, C, -1
-    bad[4] = 1e20  # finite, but its square is not
+    bad[4] = 1e17  # its square is finite, but the sum of a few more is not
     clean.step(x, y, (np.arange(16) > 4).astype(np.float32)).over(x, y)
     dirty.step(bad, labels, weights).over(x, y)
     assert dirty.told["left_out"] == 4
@@ -145,6 +145,18 @@ def test_bad_rows_are_left_out_and_counted():
     assert np.isfinite(dirty.told["loss"])
     assert np.isfinite(dirty.told["grad_norm"])
     assert off(dirty.head, clean.head) < 1e-6
+
+
+def test_the_recursion_starts_anew_from_the_sums_at_the_end_of_a_task():
+    learner = Learner("acil(how='recursion')")
+    for x, y in batches(rows(96), 8):
+        learner.step(x, y)
+    followed = learner.state.memory["inverse"].w
+    learner.over(x, y)
+    inverse, m = learner.state.memory["inverse"], learner.state.memory["moments"]
+    np.testing.assert_array_equal(inverse.w, learner.state.params["head"])
+    assert np.any(inverse.w != followed)
+    jax.tree.map(np.testing.assert_array_equal, inverse, jax.jit(recursion.start, static_argnums=1)(m, GAMMA))
 
 
 def test_only_the_head_changes_and_the_state_has_no_optimiser():

@@ -28,6 +28,17 @@ CASES = {  # what, program, state, rows, operations per batch, temporary bytes
 }
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_large_inverse_is_written_in_place(count):
+    """XLA may compute a block anew where it is read, from an old matrix kept for that: at this size it would."""
+    d, b = 5000, 256
+    state = recursion.Inverse(of(jnp.float32, d, d), of(jnp.float32, d, 100))
+    batch = [of(kind, count, b, *shape) for kind, *shape in ((jnp.float32, d), (jnp.int32,), (jnp.float32,))]
+    function = recursion.stream if count > 1 else lambda state, *rows: recursion.update(state, *(x[0] for x in rows))
+    compiled = jax.jit(function, donate_argnums=0).lower(state, *batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.3 * 4 * d * d
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_program_keeps_its_budget(name):
     function, state, batch, count, limit = CASES[name]

@@ -111,6 +111,9 @@ def test_rows_of_another_size_are_refused_when_a_program_is_traced():
             UserError, match=rf"features of shape \[4, {D - 1}\]: the moments are of \[b, {D}\] features"
         ):
             jax.eval_shape(function, state, x[:, 1:], labels, weights)
+        for name, *others in (("labels", labels[:1], weights), ("weights", labels, np.float32(1))):
+            with pytest.raises(UserError, match=rf"{name} of shape \[1?\] for features of shape \[4, {D}\]"):
+                jax.eval_shape(function, state, x, *others)
 
 
 def test_only_moments_of_one_map_are_merged():

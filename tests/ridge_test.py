@@ -92,6 +92,8 @@ def test_rows_beyond_a_block_are_summed_in_blocks():
     assert off(wide(m.cross), sums64(*batch)[1]) < 1e-12
     single = stream(*split(batch, (pair.ROWS, 2 * pair.ROWS)))
     assert off(wide(m.gram), wide(single.gram)) < 1e-13
+    for part in ("high", "low"):  # the sums of classes to the last bit: the same blocks of rows
+        np.testing.assert_array_equal(getattr(m.cross, part), getattr(single.cross, part))
 
 
 @settings(max_examples=12)
@@ -255,6 +257,19 @@ def rough(real, gram, right, gamma, precondition, w, scale):
     return real(gram, right, gamma, precondition, pair.of(precondition(right.high) * 1.0001), scale)
 
 
+@pytest.mark.parametrize(("shift", "rounding"), [(1.0, 0.0), (0.0, 7.0)])
+def test_the_least_eigenvalue_does_not_count_what_the_factor_is_above_the_matrix(shift, rounding):
+    """By a shift that is known, or by as much as rounding may be: seven units of the largest eigenvalue."""
+    basis, gamma = np.linalg.qr(np.random.default_rng(0).standard_normal((D, D)))[0], 1e-9
+    values = np.concatenate([np.zeros(4), np.linspace(1, 2, D - 4)])
+    gram = np.float32((basis * values) @ basis.T)
+    above = shift + rounding * 2.0**-24 * values[-1]
+    lower = np.float32(np.linalg.cholesky((basis * (values + gamma + above)) @ basis.T))
+    largest, least = solve._spectrum(jnp.asarray(gram), jnp.float32(gamma), jnp.asarray(lower), jnp.float32(shift))
+    assert largest == pytest.approx(2, rel=0.05)
+    assert least == np.float32(gamma)
+
+
 def test_one_eigendecomposition_gives_all_gammas():
     batch, gammas = rows(6 * B, 6), 10.0 ** np.arange(-2, 4)
     found = toys.quick(lambda m: solve.path(m, gammas))(stream(batch))
@@ -264,9 +279,9 @@ def test_one_eigendecomposition_gives_all_gammas():
         squares = ((np.eye(C)[batch[1]] - batch[0].astype(np.float64) @ want) ** 2).sum()
         degrees = np.trace(np.linalg.solve(gram + gamma * np.eye(D), gram))
         assert off(wide(found.weights)[n], want) < 5e-9
-        np.testing.assert_allclose(found.squares[n], squares, rtol=1e-6)
-        np.testing.assert_allclose(found.degrees[n], degrees, rtol=1e-5)
-        np.testing.assert_allclose(found.gcv[n], squares / count / (1 - degrees / count) ** 2, rtol=1e-5)
+        np.testing.assert_allclose(wide(found.squares)[n], squares, rtol=1e-9)
+        np.testing.assert_allclose(wide(found.degrees)[n], degrees, rtol=1e-9)
+        np.testing.assert_allclose(wide(found.gcv)[n], squares / count / (1 - degrees / count) ** 2, rtol=1e-9)
 
 
 def test_errors_without_the_row_itself_are_those_of_refits():
@@ -347,11 +362,11 @@ def test_the_parts_of_an_update_are_those_of_the_paper():
     y, x = np.eye(C)[new[1]], new[0].astype(np.float64)
     w, r = np.linalg.solve(gram + gamma * np.eye(D), cross), np.linalg.inv(gram + more + gamma * np.eye(D))
     unexposed = w - r @ x.T @ x @ w + r @ x.T @ (y * ~exposed)
-    assert off(parts.unexposed, unexposed) < 1e-5
-    assert off(parts.gain, r @ x.T @ (y * exposed)) < 1e-5
-    assert (
-        off(parts.gain + parts.unexposed, joint64(*(np.concatenate(p) for p in zip(old, new, strict=True)), 1.0)) < 1e-5
-    )
+    assert off(wide(parts.unexposed), unexposed) < 1e-11
+    assert off(wide(parts.gain), r @ x.T @ (y * exposed)) < 1e-11
+    whole = joint64(*(np.concatenate(p) for p in zip(old, new, strict=True)), 1.0)
+    assert off(wide(parts.gain) + wide(parts.unexposed), whole) < 1e-11
+    assert off(wide(parts.unexposed), whole) > 0.1
 
 
 def equations(jaxpr, times=1):
@@ -399,7 +414,7 @@ def test_an_update_costs_what_it_says_and_no_second_matrix():
     compiled = traced.lower().compile()
     assert compiled.cost_analysis()["flops"] <= 1.1 * (4 * d * d * b + 3 * d * b * b + 4 * d * b * classes)
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes <= 0.2 * 4 * d * d
+    assert memory.temp_size_in_bytes <= 0.19 * 4 * d * d  # three arrays of [b, d]
     assert memory.alias_size_in_bytes >= 4 * d * (d + classes)
     m = jax.eval_shape(lambda: moments.empty(d, classes))
     compiled = jax.jit(moments.add, donate_argnums=0).lower(m, *batch).compile()

@@ -103,8 +103,9 @@ def main():
     kills = faulty(workdir / "killed", options.every, options.steps)
     found = goodput.summary(workdir / "killed")
     print("\n".join([*goodput.lines(found), str(parts(found, options.steps))]))
+    command = f"python -m experiments.reliability.utilisation --every={options.every} --steps={options.steps}"
     record = {
-        "command": f"python -m experiments.reliability.utilisation --every={options.every} --steps={options.steps}",
+        "command": command + options.compare * " --compare",
         "date": datetime.date.today().isoformat(),
         "machine": train_step.machine(),
         "options": options_of(options.steps),

@@ -247,5 +247,5 @@ def _gain(memory: Memory, options: Options) -> jax.Array:
     parts = solve.decompose(
         Moments(after.gram, before["cross"], before["counts"], after.features), after, _gamma(memory, options)
     )
-    gain, rest = (jnp.sqrt(jnp.sum(part * part)) for part in (parts.gain, parts.unexposed))
+    gain, rest = (jnp.sqrt(jnp.sum(part.high * part.high)) for part in (parts.gain, parts.unexposed))
     return gain / jnp.maximum(gain + rest, jnp.finfo(jnp.float32).tiny)

@@ -7,7 +7,7 @@ r"""AEF-OCL: ridge regression that balances unequal classes by features it makes
 
 Source: Zhuang et al. 2024 ("Online analytic exemplar-free continual learning with large models for imbalanced
 autonomous driving task") with its pseudo-features generator. Needs `config.adapter='analytic'`.
-Memory: 8 d (d + C) + 16 C D bytes. Compute: a step costs 6 d^2 b, weights 6 d^2 (C N - rows) if drawn, about as much as
+Memory: 8 d (d + C) + 20 C D bytes. Compute: a step costs 6 d^2 b, weights 6 d^2 (C N - rows) if drawn, about as much as
 C classes of D (expect, gaussian) or C rows (expect, none), and one factorisation.
 
 Deviations. Variances come from Chan's update in pairs of float32; published are sums of squares, which lose all digits
@@ -130,7 +130,7 @@ def balanced_by_draws(
     setting: Setting, params: Params, m: Moments, s: Spread, missing: jax.Array, noise: float, key: Key
 ) -> Moments:
     """Returns the moments with drawn rows added, `missing` [C] of each class; in blocks, as many as it takes."""
-    deviation = noise * jnp.sqrt(spreads.variance(s))
+    deviation = noise * jnp.sqrt(spreads.variance(s).high)
     ends = jnp.cumsum(missing.astype(jnp.int32))
     size, classes = pair.ROWS, missing.shape[0]
 
@@ -151,6 +151,6 @@ def balanced_by_expectation(
     """Returns the moments with `missing` [C] times the expected moments of a row of each class added."""
     del key
     made = setting.analytic
-    variance = noise**2 * spreads.variance(s)
+    variance = noise**2 * spreads.variance(s).high
     add = expected.KNOWN[made.expansion]
     return add(m, params.get("expansion", {}), s.mean.high, variance, missing, sigma=made.sigma, bias=made.bias)

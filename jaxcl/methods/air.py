@@ -68,8 +68,8 @@ def _method(setting: Setting, gamma: float, count: int, every: int | None) -> Me
 
     def settled(params: Params, memory: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
         counts = memory["counts"]
-        share = learner.inverse_of(counts)
-        known = learner.inverse_of(pair.of(jnp.sum((counts.high > 0).astype(jnp.float32))))
+        share = pair.inverse(counts)
+        known = pair.inverse(pair.of(jnp.sum((counts.high > 0).astype(jnp.float32))))
         scaled = pair.times(pair.times(pair.of(gamma), pair.total(share)), known)
         scaled = Pair(*tree.where(known.high > 0, scaled, pair.of(gamma)))  # of no rows, any will do
         one = pair.of((counts.high > 0).astype(jnp.float32))  # the weight of every class
@@ -155,7 +155,7 @@ def _balanced(memory: dict[str, Any]) -> Pair:
         return jax.ops.segment_sum(x, place, size + 1)[:-1]
 
     number = by_slot(jnp.ones_like(counts.high))
-    share = pair.times(learner.inverse_of(Pair(*map(by_slot, counts))), pair.of(number))
+    share = pair.times(pair.inverse(Pair(*map(by_slot, counts))), pair.of(number))
 
     def one(into: Pair, entry: tuple[Pair, Pair]) -> tuple[Pair, None]:
         gram, weight = entry

@@ -207,18 +207,9 @@ def check_every(name: str, every: int | None) -> None:
         raise UserError(f"config.method {name}.every={every}: must be at least 1; None has weights after tasks alone")
 
 
-def inverse_of(counts: Pair) -> Pair:
-    """Returns 1 / n as a pair, and 0 for n = 0."""
-    known = counts.high > 0
-    high = jnp.where(known, 1 / jnp.where(known, counts.high, 1.0), 0.0)
-    whole = pair.times(Pair(high, jnp.zeros_like(high)), counts)
-    error = jnp.where(known, (1 - whole.high) - whole.low, 0.0)
-    return Pair(*pair.plus(Pair(high, jnp.zeros_like(high)), high * error))
-
-
 def means_of(cross: Pair, counts: Pair) -> Pair:
     """Returns the means of the classes, [d, C]; zeros for one without rows."""
-    share = inverse_of(counts)
+    share = pair.inverse(counts)
     return pair.times(cross, Pair(*(jnp.broadcast_to(part[None], cross.high.shape) for part in share)))
 
 
@@ -244,7 +235,7 @@ def choose(m: Moments, rows: Rows | None, gammas: tuple[float, ...], by: By) -> 
     """
     path = jnp.asarray(gammas, jnp.float32)
     if by == "gcv":
-        score = solve.path(m, path).gcv
+        score = solve.path(m, path).gcv.high
     elif by == "loo":
         assert rows is not None
         score = jnp.sum(solve.leave_one_out(m, *rows.counted, path) * rows.weights[None], axis=1)

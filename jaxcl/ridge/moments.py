@@ -122,7 +122,14 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
     """Returns (x, weights) with padding, and rows of no class, all zero.
 
     On a mesh they are copied to all devices: a few rows travel, so that A does not.
+
+    Raises:
+      UserError: not one label and one weight for every row.
     """
+    for name, given in (("labels", labels), ("weights", weights)):
+        if jnp.shape(given) != jnp.shape(x)[:1]:
+            found = f"{name} of shape {list(jnp.shape(given))} for features of shape {list(jnp.shape(x))}"
+            raise schema.UserError(f"{found}: give one for every row")
     x, labels, weights = sharded.whole(x), sharded.whole(labels), sharded.whole(weights)
     weights = jnp.where((labels >= 0) & (labels < classes) & (weights > 0), weights, 0.0).astype(jnp.float32)
     return jnp.where(weights[:, None] > 0, x, 0.0).astype(jnp.float32), weights

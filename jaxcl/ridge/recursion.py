@@ -10,7 +10,8 @@ recursion has become, and `drift` says when it is due again.
 
 Between two blocks one kernel (`jaxcl.kernels.ridge.stream`) writes R and multiplies it with the rows of the second.
 
-Cost of b rows: 3 d^2 b + 3 d b^2 + 4 d b C operations; memory 4 d (d + C) bytes.
+Cost of b rows: 3 d^2 b + 3 d b^2 + 4 d b C operations; memory 4 d (d + C) bytes. An inverse in float64 (see `start`) is
+followed in float64, in plain XLA: at twice the memory its weights are those of a joint solve to eleven digits and more.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from jaxcl.kernels import ridge, sharded
+from jaxcl import schema
+from jaxcl.kernels import ridge as kernels
+from jaxcl.kernels import sharded
 from jaxcl.kernels.ridge import cholesky, pair
 from jaxcl.ridge import solve
 from jaxcl.ridge.moments import Moments, check_gamma, check_width, prepare
@@ -42,8 +45,8 @@ class Inverse:
     """What the recursion carries.
 
     Attributes:
-      r: float32 [d, d], (A + gamma I)^-1.
-      w: float32 [d, C], ridge weights of the rows so far.
+      r: float32 or float64 [d, d], (A + gamma I)^-1.
+      w: of its type [d, C], ridge weights of the rows so far.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
@@ -53,9 +56,31 @@ class Inverse:
     w: jax.Array
 
 
-def start(m: Moments, gamma: solve.Gamma) -> Inverse:
-    """Returns the inverse and the weights of moments; of no rows they are I / gamma and zeros."""
-    return begun(solve.weights(m, gamma))
+def start(m: Moments, gamma: solve.Gamma, dtype: Any = jnp.float32) -> Inverse:
+    """Returns the inverse and the weights of moments; of no rows they are I / gamma and zeros.
+
+    Args:
+      m: moments.
+      gamma: > 0.
+      dtype: float32, or float64 in a process that is told to compute in it (`jax_enable_x64`), on one device.
+
+    Raises:
+      UserError: another type, or one that the process or the mesh does not have.
+    """
+    if np.dtype(dtype) == np.float32:
+        return begun(solve.weights(m, gamma))
+    shared = sharded.strips(m.gram.high.shape[0])
+    there = jax.dtypes.canonicalize_dtype(np.float64) == np.float64 and not (shared and shared.axes)
+    if np.dtype(dtype) != np.float64 or not there:
+        why = "give float32, or float64 with jax_enable_x64 and on one device"
+        raise schema.UserError(f"dtype={np.dtype(dtype).name}: the inverse cannot be kept in it; {why}")
+    check_gamma(gamma)
+    ridge = pair.wide(pair.of(gamma))
+    size = m.gram.high.shape[0]
+    lower = cholesky.factor(pair.wide(m.gram) + ridge * jnp.eye(size))
+    turned = solve_triangular(lower, jnp.eye(size), lower=True)
+    r = kernels.downdate(jnp.zeros((size, size)), turned, 1.0)
+    return Inverse(r, cholesky.solve(lower, pair.wide(m.cross)))
 
 
 @jax.enable_x64(False)  # in float32 where the process is told to compute in float64, too
@@ -66,7 +91,7 @@ def begun(found: solve.Solution) -> Inverse:
     if shared and shared.axes:
         return Inverse(cholesky.solve(found.factor, jnp.eye(size)), found.weights)
     lower = solve_triangular(found.factor, jnp.eye(size), lower=True)
-    return Inverse(ridge.downdate(jnp.zeros((size, size)), lower, 1.0), found.weights)
+    return Inverse(kernels.downdate(jnp.zeros((size, size)), lower, 1.0), found.weights)
 
 
 def update(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, *, block: int = BLOCK) -> Inverse:
@@ -106,8 +131,15 @@ def stream(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array
     return _run(inverse, x.reshape(-1, x.shape[2]), labels.reshape(-1), weights.reshape(-1), block, 1.0)
 
 
-@jax.enable_x64(False)
 def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, block: int, sign: float) -> Inverse:
+    """As `_followed`, in the type of the inverse whatever the process is told to compute in."""
+    with jax.enable_x64(inverse.r.dtype == jnp.float64):
+        return _followed(inverse, x, labels, weights, block, sign)
+
+
+def _followed(
+    inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, block: int, sign: float
+) -> Inverse:
     """Takes in blocks of rows; between two of them R is written, and read for the second, in one go."""
     if block < 1:
         raise ValueError(f"block={block}: expected at least one row")
@@ -116,12 +148,13 @@ def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, 
     if not count:
         return inverse
     x, weights = prepare(x, labels, weights, classes)
-    root = jnp.sqrt(weights)[:, None]
-    rows = root * x, root * jax.nn.one_hot(labels, classes)
+    kind = inverse.r.dtype
+    root = jnp.sqrt(weights.astype(kind))[:, None]
+    rows = root * x.astype(kind), root * jax.nn.one_hot(labels, classes, dtype=kind)
 
     def step(carry: _Carry, part: tuple[jax.Array, jax.Array]) -> tuple[_Carry, None]:
         r, v, w = carry
-        r, seen = ridge.stream(r, v, part[0], -sign)
+        r, seen = kernels.stream(r, v, part[0], -sign)
         return (r, *_gain(seen, w, *part, sign)), None
 
     first = min(block, count)
@@ -133,12 +166,12 @@ def _run(inverse: Inverse, x: jax.Array, labels: jax.Array, weights: jax.Array, 
         carry, _ = jax.lax.scan(step, carry, (features, targets))
     if last:
         carry, _ = step(carry, (rows[0][-last:], rows[1][-last:]))
-    return Inverse(ridge.downdate(carry[0], carry[1], -sign), carry[2])
+    return Inverse(kernels.downdate(carry[0], carry[1], -sign), carry[2])
 
 
 def _gain(seen: jax.Array, w: jax.Array, x: jax.Array, y: jax.Array, sign: float) -> tuple[jax.Array, jax.Array]:
     """Returns V [b, d] and the new W from P^T [b, d], the old W, and the rows."""
-    s = jnp.eye(x.shape[0]) + sign * pair.contract(seen, x, 1, 1)
+    s = jnp.eye(x.shape[0], dtype=x.dtype) + sign * pair.contract(seen, x, 1, 1)
     lower = jnp.linalg.cholesky(s)  # symmetrised, which costs b^2
     v = solve_triangular(lower, seen, lower=True)
     errors = solve_triangular(lower, y - pair.contract(x, w, 1, 0), lower=True)
@@ -146,10 +179,12 @@ def _gain(seen: jax.Array, w: jax.Array, x: jax.Array, y: jax.Array, sign: float
 
 
 def drift(inverse: Inverse, m: Moments, gamma: solve.Gamma) -> jax.Array:
-    """Returns the largest |(A + gamma I) R v - v| / |v| over four fixed vectors, float32 []: 0 for an exact inverse."""
+    """Returns the largest |(A + gamma I) R v - v| / |v| over four fixed vectors, [] in the type of R: 0 = exact."""
     check_gamma(gamma)
-    size = inverse.r.shape[0]
-    v = jnp.asarray(np.random.default_rng(0).standard_normal((size, min(4, size))), jnp.float32)
-    image = pair.contract(inverse.r, v, 1, 0)
-    back = pair.contract(m.gram.high, image, 1, 0) + pair.of(gamma).high * image
-    return jnp.max(jnp.sqrt(jnp.sum((back - v) ** 2, 0) / jnp.sum(v**2, 0)))
+    size, kind = inverse.r.shape[0], inverse.r.dtype
+    with jax.enable_x64(kind == jnp.float64):
+        gram, ridge = (x.high.astype(kind) + x.low.astype(kind) for x in (m.gram, pair.of(gamma)))
+        v = jnp.asarray(np.random.default_rng(0).standard_normal((size, min(4, size))), kind)
+        image = pair.contract(inverse.r, v, 1, 0)
+        back = pair.contract(gram, image, 1, 0) + ridge * image
+        return jnp.max(jnp.sqrt(jnp.sum((back - v) ** 2, 0) / jnp.sum(v**2, 0)))

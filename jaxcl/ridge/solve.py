@@ -236,45 +236,72 @@ class Path(NamedTuple):
 
     Attributes:
       weights: pair of [G, d, C].
-      squares: float32 [G], sum of squared errors over the rows seen.
-      degrees: float32 [G], effective number of parameters, trace of A (A + gamma I)^-1.
-      gcv: float32 [G], generalised cross-validation (Golub, Heath & Wahba 1979): (RSS / N) / (1 - degrees / N)^2.
+      squares: pair of [G], sum of squared errors over the rows seen.
+      degrees: pair of [G], effective number of parameters, trace of A (A + gamma I)^-1.
+      gcv: pair of [G], generalised cross-validation (Golub, Heath & Wahba 1979): (RSS / N) / (1 - degrees / N)^2; inf
+        where the rows do not exceed the degrees.
     """
 
     weights: Pair
-    squares: jax.Array
-    degrees: jax.Array
-    gcv: jax.Array
+    squares: Pair
+    degrees: Pair
+    gcv: Pair
 
 
 def path(m: Moments, gammas: jax.Array | np.ndarray) -> Path:
-    """Returns the solutions for many gammas [G] from one eigendecomposition, refined; no rows are needed."""
+    """Returns the solutions for many gammas [G] from one eigendecomposition, refined; no rows are needed.
+
+    The eigenvalues are float64 numbers but on TPUs, where degrees and gcv have the digits of float32.
+    """
     check_gamma(gammas)
     values, basis = _eigen(m)
-    total = pair.total(m.counts)
+    count = pair.total(m.counts)
 
-    def one(gamma: Pair) -> tuple[Pair, jax.Array, jax.Array]:
-        inverse = 1 / (values + gamma.high)
+    def one(gamma: Pair) -> tuple[Pair, Pair, Pair, Pair]:
+        inverse = 1 / (values.high + gamma.high)
 
         def precondition(r: jax.Array) -> jax.Array:
             return pair.contract(basis, inverse[:, None] * pair.contract(basis, r, 0, 0), 1, 0)
 
-        largest = values[-1] + gamma.high
+        largest = values.high[-1] + gamma.high
         w, _ = _refine(m.gram, m.cross, gamma, precondition, pair.zeros(*m.cross.high.shape), largest)
         # W^T A W = W^T B - gamma W^T W, so that RSS = N - W^T B - gamma W^T W for one-hot targets
-        spread = Pair(*(jnp.broadcast_to(part, w.high.shape) for part in gamma))
-        used = pair.add(pair.times(w, m.cross), pair.times(spread, pair.times(w, w)))
-        return w, pair.add(total, pair.negative(pair.total(used))).high, jnp.sum(values * inverse)
+        used = pair.add(pair.times(w, m.cross), pair.times(_spread(gamma, w.high), pair.times(w, w)))
+        squares = pair.add(count, pair.negative(pair.total(used)))
+        share = pair.inverse(pair.add(values, _spread(gamma, values.high)))
+        degrees = pair.total(pair.times(values, share))
+        return w, squares, degrees, _gcv(squares, degrees, count)
 
-    w, squares, degrees = jax.lax.map(one, pair.of(gammas))
-    count = total.high
-    return Path(w, squares, degrees, squares / count / (1 - degrees / count) ** 2)
+    return Path(*jax.lax.map(one, pair.of(gammas)))
 
 
-def _eigen(m: Moments) -> tuple[jax.Array, jax.Array]:
-    """Returns eigenvalues [d], ascending and not negative, and eigenvectors [d, d] of A."""
-    values, basis = jnp.linalg.eigh(m.gram.high, symmetrize_input=False)
-    return jnp.maximum(values, 0.0), basis
+def _spread(value: Pair, like: jax.Array) -> Pair:
+    return Pair(*(jnp.broadcast_to(part, like.shape) for part in value))
+
+
+def _gcv(squares: Pair, degrees: Pair, count: Pair) -> Pair:
+    each = pair.inverse(count)
+    left = pair.times(pair.add(count, pair.negative(degrees)), each)
+    factor = pair.inverse(left)  # squared it becomes inf, where the square of what is left would become 0
+    found = pair.times(pair.times(squares, each), pair.times(factor, factor))
+    return Pair(jnp.where(left.high > 0, found.high, jnp.inf), jnp.where(left.high > 0, found.low, 0.0))
+
+
+def _eigen(m: Moments) -> tuple[Pair, jax.Array]:
+    """Returns eigenvalues [d], ascending and not negative, and eigenvectors, float32 [d, d], of A."""
+    return jax.lax.platform_dependent(m.gram, tpu=_eigen_narrow, default=_eigen_wide)
+
+
+def _eigen_narrow(gram: Pair) -> tuple[Pair, jax.Array]:
+    values, basis = jnp.linalg.eigh(gram.high, symmetrize_input=False)
+    return pair.of(jnp.maximum(values, 0.0)), basis
+
+
+@jax.custom_batching.sequential_vmap  # as for products in `jaxcl.kernels.ridge.pair`
+def _eigen_wide(gram: Pair) -> tuple[Pair, jax.Array]:
+    with jax.enable_x64(True):
+        values, basis = jnp.linalg.eigh(pair.wide(gram), symmetrize_input=False)
+        return pair.narrow(jnp.maximum(values, 0.0)), basis.astype(jnp.float32)
 
 
 def leave_one_out(
@@ -300,7 +327,7 @@ def leave_one_out(
     target_parts = pair.contract(basis, m.cross.high, 0, 0)
 
     def one(gamma: jax.Array) -> jax.Array:
-        inverse = (1 / (values + gamma))[None]
+        inverse = (1 / (values.high + gamma))[None]
         leverage = row_weights * jnp.sum(seen * seen * inverse, 1)
         errors = targets - pair.contract(seen * inverse, target_parts, 1, 0)
         return jnp.where(row_weights > 0, jnp.sum(errors * errors, 1) / (1 - leverage) ** 2, 0.0)
@@ -309,15 +336,15 @@ def leave_one_out(
 
 
 class Parts(NamedTuple):
-    """The weights after a batch as a sum, each float32 [d, C] (G-ACIL, Zhuang et al. 2024, equations 10 to 12).
+    """The weights after a batch as a sum, each a pair of [d, C] (G-ACIL, Zhuang et al. 2024, equations 10 to 12).
 
     Attributes:
       unexposed: what they are without the labels of classes seen before.
       gain: what those labels add, the exposed-class label gain; zero if no class comes again.
     """
 
-    unexposed: jax.Array
-    gain: jax.Array
+    unexposed: Pair
+    gain: Pair
 
 
 def decompose(before: Moments, after: Moments, gamma: Gamma) -> Parts:
@@ -336,5 +363,6 @@ def decompose(before: Moments, after: Moments, gamma: Gamma) -> Parts:
     gained = Pair(*(jnp.where(exposed, part, 0.0) for part in gained))
     rest = pair.add(after.cross, pair.negative(gained))
     right = Pair(*(jnp.concatenate(parts, 1) for parts in zip(rest, gained, strict=True)))
-    found = normal(after.gram, right, gamma).weights
-    return Parts(*jnp.split(found, 2, axis=1))
+    found = normal(after.gram, right, gamma)
+    high, low = (jnp.split(part, 2, axis=1) for part in (found.weights, found.low))
+    return Parts(*map(Pair, high, low))

@@ -23,6 +23,7 @@ from jaxcl.kernels.ridge.pair import Pair
 __all__ = ["Pair", "downdate", "gram_update", "refused", "stream"]
 
 Form = Callable[..., Any]
+KINDS = ("float32", "float64")  # of an inverse; float64 has no kernel and is in plain XLA
 
 
 def gram_update(a: Pair, x: Pair, sign: float = 1.0, *, kernel: bool | None = None) -> Pair:
@@ -64,15 +65,15 @@ def downdate(r: jax.Array, v: jax.Array, sign: float = -1.0, *, kernel: bool | N
     the devices, and symmetric up to rounding.
 
     Args:
-      r: float32 [d, d], symmetric.
-      v: float32 [b, d].
+      r: float32 or float64 [d, d], symmetric.
+      v: of its type [b, d].
       sign: -1, or 1.
       kernel: see `gram_update`.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes or types that do not fit together.
     """
-    _check(r, [v], "downdate")
+    _check(r, [v], "downdate", KINDS)
     shared = None if kernel else sharded.strips(r.shape[0])
     if shared and shared.axes:
         return shared.run(partial(cpu.strip, cpu.products, partial(cpu.sums, sign)), [r], [v])[0]
@@ -89,16 +90,16 @@ def stream(
     The kernel reads r once and writes it once for both. Costs d^2 (b + 2 n) operations; see `downdate`.
 
     Args:
-      r: float32 [d, d], symmetric.
-      v: float32 [b, d].
-      x: float32 [n, d], the next rows.
+      r: float32 or float64 [d, d], symmetric.
+      v: of its type [b, d].
+      x: of its type [n, d], the next rows.
       sign: -1, or 1.
       kernel: see `gram_update`.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes or types that do not fit together.
     """
-    _check(r, [v, x], "stream")
+    _check(r, [v, x], "stream", KINDS)
     if not kernel and sharded.strips(r.shape[0]):
         new = downdate(r, v, sign, kernel=kernel)
         return new, pair.contract(sharded.whole(x), new, 1, 1)  # along rows: every device has its own columns of it
@@ -144,13 +145,13 @@ def _refused_by_hopper(size: int, ahead: int, kernel: bool | None) -> str | None
     return "there is none with rows ahead for GPUs: one update, then one product" if ahead else None
 
 
-def _check(matrix: jax.Array, rows: Sequence[jax.Array], name: str) -> None:
+def _check(matrix: jax.Array, rows: Sequence[jax.Array], name: str, kinds: tuple[str, ...] = ("float32",)) -> None:
     for x in rows:
         if x.ndim != 2 or matrix.shape != (x.shape[1],) * 2 or not x.size:
             shapes = f"matrix {list(matrix.shape)} and rows {list(x.shape)}"
             raise ValueError(f"{name}: {shapes}: expected [d, d] and [b, d]")
-        if matrix.dtype != jnp.float32 or x.dtype != jnp.float32:
-            raise ValueError(f"{name}: {matrix.dtype} and {x.dtype}: expected float32")
+        if matrix.dtype != x.dtype or matrix.dtype not in kinds:
+            raise ValueError(f"{name}: {matrix.dtype} and {x.dtype}: expected {' or '.join(kinds)} for both")
         sharded.check(x, name)
 
 
@@ -202,6 +203,8 @@ def _whole(
       shared: on a mesh of `jaxcl.mesh`, how.
       *operands: matrix and rows.
     """
+    if jax.tree.leaves(operands)[0].dtype == jnp.float64:  # kernels are for float32
+        forms = dict.fromkeys(forms, forms["default"])
     apart = kernel is None and not shared and not _alone()
     taken = {
         "tpu": forms["tpu" if why_not is None else "slow"],

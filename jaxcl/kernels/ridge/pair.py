@@ -123,6 +123,15 @@ def root(x: jax.Array) -> Pair:
     return Pair(high, error / jnp.where(high > 0, 2 * high, 1.0))
 
 
+def inverse(x: Pair) -> Pair:
+    """Returns 1 / x to about 2^-46 for x > 0, and 0 for other numbers, element by element."""
+    known = x.high > 0
+    high = jnp.where(known, 1 / jnp.where(known, x.high, 1.0), 0.0)
+    whole = times(Pair(high, jnp.zeros_like(high)), x)
+    error = jnp.where(known, (1 - whole.high) - whole.low, 0.0)
+    return plus(Pair(high, jnp.zeros_like(high)), high * error)
+
+
 def total(x: Pair) -> Pair:
     """Returns the sum of all elements."""
     flat = Pair(x.high.reshape(-1), x.low.reshape(-1))
@@ -158,10 +167,9 @@ def pieces(x: Pair, axis: int) -> Pieces:
 
 
 def contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
-    """Contracts axis i of a with axis j of b in full float32, whatever the default precision is."""
-    return jax.lax.dot_general(
-        a, b, (((i,), (j,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    """Contracts axis i of a with axis j of b in full float32, or float64, whatever the default precision is."""
+    full = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.promote_types(a.dtype, jnp.float32)}
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), **full)
 
 
 def parts(a: Pieces, b: Pieces, i: int, j: int) -> tuple[jax.Array, jax.Array, jax.Array]:
