@@ -17,12 +17,12 @@ into it while training. `project=False` leaves the ledger alone, as published; n
 
 Deviations. R is averaged over tasks once; `average="twice"` divides it by their number again, as the published code
 does. gamma_i rises along a half cosine to gamma at `ramp` of the task and kappa_i falls with it;
-`schedule="published"` is a ramp to I / 2 with a jump of kappa to its end. Moments start anew with every task
+`schedule="published"` is a ramp to I / 2 with a jump of kappa to its end; with one universal network the centres of
+embeddings, which have gamma as a factor, take part in it, where ours stay. Moments start anew with every task
 (`fresh`), as published. `spread` rewards wide boxes, which leave room for later tasks. `point="middle"` trains the
 middle of the box, which is no output of the hypernetwork. `select` chooses the generator of a task by the certified
-accuracy of rows held back. With `lookahead` R is that of the parameters after the step
-that the loss of the task alone would take (von Oswald et al., 1906.00695, eq. 2). `sample` earlier tasks enter R in
-each step.
+accuracy of rows held back. With `lookahead` R is that of the parameters after the step that the loss of the task alone
+would take (von Oswald et al., 1906.00695, eq. 2). `sample` earlier tasks enter R in each step.
 """
 
 from __future__ import annotations
@@ -260,12 +260,14 @@ def _losses(
     number = jnp.maximum(jnp.sum(before), 1).astype(jnp.float32)
     if regular:
         chosen, counted = _chosen(before, task, options.sample, named(key, "earlier"))
+    nested = made.universal and options.schedule == "published"
     factor = options.beta / (jnp.square(number) if options.average == "twice" else number)
 
     def losses(generator: Params, rows: Batch) -> grad.Losses:
         which = jnp.concatenate([jnp.stack([task, task]), chosen])
         scales = jnp.concatenate([jnp.stack([gamma, jnp.zeros(())]), jnp.ones(chosen.size)])
-        centre, radius = made.boxes(generator, which, scales)
+        nearer = (jnp.ones(which.size).at[:2].set(gamma),) if nested else ()
+        centre, radius = made.boxes(generator, which, scales, *nearer)
         where = boxes.limits(made, whole, task)
         held = boxes.inside(centre[1], where)
         found = boxes.around(centre[0], radius[0], held, where)

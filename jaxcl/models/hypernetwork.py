@@ -101,8 +101,11 @@ def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dic
             return gamma / (2 * embedding) * jnp.cos(free), jnp.full_like(free, gamma / embedding)
         return free, gamma * jax.nn.softmax(spread)
 
-    def wide(generator: Params, which: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def wide(
+        generator: Params, which: jax.Array, scales: jax.Array, nearer: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         centre, radius = embed(generator, which)
+        centre = centre if nearer is None else centre * nearer[:, None]
         centre, radius = _through(generator["hidden"], centre, radius * scales[:, None])
         return products.affine(generator["head"]["weight"], generator["head"]["bias"], centre, radius)
 
