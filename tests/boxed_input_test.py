@@ -7,6 +7,7 @@ import toys
 
 from jaxcl import compose, domains, network, program
 from jaxcl.methods import hyperinterval
+from jaxcl.models import boxed as boxes
 from jaxcl.models import hypernetwork, mlp, weight_boxes
 from jaxcl.schema import UserError
 from jaxcl.types import Model, Output
@@ -213,3 +214,20 @@ def test_boxes_are_of_classifiers():
                 "hypernetwork",
             )
         )
+
+
+@pytest.mark.parametrize("universal", [False, True])
+@pytest.mark.parametrize("task", [-1, toys.T])
+def test_a_task_that_is_not_there_is_refused(task, universal):
+    made = toys.boxed(universal=universal).boxed
+    params = made.model.init(jax.random.key(0))
+    for number in (task, jnp.int32(task)):
+        for call in (
+            lambda number: boxes.box(made, params, number),
+            lambda number: boxes.close(made, params, number),
+            lambda number: boxes.over(params, number),
+            lambda number: boxes.zonotope(made, params, number, None),
+        ):
+            with pytest.raises(UserError, match=rf"^task={task}: there is no such task; give one of 0 \.\. 2$"):
+                call(number)
+    boxes.over(params, jnp.int32(toys.T - 1))

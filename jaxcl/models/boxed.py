@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxcl import frozen
 from jaxcl.kernels import boxes as products
@@ -174,6 +175,12 @@ def shown(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
     return params[LEDGER]["current"].astype(jnp.int32) if boxed.universal else task
 
 
+def check_task(tasks: int, task: jax.Array) -> None:
+    """Raises UserError for a number that no task of T has. Under jit it is not known, and nothing is raised."""
+    if not isinstance(task, Tracer) and not 0 <= int(task) < tasks:
+        raise UserError(f"task={int(task)}: there is no such task; give one of 0 .. {tasks - 1}")
+
+
 def point(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
     """Returns the weights of the deployed network, float32 [N]."""
     own = shown(boxed, params, task)[None]
@@ -195,7 +202,11 @@ def box(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = False) -
       params: of it.
       task: int32 [].
       tight: whether by affine forms, which are inside the bounds of interval arithmetic.
+
+    Raises:
+      UserError: there is no such task. Under jit it is not noticed: the box is then that of another one.
     """
+    check_task(boxed.tasks, task)
     own, generator = shown(boxed, params, task), params["generator"]
     centre, radius = boxed.boxes(generator, jnp.stack([own, own]), jnp.array([1.0, 0.0]))
     found = boxed.tight(generator, own) if tight else (centre[0], radius[0])
@@ -209,7 +220,11 @@ def around(centre: jax.Array, radius: jax.Array, held: jax.Array, where: Interva
 
 
 def close(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = True) -> Params:
-    """Returns the parameters with the present box of a task in the ledger. A task that is over stays as it was."""
+    """Returns the parameters with the present box of a task in the ledger. A task that is over stays as it was.
+
+    Raises:
+      UserError: there is no such task. Under jit it is not noticed.
+    """
     ledger, found = params[LEDGER], box(boxed, params, task, tight=tight)
     row = 0 if boxed.universal else task
     # A second pass over a task may not widen what was promised, and need not narrow it: clipping keeps it inside.
@@ -225,7 +240,12 @@ def close(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = True) 
 
 
 def over(params: Params, task: jax.Array) -> Params:
-    """Returns the parameters with a task noted as over, and nothing promised for it."""
+    """Returns the parameters with a task noted as over, and nothing promised for it.
+
+    Raises:
+      UserError: there is no such task. Under jit it is not noticed.
+    """
+    check_task(params[LEDGER]["done"].size, task)
     return {**params, LEDGER: {**params[LEDGER], "done": params[LEDGER]["done"].at[task].set(1.0)}}
 
 
@@ -254,7 +274,11 @@ def zonotope(boxed: Boxed, params: Params, task: jax.Array, ends: Interval) -> Z
     """Returns all networks that the generator makes of the embedding of a task, without the ledger.
 
     Where `Boxed.layer` is. The layers before the last are computed to nearest. `ends` is a box that holds them, [N].
+
+    Raises:
+      UserError: there is no such task. Under jit it is not noticed.
     """
+    check_task(boxed.tasks, task)
     own, generator = shown(boxed, params, task), params["generator"]
     assert boxed.layer
     weight, bias, centre, generators = boxed.layer(generator, own)
