@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 import toys
 
-from jaxcl import compose, domains, network, program
+from jaxcl import certify, compose, domains, network, program
 from jaxcl.methods import hyperinterval
 from jaxcl.models import boxed as boxes
 from jaxcl.models import hypernetwork, mlp, weight_boxes
@@ -175,12 +175,14 @@ def of(apply):
     )
 
 
+def mixing(params, batch, cache=None):
+    """Normalises with the statistics of the batch."""
+    x = batch.inputs @ params["w"]
+    return Output((x - x.mean(0, keepdims=True)) / (1e-3 + x.std(0, keepdims=True)))
+
+
 def test_models_without_sound_bounds_are_refused():
     rows = toys.classes(0, rows=1)
-
-    def mixing(params, batch, cache=None):
-        x = batch.inputs @ params["w"]
-        return Output((x - x.mean(0, keepdims=True)) / (1e-3 + x.std(0, keepdims=True)))
 
     def unknown(params, batch, cache=None):
         return Output(jnp.sin(batch.inputs @ params["w"]))
@@ -189,6 +191,26 @@ def test_models_without_sound_bounds_are_refused():
         for name in network.BOXES:
             with pytest.raises(UserError, match=words):
                 network.with_boxes(of(apply), name, rows, 2)
+
+
+@pytest.mark.parametrize(("kind", "method"), [("hypernetwork", "hyperinterval"), ("weight_boxes", "intercontinet")])
+def test_networks_that_mix_rows_are_refused_without_a_config(kind, method):
+    """By whatever sees rows first: the method, a certificate, bounds of logits outside of jit."""
+    rows = toys.classes(0, rows=2)
+
+    def uses(target):
+        made = network.BOXES[kind](target, tasks=2)
+        params = made.model.init(jax.random.key(0))
+        setting = toys.setting(model=made.model, example=rows, tasks=2)._replace(boxed=made)
+        yield lambda: compose.make(method, setting)
+        yield lambda: certify.make(made, {"task": [rows]})
+        yield lambda: boxes.logits(made, params, boxes.box(made, params, 0), rows)
+
+    for use in uses(mlp.make(inputs=4, hidden=(3,), classes=4)):
+        use()
+    for use in uses(of(mixing).model):
+        with pytest.raises(UserError, match=r"mixes the rows of a batch.*LayerNorm"):
+            use()
 
 
 def test_weights_that_are_not_float32_are_refused():

@@ -362,4 +362,5 @@ def _checked(setting: Setting, options: Options) -> Boxed:
         raise UserError(f"{where}aside={options.aside}: must lie between 0 and 1; it is a share of the rows")
     if options.sample is not None and options.sample < 1:
         raise UserError(f"{where}sample={options.sample}: must be at least 1; None takes all earlier tasks")
+    boxes.check_target(made.target, setting.example)
     return made

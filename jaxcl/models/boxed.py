@@ -19,6 +19,7 @@ training, is this library's: a penalty alone does not keep later boxes inside ea
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from jax.core import Tracer
 
 from jaxcl import frozen
 from jaxcl.kernels import boxes as products
-from jaxcl.models.interval import Form, Interval, affine_bounds, bounds
+from jaxcl.models.interval import Form, Interval, affine_bounds, bounds, check_rows
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Output, Params
 
@@ -137,6 +138,25 @@ def free(target: Model, fixed: Sequence[str]) -> Callable[[Key], Params]:
     except UserError as error:
         raise UserError(str(error).replace("config.optim.frozen", "config.adapter.fixed")) from None
     return lambda key: _parted(target.init(key), fixed)[0]
+
+
+def check_target(target: Model, example: Batch) -> None:
+    """Refuses a network whose logits of a row depend on other rows, as `jaxcl.models.interval.check_rows` does.
+
+    The makers of boxes see no rows; methods of boxes and certificates call this as soon as they know what rows are.
+
+    Args:
+      target: the network.
+      example: rows, or their shapes; two of such shapes are drawn.
+
+    Raises:
+      UserError: rows are mixed, such as by a normalisation with the statistics of the batch.
+    """
+    rows = jax.tree.map(lambda x: jnp.ones((2, *x.shape[1:]), x.dtype), example)
+    if jnp.issubdtype(rows.inputs.dtype, jnp.floating):
+        drawn = jax.random.normal(jax.random.key(1), rows.inputs.shape, rows.inputs.dtype)
+        rows = dataclasses.replace(rows, inputs=drawn)
+    check_rows(target, target.init(jax.random.key(0)), rows)
 
 
 def _parted(tree: Any, fixed: Sequence[str]) -> tuple[Any, Any]:
@@ -250,7 +270,13 @@ def over(params: Params, task: jax.Array) -> Params:
 
 
 def logits(boxed: Boxed, params: Params, box: Interval, batch: Batch, *, outward: bool = False) -> Interval:
-    """Returns bounds of the logits of every network in a box [N], float32 [B, V]."""
+    """Returns bounds of the logits of every network in a box [N], float32 [B, V].
+
+    Raises:
+      UserError: the network mixes rows, see `check_target`. Under jit it is not looked at.
+    """
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, box, batch))):
+        check_target(boxed.target, batch)
     bare = {**params, "fixed": {}}
     ends = jax.tree.map(Interval, boxed.network(bare, box.lower), boxed.network(bare, box.upper))
     ends = frozen.join(ends, params.get("fixed", {}))

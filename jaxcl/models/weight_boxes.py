@@ -28,7 +28,7 @@ def make(target: Model, *, tasks: int, radius: float = 1.0, fixed: Sequence[str]
     Parameters: `generator/{centre, radius, shift, scale}`, float32 [N] each, and the ledger, see `jaxcl.models.boxed`.
 
     Args:
-      target: a network of float32 parameters.
+      target: a network of float32 parameters, see `jaxcl.models.hypernetwork.make`.
       tasks: T.
       radius: of every weight before the first task, above 0.
       fixed: patterns of parameters of the target that are drawn once and have no boxes.
