@@ -81,6 +81,10 @@ BAD = {
         {"method": "intercontinet"},
         ["config.method='intercontinet'", "config.adapter='weight_boxes'"],
     ),
+    "boxes of weights of their own": (
+        {"adapter": "weight_boxes"},
+        ["config.method='hyperinterval'", "config.adapter='weight_boxes'", "set config.method='intercontinet'"],
+    ),
     "frozen parameters": (
         {"optim": {"name": "adam", "frozen": ["^layer_0"]}},
         ["config.optim.frozen", "leave it out"],
@@ -161,8 +165,13 @@ def test_options_of_intercontinet(option):
 
 
 def test_methods_of_boxes_need_their_own():
-    for name, kind in (("hyperinterval", None), ("intercontinet", None), ("intercontinet", "hypernetwork")):
-        with pytest.raises(UserError, match=f"config.method='{name}'.*set config.adapter="):
+    for name, kind in (
+        ("hyperinterval", None),
+        ("hyperinterval", "weight_boxes"),
+        ("intercontinet", None),
+        ("intercontinet", "hypernetwork"),
+    ):
+        with pytest.raises(UserError, match=f"config.method='{name}'.*(set|or) config.adapter="):
             compose.make(name, toys.boxed(kind) if kind else toys.setting())
     with pytest.raises(UserError, match=r"'hyperinterval' is a complete method of its own; remove ewc"):
         compose.make("hyperinterval + ewc", toys.boxed())

@@ -336,13 +336,25 @@ def _anew(fresh: Any, old: Any) -> Any:
     return jax.tree.map(lambda new, was: was if is_schedule(was) else new, fresh, old, is_leaf=is_schedule)
 
 
-def _checked(setting: Setting, options: Options) -> Boxed:
+def _boxes_of(setting: Setting) -> Boxed:
     """Returns the model of boxes, or raises UserError."""
     made = setting.boxed
     if made is None:
         raise UserError(
             "config.method='hyperinterval': trains boxes of weights; set config.adapter='hypernetwork' for config.model"
         )
+    if "embedding" not in made.model.axes["generator"]:
+        raise UserError(
+            "config.method='hyperinterval': trains boxes that a hypernetwork makes, and the radii of config.adapter="
+            "'weight_boxes' could fall below 0; set config.method='intercontinet', or config.adapter='hypernetwork'"
+        )
+    boxes.check_target(made.target, setting.example)
+    return made
+
+
+def _checked(setting: Setting, options: Options) -> Boxed:
+    """Returns the model of boxes of options that are in range, or raises UserError."""
+    made = _boxes_of(setting)
     where = "config.method hyperinterval."
     for name, known in (("schedule", SCHEDULES), ("average", AVERAGES), ("point", POINTS)):
         if getattr(options, name) not in known:
@@ -362,5 +374,4 @@ def _checked(setting: Setting, options: Options) -> Boxed:
         raise UserError(f"{where}aside={options.aside}: must lie between 0 and 1; it is a share of the rows")
     if options.sample is not None and options.sample < 1:
         raise UserError(f"{where}sample={options.sample}: must be at least 1; None takes all earlier tasks")
-    boxes.check_target(made.target, setting.example)
     return made
