@@ -21,8 +21,8 @@ does. gamma_i rises along a half cosine to gamma at `ramp` of the task and kappa
 (`fresh`), as published. `spread` rewards wide boxes, which leave room for later tasks. `point="middle"` trains the
 middle of the box, which is no output of the hypernetwork. `select` chooses the generator of a task by the certified
 accuracy of rows held back. With `lookahead` R is that of the parameters after the step
-that the loss of the task alone would take (von Oswald et al., 1906.00695, eq. 2). `sample` earlier tasks enter R in
-each step.
+that the loss of the task alone would take (von Oswald et al., 1906.00695, eq. 2). At most `sample` earlier tasks
+enter R in each step.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def make(
       schedule: of gamma_i and kappa_i.
       average: how often R is divided by the number of earlier tasks.
       point: the network that is trained beside the box; only "centre" is what is deployed.
-      sample: earlier tasks in R, drawn in every step; None = all.
+      sample: at most that many earlier tasks in R, drawn in every step without replacement; all of them while there are
+        no more, so that T - 1 or above is the same as None, all.
       lookahead: whether R looks ahead.
       project: whether boxes are clipped into the ledger, and the ledger is kept.
       spread: weight of the mean logarithm of the radii in the first task.
