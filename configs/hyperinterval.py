@@ -9,7 +9,7 @@ Parts:    task         a network for every task          universal        one ne
           mnist        the first at the sizes of Krukowski et al., 2405.15444
           mnist_universal, mnist_published               the second: on fixed detectors, and at the published sizes
           permuted     permuted MNIST, ten tasks, at the published sizes (206 M parameters; hours on a CPU)
-          PART,STEPS   other steps of a task
+          PART,STEPS   other steps of a task; task,30 takes half a minute
 Expected: experiments/hyperinterval/README.md; the first two take a minute each on two CPU cores.
 """
 

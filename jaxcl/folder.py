@@ -61,11 +61,14 @@ def finished(place: Path, config: Mapping[str, Any]) -> bool:
         return False
     known = about(place)
     plain = json.loads(json.dumps(config))
-    for key in sorted({**dict(flat(known["config"])), **dict(flat(plain))}):
-        old, new = dict(flat(known["config"])).get(key, "absent"), dict(flat(plain)).get(key, "absent")
-        if old != new and not any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE):
+    old, new = dict(flat(known["config"])), dict(flat(plain))
+    for key in sorted({**old, **new}):
+        both = key in old and key in new
+        same = both and old[key] == new[key]
+        if not same and not any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE):
+            now = f"not {new[key]!r}" if both else f"and this config has {_said(new, key)}"
             raise UserError(
-                f"--workdir={place}: belongs to a run with config.{key}={old!r}, not {new!r}; "
+                f"--workdir={place}: belongs to a run with {_said(old, key)}, {now}; "
                 "choose another --workdir, or set it back"
             )
     return known["finished"] and known["config"] == plain
@@ -179,6 +182,14 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(item, f"{name}[{i}]")
     else:
         yield name, value
+
+
+def _said(values: Mapping[str, Any], key: str) -> str:
+    """Returns what a flat config has at a key, in words where it is no value."""
+    if key in values:
+        return f"config.{key}={values[key]!r}"
+    inside = any(name.startswith((f"{key}.", f"{key}[")) for name in values)
+    return f"more than one value in config.{key}" if inside else f"no config.{key}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -158,7 +158,8 @@ def _check_alike(runs: Sequence[Run]) -> None:
         pairs["adapter.width"] = first.made.width, run.made.width
         models = [dict(folder.flat(one.about["config"]["model"])) for one in (first, run)]
         for key in sorted({*models[0], *models[1]} - {"start"}):
-            pairs[f"model.{key}"] = models[0].get(key, "absent"), models[1].get(key, "absent")
+            here, there = (one.get(key, "the default") for one in models)
+            pairs[f"model.{key}"] = here, there
         pairs["rows"] = first.about["facts"]["row"]["shape"], run.about["facts"]["row"]["shape"]
         for key, (here, there) in pairs.items():
             if here != there:

@@ -12,6 +12,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+NOT_FINITE = (
+    "nan",
+    "inf",
+    "infinity",
+)  # a text on the command line, where few options take infinity and none takes nan
+
 
 class UserError(Exception):
     """Bad input. The message names the field, the value and the remedy, on one line.
@@ -92,6 +98,9 @@ def check(function: Callable[..., Any], options: Mapping[str, Any], *, field: st
         if key not in known:
             raise UserError(f"{dotted(field, key)}: unknown key{nearest(key, list(known))}")
         if key in hints and not fits(value, hints[key]):
+            if isinstance(value, str) and _not_finite(value) and fits(0, hints[key]):
+                rest = "" if "nan" in value.lower() else "; one that may be infinite is written 1e999"
+                raise UserError(f"{dotted(field, key)}={value}: must be a finite number{rest}")
             listed = isinstance(value, str) and fits([value], hints[key])
             wanted = f"a list, as in [{value!r}]" if listed else spell(hints[key])
             raise UserError(f"{dotted(field, key)}={value!r}: expected {wanted}, got {type(value).__name__}")
@@ -139,6 +148,16 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 
+def _not_finite(text: str) -> bool:
+    return text.lower().lstrip("+-") in NOT_FINITE
+
+
+def _literal(node: ast.expr) -> Any:
+    """Returns the value of a literal; nan and inf, which are none, as text: `check` names the option they are for."""
+    text = ast.unparse(node)
+    return text if _not_finite(text) else ast.literal_eval(node)
+
+
 def parse(text: str, *, field: str) -> list[dict[str, Any]]:
     """Reads `er(capacity=256) + reptile(every=10, keep=0.5)` as a list of dicts with a `name` and options.
 
@@ -154,7 +173,7 @@ def parse(text: str, *, field: str) -> list[dict[str, Any]]:
         if isinstance(node, ast.Name):
             return [{"name": node.id}]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            options = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg}
+            options = {word.arg: _literal(word.value) for word in node.keywords if word.arg}
             if len(options) == len(node.keywords):
                 return [{"name": node.func.id, **options}]
         raise ValueError(ast.unparse(node))

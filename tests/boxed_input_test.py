@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 import toys
 
-from jaxcl import compose, domains, network, program
+from jaxcl import certify, compose, domains, network, program
 from jaxcl.methods import hyperinterval
+from jaxcl.models import boxed as boxes
 from jaxcl.models import hypernetwork, mlp, weight_boxes
 from jaxcl.schema import UserError
 from jaxcl.types import Model, Output
@@ -58,7 +59,9 @@ BAD = {
         ["config.model", "rows of config.sources have the shape (8, 8, 1)"],
     ),
     "negative gamma": (adapter(gamma=-1.0), ["config.adapter.gamma=-1.0", "must not be negative"]),
-    "infinite gamma": (adapter(gamma=float("inf")), ["config.adapter.gamma=inf"]),
+    "infinite gamma": (adapter(gamma=float("inf")), ["config.adapter.gamma=inf", "finite"]),
+    "gamma that is no number": (adapter(gamma=float("nan")), ["config.adapter.gamma=nan", "finite"]),
+    "gamma of a command line": (adapter(gamma="nan"), ["config.adapter.gamma=nan: must be a finite number"]),
     "no embedding": (adapter(embedding=0), ["config.adapter.embedding=0", "at least 1"]),
     "no hidden layer": (adapter(hidden=[]), ["config.adapter.hidden=[]", "at least one"]),
     "hidden layer of nothing": (adapter(hidden=[0]), ["config.adapter.hidden=0", "at least 1"]),
@@ -68,6 +71,10 @@ BAD = {
     "radius of weights": (
         {"adapter": {"name": "weight_boxes", "radius": 0.0}, "method": "intercontinet"},
         ["config.adapter.radius=0.0", "above 0"],
+    ),
+    "infinite radius of weights": (
+        {"adapter": {"name": "weight_boxes", "radius": float("inf")}, "method": "intercontinet"},
+        ["config.adapter.radius=inf", "above 0, and finite"],
     ),
     "adapter of language models": ({"adapter": "lora"}, ["config.adapter.name='lora'", "hypernetwork"]),
     "method of weights": ({"method": "cpt"}, ["config.method='cpt'", "hyperinterval", "leave the adapter out"]),
@@ -79,6 +86,10 @@ BAD = {
     "no boxes of weights": (
         {"method": "intercontinet"},
         ["config.method='intercontinet'", "config.adapter='weight_boxes'"],
+    ),
+    "boxes of weights of their own": (
+        {"adapter": "weight_boxes"},
+        ["config.method='hyperinterval'", "config.adapter='weight_boxes'", "set config.method='intercontinet'"],
     ),
     "frozen parameters": (
         {"optim": {"name": "adam", "frozen": ["^layer_0"]}},
@@ -129,6 +140,8 @@ METHOD = {
     "ramp=-0.5": ["ramp=-0.5", "[0, 1]"],
     "steps=3": ["steps=3", "a stage of config.stream has 2", "leave it out"],
     "spread=1e999": ["spread=inf", "finite"],
+    "beta=nan": ["beta=nan: must be a finite number"],
+    "beta=-inf": ["beta=-inf: must be a finite number"],
     "steps=0": ["steps=0", "at least 1"],
     "select=-1": ["select=-1: must be a number of steps, or 0"],
     "select=2, aside=0.0": ["aside=0.0: must lie between 0 and 1"],
@@ -160,8 +173,13 @@ def test_options_of_intercontinet(option):
 
 
 def test_methods_of_boxes_need_their_own():
-    for name, kind in (("hyperinterval", None), ("intercontinet", None), ("intercontinet", "hypernetwork")):
-        with pytest.raises(UserError, match=f"config.method='{name}'.*set config.adapter="):
+    for name, kind in (
+        ("hyperinterval", None),
+        ("hyperinterval", "weight_boxes"),
+        ("intercontinet", None),
+        ("intercontinet", "hypernetwork"),
+    ):
+        with pytest.raises(UserError, match=f"config.method='{name}'.*(set|or) config.adapter="):
             compose.make(name, toys.boxed(kind) if kind else toys.setting())
     with pytest.raises(UserError, match=r"'hyperinterval' is a complete method of its own; remove ewc"):
         compose.make("hyperinterval + ewc", toys.boxed())
@@ -174,12 +192,14 @@ def of(apply):
     )
 
 
+def mixing(params, batch, cache=None):
+    """Normalises with the statistics of the batch."""
+    x = batch.inputs @ params["w"]
+    return Output((x - x.mean(0, keepdims=True)) / (1e-3 + x.std(0, keepdims=True)))
+
+
 def test_models_without_sound_bounds_are_refused():
     rows = toys.classes(0, rows=1)
-
-    def mixing(params, batch, cache=None):
-        x = batch.inputs @ params["w"]
-        return Output((x - x.mean(0, keepdims=True)) / (1e-3 + x.std(0, keepdims=True)))
 
     def unknown(params, batch, cache=None):
         return Output(jnp.sin(batch.inputs @ params["w"]))
@@ -188,6 +208,26 @@ def test_models_without_sound_bounds_are_refused():
         for name in network.BOXES:
             with pytest.raises(UserError, match=words):
                 network.with_boxes(of(apply), name, rows, 2)
+
+
+@pytest.mark.parametrize(("kind", "method"), [("hypernetwork", "hyperinterval"), ("weight_boxes", "intercontinet")])
+def test_networks_that_mix_rows_are_refused_without_a_config(kind, method):
+    """By whatever sees rows first: the method, a certificate, bounds of logits outside of jit."""
+    rows = toys.classes(0, rows=2)
+
+    def uses(target):
+        made = network.BOXES[kind](target, tasks=2)
+        params = made.model.init(jax.random.key(0))
+        setting = toys.setting(model=made.model, example=rows, tasks=2)._replace(boxed=made)
+        yield lambda: compose.make(method, setting)
+        yield lambda: certify.make(made, {"task": [rows]})
+        yield lambda: boxes.logits(made, params, boxes.box(made, params, 0), rows)
+
+    for use in uses(mlp.make(inputs=4, hidden=(3,), classes=4)):
+        use()
+    for use in uses(of(mixing).model):
+        with pytest.raises(UserError, match=r"mixes the rows of a batch.*LayerNorm"):
+            use()
 
 
 def test_weights_that_are_not_float32_are_refused():
@@ -213,3 +253,20 @@ def test_boxes_are_of_classifiers():
                 "hypernetwork",
             )
         )
+
+
+@pytest.mark.parametrize("universal", [False, True])
+@pytest.mark.parametrize("task", [-1, toys.T])
+def test_a_task_that_is_not_there_is_refused(task, universal):
+    made = toys.boxed(universal=universal).boxed
+    params = made.model.init(jax.random.key(0))
+    for number in (task, jnp.int32(task)):
+        for call in (
+            lambda number: boxes.box(made, params, number),
+            lambda number: boxes.close(made, params, number),
+            lambda number: boxes.over(params, number),
+            lambda number: boxes.zonotope(made, params, number, None),
+        ):
+            with pytest.raises(UserError, match=rf"^task={task}: there is no such task; give one of 0 \.\. 2$"):
+                call(number)
+    boxes.over(params, jnp.int32(toys.T - 1))

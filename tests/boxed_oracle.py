@@ -40,6 +40,32 @@ def box(generator, centre, radius):
     return low, high
 
 
+def forms(generator, centre, radius, meet=True):
+    """Returns centre [K] and generators [S, K] of what enters the last layer, by affine forms.
+
+    `meet`: ranges of a layer are what affine forms and interval arithmetic have in common; else those of the first.
+    """
+    noise, low, high = np.diag(radius), centre - radius, centre + radius
+    for i in range(len(generator["hidden"])):
+        kernel, bias = (generator["hidden"][f"layer_{i}"][part] for part in ("kernel", "bias"))
+        up, down = np.maximum(kernel, 0), np.minimum(kernel, 0)
+        centre, noise = centre @ kernel + bias, noise @ kernel
+        below, above = low @ up + high @ down + bias, high @ up + low @ down + bias
+        low, high = centre - np.abs(noise).sum(0), centre + np.abs(noise).sum(0)
+        if meet:
+            low, high = np.maximum(low, below), np.minimum(high, above)
+        fresh = np.zeros_like(centre)
+        for k in range(centre.size):
+            if high[k] <= 0:
+                centre[k], noise[:, k] = 0, 0
+            elif low[k] < 0:
+                slope = high[k] / (high[k] - low[k])
+                fresh[k] = -slope * low[k] / 2
+                centre[k], noise[:, k] = slope * centre[k] + fresh[k], slope * noise[:, k]
+        low, high, noise = np.maximum(low, 0), np.maximum(high, 0), np.concatenate([noise, np.diag(fresh)])
+    return centre, noise
+
+
 def sampled(rng, centre, radius, count):
     """Returns points of a box, [count, M]: half of them corners."""
     signs = rng.uniform(-1, 1, (count, centre.size))

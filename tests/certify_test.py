@@ -162,7 +162,7 @@ def test_a_run_that_goes_on_has_the_same_promises(trained, tmp_path):
 
 
 def test_a_run_that_cannot_be_certified_again_says_why(trained, tmp_path, monkeypatch):
-    """Other held-out rows; the shapes of another network; a ledger in which nothing is, whose boxes do not meet."""
+    """Other held-out rows; the shapes of another network; a record that is cut short; a task that is not over."""
     kind, _, place = trained
     if kind == "one network":
         return
@@ -199,6 +199,11 @@ def test_a_run_that_cannot_be_certified_again_says_why(trained, tmp_path, monkey
     monkeypatch.setattr(command.saved, "params", fresh)
     refused(r"no task is over at step \d+")
 
+
+def test_a_run_without_a_ledger_is_told_so(trained, monkeypatch):
+    """As with project=False; that boxes of task networks do not meet is no fault."""
+    params = command.saved.params
+
     def empty(*args, **options):
         step, found = params(*args, **options)
         lower = found[LEDGER]["lower"]
@@ -206,7 +211,11 @@ def test_a_run_that_cannot_be_certified_again_says_why(trained, tmp_path, monkey
         return step, {**found, LEDGER: {**found[LEDGER], **ends}}
 
     monkeypatch.setattr(command.saved, "params", empty)
-    refused(r"box of task_01 misses those of the tasks before it in .*project=true")
+    words = (
+        r"trained with config\.method\.project=False and kept no ledger, .*train anew with --config\.method\.project"
+    )
+    with pytest.raises(UserError, match=words):
+        command.check(trained[2])
 
 
 def test_the_ledger_of_another_network_is_refused(tmp_path):

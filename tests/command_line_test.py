@@ -61,7 +61,7 @@ def test_a_method_may_be_a_text_a_dict_or_a_list_whatever_it_was(old, text, valu
     ("launcher", "arguments", "told"),
     [
         ("analytic", ["--mnist=nowhere", "--parts=pixels"], "mnist-0.npz: cannot be read"),
-        ("hyperinterval", ["--mnist=nowhere", "--parts=task"], "config.sources.task_00: path='nowhere'"),
+        ("hyperinterval", ["--mnist=nowhere", "--parts=task"], "--mnist=nowhere: is no folder; give the folder of the"),
         ("soft_rl", ["--config.model.wrong=1"], "config.model.wrong: unknown key"),
     ],
 )

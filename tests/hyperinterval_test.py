@@ -291,6 +291,21 @@ def test_a_sample_of_the_earlier_tasks_stands_for_all():
     assert counts.min() > 150
 
 
+def test_a_sample_of_more_tasks_than_there_are_is_all_of_them():
+    """Each counts once, however many are asked for."""
+    for before, sample in (
+        ([1, 1, 0, 0], 3),
+        ([1, 1, 1, 0], 9),
+        ([1, 0, 0, 0], 2),
+    ):
+        done, task = np.array(before) > 0, jnp.int32(sum(before))
+        which, counted = hyperinterval._chosen(jnp.asarray(done), task, sample, jax.random.key(0))
+        told = np.zeros(4)
+        np.add.at(told, np.asarray(which), np.asarray(counted))
+        np.testing.assert_array_equal(told, done)
+        assert len(set(np.asarray(which).tolist())) == len(which)
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_moments_start_anew_and_the_schedule_goes_on(fresh):
     run = Run(False, fresh=fresh, beta=0.0)

@@ -1,13 +1,16 @@
 """Bad input through the real command line: one line that names the field and the remedy, status 2, nothing written."""
 
 import json
+import re
 import shutil
 
 import processes
 import pytest
 import small
 
+from jaxcl import folder as places
 from jaxcl import train
+from jaxcl.schema import UserError
 
 # name -> words the line must hold: the field, the value or the remedy
 SECTIONS = {
@@ -279,3 +282,24 @@ def test_a_row_damaged_after_the_start_ends_the_run_in_one_line(folder, tmp_path
     (line,) = [line for line in started.log.read_text().splitlines() if line.startswith("error: ")]
     assert f"delete {cache}/d0-" in line
     assert "Traceback" not in started.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ({"seed": 0}, {"seed": 1}, "belongs to a run with config.seed=0, not 1; choose another --workdir"),
+        ({}, {"seed": 1}, "belongs to a run with no config.seed, and this config has config.seed=1; choose"),
+        ({"ema": {"rate": 0.5}}, {}, "a run with config.ema.rate=0.5, and this config has no config.ema.rate; choose"),
+        (
+            {"ema": None},
+            {"ema": {"rate": 1, "of": 2}},
+            "config.ema=None, and this config has more than one value in conf",
+        ),
+    ],
+)
+def test_a_folder_of_another_run_says_what_differs(tmp_path, old, new, words):
+    old, new = {"method": "cpt", **old}, {"method": "cpt", **new}
+    places.write(tmp_path / "run.json", {"id": "0", "finished": True, "config": old})
+    assert places.finished(tmp_path, old)
+    with pytest.raises(UserError, match=re.escape(words)):
+        places.finished(tmp_path, new)

@@ -133,6 +133,7 @@ CASES = {
     "expansion": ({"adapter": {"name": "analytic", "width": 12, "expansion": "tanh"}}, r"expansion='tanh', but 'relu'"),
     "classes": ({"model": {"name": "mlp", "inputs": 64, "hidden": (6,), "classes": 5}}, r"adapter\.classes=5, but 4"),
     "backbone": ({"model": config()["model"] | {"hidden": (7,)}}, r"config\.model\.hidden\[0\]=7, but 6 in"),
+    "an option more": ({"model": config()["model"] | {"bias": True}}, r"bias=True, but 'the default' in"),
     "gamma": (
         {"method": "acil(gamma=0.3, how='recursion')"},
         r"\[0\]\.gamma=0\.3, but 0\.2 in .*; say which one counts with --gamma",

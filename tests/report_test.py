@@ -357,9 +357,29 @@ def test_same_label_with_other_settings_is_told_apart_and_a_seed_twice_is_refuse
     assert labels == ["x (plain, 25 % replay, lr 0.003)", "x (plain, 25 % replay, lr 0.001)"]
     assert len(report.write([a, c])["groups"]) == 2
     d = fake_run.make(tmp_path / "d", label="x", stop=260)
-    with pytest.raises(UserError, match="seed 0 was given twice"):
+    with pytest.raises(UserError, match=r"seed 0 was given twice, \S+/a and \S+/d; leave one"):
         report.write([a, d])
     assert report.expand([a, a]) == [a]
+
+
+def test_runs_whose_labels_and_methods_are_the_same_are_told_apart_by_their_folders(tmp_path):
+    """By their names, by those of the folders above where these are the same, and by the first of several seeds."""
+
+    def made(place, steps, seed=0):
+        return fake_run.make(tmp_path / place, label="x", stop=260, steps=steps, seed=seed)
+
+    def told(*runs):
+        return [
+            group["label"].removeprefix("x (plain, 25 % replay, lr 0.003) ") for group in report.write(runs)["groups"]
+        ]
+
+    one, other = made("one/run", 250), made("other/run", 200)
+    assert told(one, made("third", 200)) == ["[run]", "[third]"]
+    assert told(one, other) == ["[one/run]", "[other/run]"]
+    more, others = made("one/again", 250, 1), made("other/again", 200, 1)
+    assert told(one, more, other, others) == ["[one]", "[other]"]
+    beside = [made("one/beside", 200), made("one/beside1", 200, 1)]
+    assert told(one, more, *beside) == ["[run]", "[beside]"]
 
 
 def test_runs_of_different_progress_compare_on_what_they_share(tmp_path):

@@ -7,6 +7,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from jaxcl import main, program, schema, sweep, train
 from jaxcl.report import classified, run
@@ -51,8 +52,35 @@ def test_a_seed_orders_the_digits_and_draws_rows_of_both_splits(recipe, mnist, t
             numbers = pixels[labels == 0, 0, 1]
             assert len(set(numbers.tolist())) == count
             assert numbers.max() < most
-    with pytest.raises(UserError, match=r"--mnist: missing.*JAXCL_MNIST"):
-        prepare.mnist(None, tmp_path, 5)
+
+
+@pytest.mark.parametrize("folder", ["analytic", "hyperinterval"])
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_a_launcher_names_its_flags(folder, recipe, mnist, tmp_path, monkeypatch):
+    """And not the fields of a config that they set; nothing is made."""
+    (tmp_path / "here" / "empty").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("JAXCL_MNIST", raising=False)
+    launch = recipe(folder, "launch")
+    monkeypatch.setattr(launch.sweep, "run", lambda config, workdir: pytest.fail("it began"))
+    part = launch.KNOWN[0]
+    (mnist / "t10k-images-idx3-ubyte").rename(mnist / "elsewhere")
+    remedy = "give the folder of the four files of MNIST"
+    for given, words in (
+        (["--mnist=nowhere"], f"--mnist=nowhere: is no folder; {remedy}"),
+        (["--mnist=empty"], f"--mnist=empty: holds no train-images-idx3-ubyte or .gz of it; {remedy}"),
+        ([f"--mnist={mnist}"], f"--mnist={mnist}: has no test images; {remedy}"),
+        ([], f"--mnist: missing; {remedy}, or set JAXCL_MNIST"),
+        (["--parts=wrong"], "--parts=wrong: choose from "),
+        (["--parts="], "--parts=: choose from "),
+    ):
+        monkeypatch.delenv("JAXCL_MNIST", raising=False)  # which a launcher sets
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS["mnist"].unparse()
+        with pytest.raises(UserError) as error:
+            launch.launch(["launch.py", f"--workdir={tmp_path / 'out'}", f"--parts={part}", *given])
+        assert str(error.value).startswith(words)
+    assert not list((tmp_path / "out").rglob("*"))
 
 
 def test_characters_are_drawn_by_other_hands_and_averaged(recipe, tmp_path, monkeypatch):

@@ -42,11 +42,7 @@ def mnist(place, out, seed):
     path = Path(out) / f"mnist-{seed}.npz"
     if path.exists():
         return path
-    if not place:
-        raise UserError("--mnist: missing; give the folder of the four files of MNIST, or set JAXCL_MNIST")
-    whole, test = image_files.read(place)
-    if test is None:
-        raise UserError(f"--mnist={place}: has no test images; give the folder of all four files")
+    whole, test = image_files.of_flag("--mnist", place)
     draw = np.random.default_rng((seed, 10))
     order = draw.permutation(10)
     parts = {}

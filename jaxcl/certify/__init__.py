@@ -51,7 +51,11 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
       and `affine_radius`, mean radii of the boxes; `kept_radius`, that in the ledger; `clipped`, the share of the
       weights of the point network that the ledger moves; and, of task networks, `guessed` and `guessed_interval`: the
       share of rows of which task and class are right if the task is that of the least (interval) entropy.
+
+    Raises:
+      UserError: the network mixes rows, see `jaxcl.models.boxed.check_target`.
     """
+    boxes.check_target(made.target, next(iter(rows.values()))[0])
     parts = (_points, _boxes, _counts, _shape, _guesses)
     point, find, count, shape, guess = (jax.jit(functools.partial(f, made)) for f in parts)
     joint = _joint(made, fetch)

@@ -64,9 +64,11 @@ def check(path: Path, step: int | None = None) -> dict[str, Any]:
         given = (pieces["sources"], {}, None, pieces["model"], pieces["adapter"], pieces["stream"]["stages"])
         boxed = domains.make(domains.Sections(*given)).network.boxed
         assert boxed
-        certify.common(boxed, params, told.tasks)  # names the task that misses the others
+        if boxed.universal:  # boxes of task networks need not meet
+            certify.common(boxed, params, told.tasks)  # names the task that misses the others
         raise UserError(
-            f"{path}: the run keeps no ledger, so that nothing is guaranteed; train with --config.method.project=true"
+            f"{path}: the run was trained with config.method.project=False and kept no ledger, so that nothing is "
+            "guaranteed; train anew with --config.method.project=true"
         )
     block = certificates.compared(told.tasks, told.own, {**past, len(told.tasks): now})
     return block | {"stages": len(pieces["stream"]["stages"])}

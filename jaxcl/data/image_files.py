@@ -57,6 +57,33 @@ def read(path: str, image: str | None = None, label: str | None = None) -> tuple
     return _read(path, image, label, tuple(_state(one) for one in _candidates(path)))
 
 
+def of_flag(flag: str, folder: str | None) -> tuple[Images, Images]:
+    """Returns both splits of MNIST from the folder that a flag of a launcher names.
+
+    Args:
+      flag: as it is written, `--mnist`, which is what messages name.
+      folder: its value, with the four files; None = it was not given.
+
+    Raises:
+      UserError: no such folder, not all four files, or one that is damaged.
+    """
+    remedy = "give the folder of the four files of MNIST"
+    if not folder:
+        raise UserError(f"{flag}: missing; {remedy}, or set JAXCL_MNIST")
+    if not os.path.isdir(os.path.expanduser(folder)):
+        raise UserError(f"{flag}={folder}: is no folder; {remedy}")
+    try:
+        train, test = read(folder)
+    except UserError as error:
+        own = f"config.sources: path={os.path.expanduser(folder)!r}: "
+        if not str(error).startswith(own):  # of a file, which it names
+            raise
+        raise UserError(f"{flag}={folder}: {str(error).removeprefix(own).rpartition(';')[0]}; {remedy}") from error
+    if test is None:
+        raise UserError(f"{flag}={folder}: has no test images; {remedy}")
+    return train, test
+
+
 def _candidates(path: str) -> list[str]:
     """Returns the files that may be read for a path."""
     if path.endswith(".npz"):

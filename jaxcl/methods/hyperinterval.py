@@ -22,7 +22,8 @@ embeddings, which have gamma as a factor, take part in it, where ours stay. Mome
 (`fresh`), as published. `spread` rewards wide boxes, which leave room for later tasks. `point="middle"` trains the
 middle of the box, which is no output of the hypernetwork. `select` chooses the generator of a task by the certified
 accuracy of rows held back. With `lookahead` R is that of the parameters after the step that the loss of the task alone
-would take (von Oswald et al., 1906.00695, eq. 2). `sample` earlier tasks enter R in each step.
+would take (von Oswald et al., 1906.00695, eq. 2). At most `sample` earlier tasks enter R in
+each step.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def make(
       schedule: of gamma_i and kappa_i.
       average: how often R is divided by the number of earlier tasks.
       point: the network that is trained beside the box; only "centre" is what is deployed.
-      sample: earlier tasks in R, drawn in every step; None = all.
+      sample: at most that many earlier tasks in R, drawn in every step without replacement; all of them while there are
+        no more, so that T - 1 or above is the same as None, all.
       lookahead: whether R looks ahead.
       project: whether boxes are clipped into the ledger, and the ledger is kept.
       spread: weight of the mean logarithm of the radii in the first task.
@@ -338,13 +340,25 @@ def _anew(fresh: Any, old: Any) -> Any:
     return jax.tree.map(lambda new, was: was if is_schedule(was) else new, fresh, old, is_leaf=is_schedule)
 
 
-def _checked(setting: Setting, options: Options) -> Boxed:
+def _boxes_of(setting: Setting) -> Boxed:
     """Returns the model of boxes, or raises UserError."""
     made = setting.boxed
     if made is None:
         raise UserError(
             "config.method='hyperinterval': trains boxes of weights; set config.adapter='hypernetwork' for config.model"
         )
+    if "embedding" not in made.model.axes["generator"]:
+        raise UserError(
+            "config.method='hyperinterval': trains boxes that a hypernetwork makes, and the radii of config.adapter="
+            "'weight_boxes' could fall below 0; set config.method='intercontinet', or config.adapter='hypernetwork'"
+        )
+    boxes.check_target(made.target, setting.example)
+    return made
+
+
+def _checked(setting: Setting, options: Options) -> Boxed:
+    """Returns the model of boxes of options that are in range, or raises UserError."""
+    made = _boxes_of(setting)
     where = "config.method hyperinterval."
     for name, known in (("schedule", SCHEDULES), ("average", AVERAGES), ("point", POINTS)):
         if getattr(options, name) not in known:

@@ -111,4 +111,5 @@ def _checked(setting: Setting, contraction: float, threshold: float) -> boxes.Bo
     for name, value in (("contraction", contraction), ("threshold", threshold)):
         if not 0 <= value <= 1:
             raise UserError(f"config.method intercontinet.{name}={value}: must lie in [0, 1]; it is a share")
+    boxes.check_target(made.target, setting.example)
     return made

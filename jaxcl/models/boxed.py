@@ -19,16 +19,18 @@ training, is this library's: a penalty alone does not keep later boxes inside ea
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxcl import frozen
 from jaxcl.kernels import boxes as products
-from jaxcl.models.interval import Form, Interval, affine_bounds, bounds
+from jaxcl.models.interval import Form, Interval, affine_bounds, bounds, check_rows
 from jaxcl.schema import UserError
 from jaxcl.types import Batch, Key, Model, Output, Params
 
@@ -139,6 +141,25 @@ def free(target: Model, fixed: Sequence[str]) -> Callable[[Key], Params]:
     return lambda key: _parted(target.init(key), fixed)[0]
 
 
+def check_target(target: Model, example: Batch) -> None:
+    """Refuses a network whose logits of a row depend on other rows, as `jaxcl.models.interval.check_rows` does.
+
+    The makers of boxes see no rows; methods of boxes and certificates call this as soon as they know what rows are.
+
+    Args:
+      target: the network.
+      example: rows, or their shapes; two of such shapes are drawn.
+
+    Raises:
+      UserError: rows are mixed, such as by a normalisation with the statistics of the batch.
+    """
+    rows = jax.tree.map(lambda x: jnp.ones((2, *x.shape[1:]), x.dtype), example)
+    if jnp.issubdtype(rows.inputs.dtype, jnp.floating):
+        drawn = jax.random.normal(jax.random.key(1), rows.inputs.shape, rows.inputs.dtype)
+        rows = dataclasses.replace(rows, inputs=drawn)
+    check_rows(target, target.init(jax.random.key(0)), rows)
+
+
 def _parted(tree: Any, fixed: Sequence[str]) -> tuple[Any, Any]:
     return frozen.split(tree, fixed)
 
@@ -175,6 +196,12 @@ def shown(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
     return params[LEDGER]["current"].astype(jnp.int32) if boxed.universal else task
 
 
+def check_task(tasks: int, task: jax.Array) -> None:
+    """Raises UserError for a number that no task of T has. Under jit it is not known, and nothing is raised."""
+    if not isinstance(task, Tracer) and not 0 <= int(task) < tasks:
+        raise UserError(f"task={int(task)}: there is no such task; give one of 0 .. {tasks - 1}")
+
+
 def point(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
     """Returns the weights of the deployed network, float32 [N]."""
     own = shown(boxed, params, task)[None]
@@ -196,7 +223,11 @@ def box(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = False) -
       params: of it.
       task: int32 [].
       tight: whether by affine forms, which are inside the bounds of interval arithmetic.
+
+    Raises:
+      UserError: there is no such task. Under jit it is not noticed: the box is then that of another one.
     """
+    check_task(boxed.tasks, task)
     own, generator = shown(boxed, params, task), params["generator"]
     centre, radius = boxed.boxes(generator, jnp.stack([own, own]), jnp.array([1.0, 0.0]))
     found = boxed.tight(generator, own) if tight else (centre[0], radius[0])
@@ -210,7 +241,11 @@ def around(centre: jax.Array, radius: jax.Array, held: jax.Array, where: Interva
 
 
 def close(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = True) -> Params:
-    """Returns the parameters with the present box of a task in the ledger. A task that is over stays as it was."""
+    """Returns the parameters with the present box of a task in the ledger. A task that is over stays as it was.
+
+    Raises:
+      UserError: there is no such task. Under jit it is not noticed.
+    """
     ledger, found = params[LEDGER], box(boxed, params, task, tight=tight)
     row = 0 if boxed.universal else task
     # A second pass over a task may not widen what was promised, and need not narrow it: clipping keeps it inside.
@@ -226,12 +261,23 @@ def close(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = True) 
 
 
 def over(params: Params, task: jax.Array) -> Params:
-    """Returns the parameters with a task noted as over, and nothing promised for it."""
+    """Returns the parameters with a task noted as over, and nothing promised for it.
+
+    Raises:
+      UserError: there is no such task. Under jit it is not noticed.
+    """
+    check_task(params[LEDGER]["done"].size, task)
     return {**params, LEDGER: {**params[LEDGER], "done": params[LEDGER]["done"].at[task].set(1.0)}}
 
 
 def logits(boxed: Boxed, params: Params, box: Interval, batch: Batch, *, outward: bool = False) -> Interval:
-    """Returns bounds of the logits of every network in a box [N], float32 [B, V]."""
+    """Returns bounds of the logits of every network in a box [N], float32 [B, V].
+
+    Raises:
+      UserError: the network mixes rows, see `check_target`. Under jit it is not looked at.
+    """
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, box, batch))):
+        check_target(boxed.target, batch)
     bare = {**params, "fixed": {}}
     ends = jax.tree.map(Interval, boxed.network(bare, box.lower), boxed.network(bare, box.upper))
     ends = frozen.join(ends, params.get("fixed", {}))
@@ -255,7 +301,11 @@ def zonotope(boxed: Boxed, params: Params, task: jax.Array, ends: Interval) -> Z
     """Returns all networks that the generator makes of the embedding of a task, without the ledger.
 
     Where `Boxed.layer` is. The layers before the last are computed to nearest. `ends` is a box that holds them, [N].
+
+    Raises:
+      UserError: there is no such task. Under jit it is not noticed.
     """
+    check_task(boxed.tasks, task)
     own, generator = shown(boxed, params, task), params["generator"]
     assert boxed.layer
     weight, bias, centre, generators = boxed.layer(generator, own)

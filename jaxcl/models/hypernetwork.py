@@ -58,7 +58,8 @@ def make(
     `generator/embedding/{centre, radius} [T, M]` (e and v), and the ledger, see `jaxcl.models.boxed`.
 
     Args:
-      target: a network of float32 parameters that interval arithmetic knows, see `jaxcl.models.interval`.
+      target: a network of float32 parameters that interval arithmetic knows, see `jaxcl.models.interval`. One that
+        normalises with the statistics of the batch is refused where rows are known: `jaxcl.models.boxed.check_target`.
       tasks: T.
       universal: one network for all tasks, with nested embeddings; else one network per task.
       embedding: M.

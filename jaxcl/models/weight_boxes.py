@@ -28,16 +28,16 @@ def make(target: Model, *, tasks: int, radius: float = 1.0, fixed: Sequence[str]
     Parameters: `generator/{centre, radius, shift, scale}`, float32 [N] each, and the ledger, see `jaxcl.models.boxed`.
 
     Args:
-      target: a network of float32 parameters.
+      target: a network of float32 parameters, see `jaxcl.models.hypernetwork.make`.
       tasks: T.
       radius: of every weight before the first task, above 0.
       fixed: patterns of parameters of the target that are drawn once and have no boxes.
 
     Raises:
-      UserError: a radius that is not above 0.
+      UserError: a radius that is not above 0, or not finite.
     """
     if not 0 < radius < math.inf:
-        raise UserError(f"config.adapter.radius={radius}: must be above 0")
+        raise UserError(f"config.adapter.radius={radius}: must be above 0, and finite")
 
     part = boxed.free(target, fixed)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,7 +111,7 @@ def group(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> list[Group]
     """Returns the groups in the order in which they first appear.
 
     Runs with the same label and different settings are told apart by what their method, replay and learning rate say,
-    then by the names of their folders, or by a number where these do not tell. A branch has other settings.
+    then by as much of the paths of their folders as tells them apart. A branch has other settings.
     """
     settings = [_setting(run) for run in runs]
     labels = _labels(runs, settings)
@@ -121,7 +123,10 @@ def group(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> list[Group]
         by_seed: dict[int, int] = {}
         for i in members:
             if runs[i].seed in by_seed:
-                raise UserError(f"runs: {label!r} with seed {runs[i].seed} was given twice; leave one of them out")
+                both = f"{runs[by_seed[runs[i].seed]].place} and {runs[i].place}"
+                raise UserError(
+                    f"runs: {label!r} with seed {runs[i].seed} was given twice, {both}; leave one of them out"
+                )
             by_seed[runs[i].seed] = i
         ordered = dict(sorted(by_seed.items()))
         groups.append(
@@ -257,7 +262,8 @@ def _labels(runs: Sequence[Run], settings: Sequence[str]) -> list[str]:
             kinds = list(dict.fromkeys(s for own, s in zip(labels, settings, strict=True) if own == label))
             if len(kinds) < 2:
                 continue
-            names = _names(runs, [i for i, own in enumerate(labels) if own == label], len(kinds))
+            known = list(zip(labels, settings, strict=True))
+            names = _names([[run for run, own in zip(runs, known, strict=True) if own == (label, s)] for s in kinds])
             for i, run in enumerate(runs):
                 if labels[i] == label and run.label == label and refine:
                     labels[i] = f"{label} ({refine(run)})"
@@ -266,12 +272,19 @@ def _labels(runs: Sequence[Run], settings: Sequence[str]) -> list[str]:
     return labels
 
 
-def _names(runs: Sequence[Run], members: Sequence[int], kinds: int) -> list[str]:
-    """Returns a name for each kind of setting: its folder where there is one run of each and all names differ."""
-    folders = [runs[i].folder for i in members]
-    if len(members) == kinds == len(set(folders)):
-        return [f"[{name}]" for name in folders]
-    return [f"#{k + 1}" for k in range(kinds)]
+def _names(kinds: Sequence[Sequence[Run]]) -> list[str]:
+    """Returns a name for each kind of setting: as much of the end of its folder as tells it from the others.
+
+    That is the folder that its runs have in common; that of its first run where others have the same.
+    """
+    places = [Path(os.path.commonpath([run.place for run in own])) for own in kinds]
+    if len(set(places)) < len(places):
+        places = [own[0].place for own in kinds]
+    names, depth = [place.name for place in places], 1
+    while len(set(names)) < len(names):
+        depth += 1
+        names = ["/".join(place.parts[-depth:]) for place in places]
+    return [f"[{name}]" for name in names]
 
 
 def _setting(run: Run) -> str:

@@ -47,7 +47,7 @@ class Run:
     events: list[dict[str, Any]]
     steps: int | None  # planned steps, None if the config does not say
     about: dict[str, Any]  # what run.json says of it: facts, versions and branch
-    folder: str  # name of its directory
+    place: Path  # its directory
     goodput: dict[str, Any] | None = None  # see `jaxcl.goodput.summary`; None if no time was recorded
 
     @property
@@ -96,7 +96,7 @@ def load(path: Path) -> Run:
     if not evals:
         raise UserError(f"{path}: no evaluation recorded yet; wait for the first, or set config.evaluation.every")
     _check(path, records)
-    run = _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals, path.resolve().name)
+    run = _assemble(_json(path / "config.json"), _json(path / "run.json"), records, evals, path.resolve())
     return replace(run, goodput=goodput.summary(path) if (path / goodput.FILE).exists() else None)
 
 
@@ -131,7 +131,7 @@ def _assemble(
     about: dict[str, Any],
     records: list[dict[str, Any]],
     evals: list[dict[str, Any]],
-    folder: str,
+    place: Path,
 ) -> Run:
     train = [record for record in records if record["kind"] == "train"]
     stages = _section(config, "stream").get("stages") or []
@@ -184,7 +184,7 @@ def _assemble(
         events=[record for record in records if record["kind"] == "event"],
         steps=_planned(stages, _section(config, "stream")),
         about={key: about[key] for key in ("facts", "versions", "branch") if isinstance(about.get(key), dict)},
-        folder=folder,
+        place=place,
     )
 
 
