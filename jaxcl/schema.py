@@ -12,11 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-NOT_FINITE = (
-    "nan",
-    "inf",
-    "infinity",
-)  # a text on the command line, where few options take infinity and none takes nan
+NOT_FINITE = ("nan", "inf", "infinity")  # text on a command line; few options take infinity, and none takes nan
 
 
 class UserError(Exception):

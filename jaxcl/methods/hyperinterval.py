@@ -22,8 +22,8 @@ embeddings, which have gamma as a factor, take part in it, where ours stay. Mome
 (`fresh`), as published. `spread` rewards wide boxes, which leave room for later tasks. `point="middle"` trains the
 middle of the box, which is no output of the hypernetwork. `select` chooses the generator of a task by the certified
 accuracy of rows held back. With `lookahead` R is that of the parameters after the step that the loss of the task alone
-would take (von Oswald et al., 1906.00695, eq. 2). At most `sample` earlier tasks enter R in
-each step.
+would take (von Oswald et al., 1906.00695, eq. 2). At most `sample` earlier tasks enter R in each
+step.
 """
 
 from __future__ import annotations
