@@ -36,7 +36,7 @@ from jaxcl.types import Batch, Key, Model, Output, Params
 
 LEDGER = "ledger"
 
-# (generator, tasks int32 [S], scales float32 [S]) -> centres and radii, float32 [S, N] each; at scale 0 the radius is 0.
+# (generator, tasks int32 [S], scales float32 [S]) -> centres and radii, float32 [S, N] each; at scale 0 radii are 0.
 # Nested embeddings take factors on their centres as well, float32 [S].
 Boxes = Callable[..., tuple[jax.Array, jax.Array]]
 
