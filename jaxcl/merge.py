@@ -201,14 +201,15 @@ def _sources_of(runs: Sequence[Run]) -> list[dict[str, str]]:
       UserError: two runs were trained on the same source.
     """
     taken: set[str] = set()
-    seen: list[tuple[Any, Path]] = []
+    seen: list[tuple[Any, Any, Path]] = []
     found = []
     for run in runs:
         config, own = run.about["config"], {}
         for name, options in config["sources"].items():
             if not any(stage["mixture"].get(name) for stage in config["stream"]["stages"]):
                 continue
-            if twin := next((place for other, place in seen if other == options), None):
+            rows = _fingerprint(run, name)
+            if twin := next((place for other, same, place in seen if other == options or rows and rows == same), None):
                 raise UserError(
                     f"{run.place}: was trained on the source {name!r}, and so was {twin}: its rows would count twice; "
                     "merge runs on different rows"
@@ -216,9 +217,14 @@ def _sources_of(runs: Sequence[Run]) -> list[dict[str, str]]:
             free = (f"{name}_{number}" if number > 1 else name for number in itertools.count(1))
             own[name] = next(new for new in free if new not in taken)
             taken.add(own[name])
-        seen += [(config["sources"][name], run.place) for name in own]
+        seen += [(config["sources"][name], _fingerprint(run, name), run.place) for name in own]
         found.append(own)
     return found
+
+
+def _fingerprint(run: Run, source: str) -> str | None:
+    """Returns that of the rows of a source, which are the same wherever their file lies; None if it is not known."""
+    return run.about["facts"].get("sources", {}).get(source, {}).get("train", {}).get("fingerprint")
 
 
 def _setting(run: Run, config: Mapping[str, Any]) -> compose.Setting:

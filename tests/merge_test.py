@@ -156,6 +156,17 @@ def test_runs_that_do_not_add_up_are_refused(runs, tmp_path, name):
     assert not new.exists()
 
 
+def test_the_same_rows_from_another_place_are_noticed(runs, tmp_path):
+    """By what they hold: names and paths of files differ."""
+    known = folder.about(runs[0])["facts"]
+    facts = known | {"sources": {"again": known["sources"]["task_00"]}}
+    sources = {"again": {"name": "table", "path": "elsewhere.npz"}}
+    stream = config(0)["stream"] | {"stages": [STAGES[0] | {"mixture": {"again": 1}}]}
+    place = other(runs, tmp_path, sources=sources, stream=stream, facts=facts)
+    with pytest.raises(UserError, match=r"was trained on the source 'again', and so was .*a: its rows would count"):
+        merge.make([runs[0], place], tmp_path / "new")
+
+
 @pytest.mark.parametrize(
     ("seed", "remedy"), [(1, r"same config\.seed \(here 0 and 1\)"), (0, r"same config\.model\.start, or, of a Gaus")]
 )

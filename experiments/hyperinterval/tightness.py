@@ -10,6 +10,8 @@ import json
 import time
 from pathlib import Path
 
+import jax
+
 from jaxcl import folder, program, saved, train
 
 KINDS = ("interval", "affine", "joint")
@@ -20,6 +22,7 @@ def measure(path: Path, times: float) -> dict:
     _, pieces = train.split(folder.about(path)["config"])
     adapter = pieces["adapter"]
     pieces["adapter"] = {**adapter, "gamma": times * adapter.get("gamma", 1.0)}
+    pieces["mesh"] = {"devices": jax.devices()[:1]}  # whatever it was trained on
     made = program.build(**pieces)
     _, params = saved.params(path / "checkpoints")
     assert made.compare
