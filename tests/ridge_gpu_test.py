@@ -48,6 +48,17 @@ def lowered(function, operands):
         return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize(("size", "blocks"), [(500, ["500x500"]), (2500, ["1024x1024", "452x2500"])])
+def test_sums_are_lowered_to_float64_products_of_large_blocks(size, blocks):
+    matrix, rows = shapes(size, 300, 60)[:2]
+    for kernel in (None, True, False):
+        update = functools.partial(ridge.gram_update, kernel=kernel)
+        text = lowered(update, (ridge.Pair(matrix, matrix), ridge.Pair(rows, rows)))
+        products = re.findall(r"dot_general.*\[HIGHEST, HIGHEST\].* -> tensor<(\w+)xf64>", text)
+        assert sorted(products) == blocks
+        assert text.count("dot_general") == len(products)
+
+
 @pytest.mark.parametrize("size", [512, 500])
 def test_the_kernel_is_one_call_in_place_if_it_is_asked_for(size):
     operands = shapes(size, 100, 60)
