@@ -209,7 +209,9 @@ def _sources_of(runs: Sequence[Run]) -> list[dict[str, str]]:
             if not any(stage["mixture"].get(name) for stage in config["stream"]["stages"]):
                 continue
             rows = _fingerprint(run, name)
-            if twin := next((place for other, same, place in seen if other == options or rows and rows == same), None):
+            if twin := next(
+                (place for other, same, place in seen if other == options or (rows and rows == same)), None
+            ):
                 raise UserError(
                     f"{run.place}: was trained on the source {name!r}, and so was {twin}: its rows would count twice; "
                     "merge runs on different rows"

@@ -187,6 +187,24 @@ def test_variances_keep_their_digits_where_means_are_large():
     assert (np.abs(plain / x[labels == 1].astype(np.float64).var(0) - 1) > 0.5).all()
 
 
+def test_variances_have_twelve_digits_whatever_the_weights_and_the_process():
+    rng = np.random.default_rng(2)
+    x, labels = (5 + rng.standard_normal((90, 4))).astype(np.float32), rng.integers(0, 3, 90)
+    w = rng.uniform(0.2, 3, 90).astype(np.float32)
+    with jax.enable_x64(True):
+        found = [spreads.add(spreads.empty(4, 3), jnp.asarray(x), jnp.asarray(labels, jnp.int32), jnp.asarray(w))]
+    found.append(toys.quick(spreads.add)(spreads.empty(4, 3), x, labels.astype(np.int32), w))
+    for s in found:
+        assert {leaf.dtype for leaf in jax.tree.leaves(s)} == {np.dtype("float32")}
+        for c in range(3):
+            own, weight = x[labels == c].astype(np.float64), w[labels == c].astype(np.float64)[:, None]
+            mean = (weight * own).sum(0) / weight.sum()
+            squares = (weight * (own - mean) ** 2).sum(0)
+            np.testing.assert_allclose(wide(s.mean)[c], mean, rtol=1e-12)
+            np.testing.assert_allclose(wide(s.counts)[c], weight.sum(), rtol=1e-12)
+            np.testing.assert_allclose(wide(spreads.variance(s))[c], squares / (weight.sum() - 1), rtol=1e-12)
+
+
 def test_variances_take_weights_padding_and_any_batches():
     rng = np.random.default_rng(1)
     x, labels, w = rng.standard_normal((200, 3)).astype(np.float32), rng.integers(0, 3, 200), rng.integers(0, 3, 200)

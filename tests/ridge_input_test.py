@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ridge_test import B, C, D, add, rows, stream
 
-from jaxcl.ridge import moments, recursion, solve
+from jaxcl.ridge import classes, moments, recursion, solve
 from jaxcl.schema import UserError
 
 
@@ -114,6 +114,34 @@ def test_rows_of_another_size_are_refused_when_a_program_is_traced():
         for name, *others in (("labels", labels[:1], weights), ("weights", labels, np.float32(1))):
             with pytest.raises(UserError, match=rf"{name} of shape \[1?\] for features of shape \[4, {D}\]"):
                 jax.eval_shape(function, state, x, *others)
+
+
+def test_what_is_no_row_label_or_number_is_refused():
+    x, labels, weights = rows(4)
+    m, s = moments.empty(D, C), classes.empty(D, C)
+    inverse = recursion.Inverse(jnp.eye(D), jnp.zeros((D, C)))
+    for call, message in (
+        (lambda: classes.add(s, x[:, 1:], labels, weights), rf"features of shape \[4, {D - 1}\]"),
+        (lambda: solve.leave_one_out(m, x[:, 1:], labels, weights, [1.0]), rf"features of shape \[4, {D - 1}\]"),
+        (lambda: recursion.stream(inverse, x, labels, weights), r"give batches, \[k, b, d\], or call update"),
+        (lambda: moments.add(m, x, labels.astype(np.float32), weights), "labels of float32: give whole numbers"),
+        (lambda: recursion.update(inverse, x, labels > 0, weights), "labels of bool: give whole numbers"),
+        (lambda: solve.weights(m, np.ones(1)), r"gamma of shape \[1\]: give one number"),
+        (lambda: solve.weights(m, np.ones(0)), r"gamma of shape \[0\]: give one number"),
+        (lambda: solve.path(m, 0.1), r"gamma of shape \[\]: give a list of numbers"),
+        (lambda: solve.path(m, []), r"gamma of shape \[0\]: give a list of numbers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_rows_of_infinite_weight_are_padding():
+    x, labels, weights = rows(8)
+    odd = np.concatenate([weights[:4], [np.inf, np.nan, -1.0, 0.0]]).astype(np.float32)
+    found = moments.add(moments.empty(D, C), x, labels, odd)
+    want = moments.add(moments.empty(D, C), x[:4], labels[:4], weights[:4])
+    for part in ("gram", "cross", "counts"):
+        np.testing.assert_array_equal(getattr(found, part).high, getattr(want, part).high)
 
 
 def test_only_moments_of_one_map_are_merged():

@@ -15,6 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcl.kernels.ridge import pair
 from jaxcl.kernels.ridge.pair import Pair
@@ -47,7 +48,7 @@ class Spread:
 def empty(features: int, classes: int) -> Spread:
     """Returns what is known of no rows."""
     zeros = pair.zeros(classes, features)
-    return Spread(jnp.zeros((classes, features)), zeros, zeros, pair.zeros(classes))
+    return Spread(zeros.high, zeros, zeros, pair.zeros(classes))
 
 
 def add(s: Spread, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Spread:
@@ -58,7 +59,11 @@ def add(s: Spread, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Sprea
       x: float32 [b, D] features.
       labels: int32 [b]; a row of a label that there is not is padding.
       weights: float32 [b] >= 0; a row of weight 0 is padding, whatever its features are.
+
+    Raises:
+      UserError: features of another size, not one label and one weight for every row, or labels of another type.
     """
+    moments.check_width(np.shape(x), s.origin.shape[1])
     x, weights = moments.prepare(x, labels, weights, s.counts.high.shape[0])
     return pair.in_blocks(_add_block, s, (x, labels, weights))
 
@@ -74,18 +79,15 @@ def _add_block(s: Spread, rows: tuple[jax.Array, ...]) -> Spread:
     classes = s.counts.high.shape[0]
 
     def by_class(values: Pair) -> Pair:
-        """Sums [b, D] of weighted rows by class, [C, D]; the sums of slices are exact."""
-        found = pair.zeros(classes, x.shape[1])
-        for piece in pair.pieces(values, 0):
-            found = pair.plus(found, jax.ops.segment_sum(piece, labels, classes))
-        return found
+        """Sums [b, D] of weighted rows by class, [C, D]."""
+        return pair.by_label(pair.zeros(classes, values.high.shape[1]), values, labels)
 
-    counts = pair.of(jax.ops.segment_sum(weights, labels, classes))
+    counts = Pair(*(part[:, 0] for part in by_class(pair.of(weights[:, None]))))
     there, known = (n.high[:, None] > 0 for n in (counts, s.counts))
     largest = jax.ops.segment_max(jnp.where(weights[:, None] > 0, x, -jnp.inf), labels, classes)
     origin = jnp.where(known, s.origin, jnp.where(there, largest, 0.0))
     place = jnp.clip(labels, 0, classes - 1)
-    column = Pair(*(jnp.broadcast_to(w, x.shape) for w in (weights[:, None], jnp.zeros((1, 1)))))
+    column = Pair(*(jnp.broadcast_to(part, x.shape) for part in pair.of(weights[:, None])))
     away = pair.two_sum(x, -origin[place])
     offset = pair.times(by_class(pair.times(away, column)), _columns(pair.inverse(counts), s.offset))
     away = pair.add(away, pair.negative(Pair(*(part[place] for part in offset))))

@@ -89,10 +89,11 @@ def add(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Mome
       x: float32 [b, d] features.
       labels: int32 [b] in 0..C - 1. A row of another label counts as padding: under `jit` nothing can be raised, so
         call `check` on the host.
-      weights: float32 [b] >= 0. A row of weight 0 is padding; what its features are, NaN included, has no effect.
+      weights: float32 [b] >= 0. A row of weight 0 is padding; what its features are, NaN included, has no effect. So
+        is one of a weight that is negative or not finite.
 
     Raises:
-      UserError: features of another size.
+      UserError: features of another size, not one label and one weight for every row, or labels of another type.
     """
     return _accumulate(m, x, labels, weights, 1.0)
 
@@ -124,14 +125,17 @@ def prepare(x: jax.Array, labels: jax.Array, weights: jax.Array, classes: int) -
     On a mesh they are copied to all devices: a few rows travel, so that A does not.
 
     Raises:
-      UserError: not one label and one weight for every row.
+      UserError: not one label, a whole number, and one weight for every row.
     """
     for name, given in (("labels", labels), ("weights", weights)):
-        if jnp.shape(given) != jnp.shape(x)[:1]:
-            found = f"{name} of shape {list(jnp.shape(given))} for features of shape {list(jnp.shape(x))}"
+        if np.shape(given) != np.shape(x)[:1]:
+            found = f"{name} of shape {list(np.shape(given))} for features of shape {list(np.shape(x))}"
             raise schema.UserError(f"{found}: give one for every row")
+    if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
+        raise schema.UserError(f"labels of {jnp.asarray(labels).dtype}: give whole numbers")
     x, labels, weights = sharded.whole(x), sharded.whole(labels), sharded.whole(weights)
-    weights = jnp.where((labels >= 0) & (labels < classes) & (weights > 0), weights, 0.0).astype(jnp.float32)
+    counted = (labels >= 0) & (labels < classes) & (weights > 0) & (weights < jnp.inf)
+    weights = jnp.where(counted, weights, 0.0).astype(jnp.float32)
     return jnp.where(weights[:, None] > 0, x, 0.0).astype(jnp.float32), weights
 
 
@@ -142,7 +146,7 @@ def add_classes(cross: Pair, counts: Pair, x: jax.Array, labels: jax.Array, weig
 
 
 def _accumulate(m: Moments, x: jax.Array, labels: jax.Array, weights: jax.Array, sign: float) -> Moments:
-    check_width(x.shape, m.gram.high.shape[0])
+    check_width(np.shape(x), m.gram.high.shape[0])
     x, weights = prepare(x, labels, weights, m.counts.high.shape[0])
     return pair.in_blocks(lambda m, rows: _add_block(m, rows, sign), m, (x, labels, weights), MOST)
 
@@ -161,10 +165,17 @@ def _add_all_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tup
 
 def _add_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tuple[Pair, Pair]:
     x, labels, weights = rows
-    classes = counts.high.shape[0]
-    for piece in pair.pieces(pair.product(x, weights[:, None]), 0):  # the sums of slices are exact
-        cross = pair.plus(cross, sign * jax.ops.segment_sum(piece, labels, classes).T)
-    return cross, pair.plus(counts, sign * jax.ops.segment_sum(weights, labels, classes))
+    column = pair.of(weights[:, None])
+    sums = pair.by_label(_turned(cross), pair.product(x, column.high), labels, sign)
+    return _turned(sums), _column(pair.by_label(Pair(*(n[:, None] for n in counts)), column, labels, sign))
+
+
+def _turned(x: Pair) -> Pair:
+    return Pair(x.high.T, x.low.T)
+
+
+def _column(x: Pair) -> Pair:
+    return Pair(x.high[:, 0], x.low[:, 0])
 
 
 def check(
@@ -237,8 +248,16 @@ def check_width(shape: tuple[int, ...], width: int) -> None:
         raise schema.UserError(f"features of shape {list(shape)}: the moments are of [b, {width}] features")
 
 
-def check_gamma(gamma: Any) -> None:
-    """Raises UserError unless every gamma is positive and finite, also in float32. One that is traced passes."""
+def check_gamma(gamma: Any, *, path: bool = False) -> None:
+    """Raises UserError unless every gamma is positive and finite, also in float32. One that is traced passes.
+
+    Args:
+      gamma: a number or pair of numbers; for `path`, several of them.
+      path: whether it is [G], of at least one.
+    """
+    shape = np.shape(gamma.high if isinstance(gamma, Pair) else gamma)
+    if len(shape) != path or 0 in shape:
+        raise schema.UserError(f"gamma of shape {list(shape)}: give {'a list of numbers' if path else 'one number'}")
     if any(isinstance(part, Tracer) for part in jax.tree.leaves(gamma)):
         return
     values = np.atleast_1d(np.asarray(gamma.high if isinstance(gamma, Pair) else gamma))

@@ -23,7 +23,7 @@ import numpy as np
 from jaxcl.kernels import sharded
 from jaxcl.kernels.ridge import cholesky, pair
 from jaxcl.kernels.ridge.pair import Pair
-from jaxcl.ridge.moments import Moments, check_gamma, prepare
+from jaxcl.ridge.moments import Moments, check_gamma, check_width, prepare
 
 Gamma = Pair | jax.Array | float  # a pair or Python number keeps digits that an array of float32 does not
 
@@ -253,7 +253,7 @@ def path(m: Moments, gammas: jax.Array | np.ndarray) -> Path:
 
     The eigenvalues are float64 numbers but on TPUs, where degrees and gcv have the digits of float32.
     """
-    check_gamma(gammas)
+    check_gamma(gammas, path=True)
     values, basis = _eigen(m)
     count = pair.total(m.counts)
 
@@ -319,7 +319,8 @@ def leave_one_out(
       row_weights: float32 [b] as in `add`; the error of a row of weight 0 is 0.
       gammas: [G], each > 0.
     """
-    check_gamma(gammas)
+    check_gamma(gammas, path=True)
+    check_width(np.shape(x), m.gram.high.shape[0])
     classes = m.cross.high.shape[1]
     x, row_weights = prepare(x, labels, row_weights, classes)
     values, basis = _eigen(m)

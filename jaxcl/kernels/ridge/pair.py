@@ -40,6 +40,8 @@ def of(value: Pair | jax.Array | np.ndarray | float) -> Pair:
     """Returns a number or array as a pair; the low part is zero for what JAX already holds in float32."""
     if isinstance(value, Pair):
         return value
+    if isinstance(value, jax.Array) and value.dtype == np.float64:
+        return narrow(value)
     if isinstance(value, jax.Array):
         return Pair(value.astype(jnp.float32), jnp.zeros(value.shape, jnp.float32))
     wide = np.asarray(value, np.float64)
@@ -170,6 +172,20 @@ def contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     """Contracts axis i of a with axis j of b in full float32, or float64, whatever the default precision is."""
     full = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.promote_types(a.dtype, jnp.float32)}
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), **full)
+
+
+def by_label(into: Pair, values: Pair, labels: jax.Array, sign: float = 1.0) -> Pair:
+    """Returns `into` + sign * the sums of rows by label, to about 2^-42 of the largest; of at most 128 rows.
+
+    Args:
+      into: [C, n].
+      values: [b, n].
+      labels: int32 [b] in 0..C - 1; other rows count nowhere.
+      sign: 1, or -1.
+    """
+    for piece in pieces(values, 0):  # the sums of slices are exact
+        into = plus(into, sign * jax.ops.segment_sum(piece, labels, into.high.shape[0]))
+    return into
 
 
 def parts(a: Pieces, b: Pieces, i: int, j: int) -> tuple[jax.Array, jax.Array, jax.Array]:
