@@ -11,8 +11,8 @@ recursion has become, and `drift` says when it is due again.
 Between two blocks one kernel (`jaxcl.kernels.ridge.stream`) writes R and multiplies it with the rows of the second.
 
 Cost of b rows: 3 d^2 b + 3 d b^2 + 4 d b C operations; memory 4 d (d + C) bytes. An inverse in float64 (see `start`) is
-followed in float64, in plain XLA, at twice the memory: of the sixteen digits of float64 it loses as many as the condition
-of S on the way has, up to A / gamma. Features are float32 in both.
+followed in float64, in plain XLA, at twice the memory: of the sixteen digits of float64 it loses as many as the
+condition of S on the way has, up to A / gamma. Features are float32 in both.
 """
 
 from __future__ import annotations
