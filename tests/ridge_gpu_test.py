@@ -17,7 +17,7 @@ from ridge_kernels_test import draw, symmetric
 from ridge_stream_test import apart, exact, shapes
 
 from jaxcl.kernels import ridge
-from jaxcl.kernels.ridge import hopper
+from jaxcl.kernels.ridge import hopper, reference
 
 
 def test_thirds_are_all_of_a_number():
@@ -74,12 +74,20 @@ def test_the_kernel_is_one_call_in_place_if_it_is_asked_for(size):
 
 
 @base.interpreted
-@pytest.mark.parametrize("rows", [64, 70])
-def test_the_kernel_agrees_with_float64_and_is_symmetric(rows):
+@pytest.mark.parametrize(("rows", "sign"), [(64, -1.0), (70, 1.0)])
+def test_the_kernel_agrees_with_float64_and_is_symmetric(rows, sign):
     r, v = symmetric(256), draw(rows, 256)
-    found = jax.jit(functools.partial(hopper.downdate, interpret=plgpu.InterpretGPUParams()))(r, v)
-    assert apart(found, exact(r, v, v)[0]) < 1e-6
+    found = jax.jit(functools.partial(hopper.downdate, sign=sign, interpret=plgpu.InterpretGPUParams()))(r, v)
+    assert apart(found, exact(r, v, v, sign)[0]) < 1e-6
     np.testing.assert_array_equal(found, found.T)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_rows_ahead_meet_the_new_matrix(sign, monkeypatch):
+    monkeypatch.setattr(hopper, "downdate", reference.downdate)  # the kernel itself needs a GPU, or a newer JAX
+    r, v, x = symmetric(128), draw(20, 128), draw(7, 128, seed=1)
+    for got, want in zip(hopper.stream(r, v, x, sign), exact(r, v, x, sign), strict=True):
+        assert apart(got, want) < 1e-6
 
 
 @base.compiled

@@ -217,6 +217,10 @@ def test_products_are_in_full_float32():
         assert all(one[0] == {jax.lax.Precision.HIGHEST} for one in found)
         kinds = {"float32", "float64"} if form_ in (cpu, FORMS["gpu"]) else {"float32"}
         assert {one[1] for one in found} == kinds
+    for stream in (reference.stream, cpu.stream, tpu.stream, gpu.stream):
+        found = precisions(stream, r, v, v)
+        assert len(found) >= 2 - (stream is gpu.stream)  # the library's symmetric product is none
+        assert all(one == ({jax.lax.Precision.HIGHEST}, "float32") for one in found)
 
 
 def test_what_does_not_fit_is_named():

@@ -157,6 +157,9 @@ def test_every_update_is_cut_alike():
         assert sum(wires(compiled.as_text())) <= v.size  # once, and nothing else
         for got, one in zip(jax.tree.leaves(compiled(*arrays)), want, strict=True):
             assert off(got, np.asarray(one, np.float64)) < 1e-6
+    pairs = [pair.Pair(part, 2.0**-26 * part) for part in (jax.device_put(r, cut), v)]
+    found = jax.jit(meshes.on(mesh, ridge.gram_update))(*pairs)
+    assert off(wide(found), wide(pairs[0]) + wide(pairs[1]).T @ wide(pairs[1])) < 1e-12
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert ridge.refused(size, 9) == "rows are cut over data, fsdp: every device updates its own in plain XLA"
         gram = pair.of(r), pair.of(v)

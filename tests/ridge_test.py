@@ -257,6 +257,31 @@ def rough(real, gram, right, gamma, precondition, w, scale):
     return real(gram, right, gamma, precondition, pair.of(precondition(right.high) * 1.0001), scale)
 
 
+def test_a_round_of_refinement_that_makes_it_worse_is_not_kept(monkeypatch):
+    real, calls = solve._correction, []
+
+    def worse(*of):
+        calls.append(1)
+        return real(*of) * (1.0 if len(calls) == 1 else -40.0)
+
+    monkeypatch.setattr(solve, "_correction", worse)
+    monkeypatch.setattr(jax.lax, "while_loop", looped)
+    batch = rows(8 * B, 5)
+    m, gamma = stream(batch), pair.of(0.01)
+    lower, largest = solve.factor(m.gram, gamma)[0], jnp.float32(np.linalg.norm(sums64(*batch)[0], 2))
+    w, found = solve._refine(m.gram, m.cross, gamma, lambda r: 0.9 * solve._apply(lower)(r), pair.zeros(D, C), largest)
+    assert len(calls) == 2
+    gram, cross = sums64(*batch)
+    left = cross - (gram + 0.01 * np.eye(D)) @ wide(w)
+    assert np.linalg.norm(left) / (float(largest) * np.linalg.norm(wide(w))) == pytest.approx(float(found), rel=1e-3)
+
+
+def looped(on, body, carry):
+    while on(carry):
+        carry = body(carry)
+    return carry
+
+
 @pytest.mark.parametrize(("shift", "rounding"), [(1.0, 0.0), (0.0, 7.0)])
 def test_the_least_eigenvalue_does_not_count_what_the_factor_is_above_the_matrix(shift, rounding):
     """By a shift that is known, or by as much as rounding may be: seven units of the largest eigenvalue."""
@@ -425,7 +450,8 @@ def test_an_update_costs_what_it_says_and_no_second_matrix():
 def everything(m, inverse, x, labels, weights):
     m = moments.remove(moments.add(m, x, labels, weights), x[:4], labels[:4], weights[:4])
     found = solve.weights(m, 0.1)
-    inverse = recursion.downdate(recursion.update(inverse, x, labels, weights), x[:4], labels[:4], weights[:4])
+    followed = recursion.update(inverse, x, labels, weights, block=8)  # blocks that follow each other
+    inverse = recursion.downdate(followed, x[:4], labels[:4], weights[:4])
     more = solve.path(m, np.ones(2)), solve.leave_one_out(m, x, labels, weights, np.ones(2))
     more += solve.decompose(m, m, 0.1), solve.refresh(m, 0.1, found.factor, found.weights)
     return m, found, recursion.start(m, 0.1), recursion.drift(inverse, m, 0.1), inverse, more
@@ -446,6 +472,15 @@ def test_the_cheapest_way_is_chosen_and_said():
     assert choice.choose(8192, 256, 100, 100, iterations=40).name == "solve"  # a factor is cheaper than that many
     for found in (often, seldom):
         assert found.costs[found.name].seconds == min(cost.seconds for cost in found.costs.values())
+    d, b, c, t = 64, 48, 5, 3  # rows as many as matter
+    sums, moved = 6 * d * d * b * t, 16 * d * d * t
+    costs = choice.choose(d, b, c, t, iterations=2).costs
+    assert costs["recursion"][:2] == (
+        sums + t * (3 * d * d * b + 3 * d * b * b + 4 * d * b * c),
+        moved + 12 * d * d * t,
+    )
+    assert costs["refresh"][:2] == (sums + 12 * d * d * c + 4 * d * d * c * 2, moved + 8 * d * d * 3)
+    assert costs["solve"][:2] == (sums + d**3 / 3 + 3 * (12 * d * d * c + 16 * d * d * c), moved + 40 * d * d)
     slow = choice.choose(8192, 1, 10, 1, bandwidth=1e9)
     assert "memory traffic" in slow.why
     with pytest.raises(UserError, match="rows=0"):
