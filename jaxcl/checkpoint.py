@@ -115,8 +115,8 @@ class Checkpoints:
           UserError: it is no folder, or not of this run.
         """
         field = f"config.checkpoint.second={second!r}"
-        if not isinstance(second, str) or not second:
-            raise UserError(f"{field}: name a folder")
+        if not isinstance(second, str) or not second or "://" in second:
+            raise UserError(f"{field}: name a folder; mount storage that is none")
         place = _place(second)
         if place in (self._directory, *self._directory.parents):
             raise UserError(f"{field}: holds the first place; name a folder of its own")

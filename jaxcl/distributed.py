@@ -7,6 +7,7 @@ with distributed.stop_on_signal() as stopped:
     if reason := stopped(step):             the same answer on every process, so all of them save and leave
         break
 distributed.together(action)                fails on all processes if it fails on one
+distributed.agree(workdir=..., config=...)  fails on all processes if they were not given the same
 distributed.stopped_status()                exit status of a run that SIGTERM stopped
 distributed.shutdown()                      last: a process that leaves early makes the others abort
 with distributed.leaving(status):           instead, if another process is gone
@@ -15,12 +16,17 @@ with distributed.leaving(status):           instead, if another process is gone
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +36,8 @@ from jaxcl.schema import UserError
 
 GONE = re.compile(r"[Cc]oordination service|[Bb]arrier (timed out|failed)|waiting at barrier|heartbeat")
 OWN = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|CpuCallback")  # what a process has done itself
+APPEAR_S = 300  # seconds in which all processes must appear
+ABSENT = 4  # exit status of a process that waited for the first in vain: another machine may be gone
 
 
 def initialize() -> bool:
@@ -41,28 +49,76 @@ def initialize() -> bool:
 
     Raises:
       RuntimeError: the other processes did not appear.
-      UserError: see `stopped_status`.
+      SystemExit: nobody answers at the address of process 0; the status is 4.
+      UserError: what the environment says of the cluster is no cluster; see also `stopped_status`.
     """
     stopped_status()  # what is wrong with it is said now, not after days
     if jax.distributed.is_initialized():
         return True
     env = os.environ
     if "JAX_COORDINATOR_ADDRESS" in env and "JAX_NUM_PROCESSES" in env:
-        jax.distributed.initialize(
-            env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-        )
+        _join(env["JAX_COORDINATOR_ADDRESS"], _whole("JAX_NUM_PROCESSES", 1), _whole("JAX_PROCESS_ID", 0))
     elif (
         "JAX_COORDINATOR_ADDRESS" in env
         or "MEGASCALE_COORDINATOR_ADDRESS" in env
         or "JAXCL_CLUSTER" in env
         or "JOBSET_NAME" in env
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-        or any(int(env.get(name, "1")) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+        or any(_whole(name, 1, "1") > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     ):
-        jax.distributed.initialize()  # JAX asks the scheduler for the rest
+        try:
+            jax.distributed.initialize()  # JAX asks the scheduler for the rest
+        except (ValueError, LookupError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"cluster: the environment names one that JAX does not find ({text}); start the processes by its "
+                "launcher, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            ) from error
     else:
         return False
     return True
+
+
+def _whole(name: str, least: int, default: str = "") -> int:
+    """Returns a whole number of the environment.
+
+    Raises:
+      UserError: it is none, or missing without a default.
+    """
+    text = os.environ.get(name, default)
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise UserError(f"{name}={text!r}: must be a whole number from {least} on")
+    return int(text)
+
+
+def _join(address: str, count: int, own: int) -> None:
+    """Joins `count` processes, of which this is number `own`; says whom it waits for if that takes long."""
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address!r}: must be HOST:PORT of process 0, as in 10.0.0.2:1234")
+    if own >= count:
+        raise UserError(f"JAX_PROCESS_ID={own}: must be below JAX_NUM_PROCESSES={count}; processes are numbered from 0")
+    whom = f"process 0 at JAX_COORDINATOR_ADDRESS={address}" if own else f"the other {count - 1} processes"
+    said = threading.Timer(10, print, (f"waiting for {whom}, {APPEAR_S} s at most",), {"flush": True})
+    said.daemon = True
+    said.start()
+    try:
+        if own and not _answers(host.strip("[]"), int(port)):
+            print(f"error: {whom} did not answer in {APPEAR_S} s; is that where it runs?", file=sys.stderr, flush=True)
+            raise SystemExit(ABSENT)
+        jax.distributed.initialize(address, count, own, initialization_timeout=APPEAR_S)
+    finally:
+        said.cancel()
+
+
+def _answers(host: str, port: int) -> bool:
+    """Returns whether somebody takes connections, or begins to in time; JAX itself would abort the process."""
+    end = time.monotonic() + APPEAR_S
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def cache_compilations() -> str | None:
@@ -135,6 +191,39 @@ def together(action: Callable[[], object]) -> None:
         raise error
     if any(failed):
         raise UserError(f"process {failed.index(True)} cannot go on; its own message says why")
+
+
+def agree(**given: Any) -> None:
+    """Returns if all processes were given the same (JSON); what differs would make them train different models.
+
+    Raises:
+      UserError: on the process that was given something else it names the first key; the others name that process.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(given, sort_keys=True, default=str).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.frombuffer(text[:size].ljust(size), np.uint8)
+    first = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)))
+
+    def compare() -> None:
+        name, there, here = next(_different(first, json.loads(text)), ("", None, None))
+        if name:
+            raise UserError(
+                f"{name}={here!r} on process {jax.process_index()}, and {there!r} on process 0: start all processes "
+                "with the same command line"
+            )
+
+    together(compare)
+
+
+def _different(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (name, value there, value here) of what differs."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in sorted({*a, *b}):
+            yield from _different(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    elif a != b:
+        yield name, a, b
 
 
 def stopped_status() -> int:

@@ -196,7 +196,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path}: damaged; remove the folder to start anew") from None
+        beside = "move the checkpoints beside it, which it says nothing of, elsewhere"
+        raise UserError(f"{path}: damaged; put a copy of it back, or {beside} and remove the folder") from None
 
 
 def _version(package: str) -> str:

@@ -126,20 +126,19 @@ def attempts(folder: Path) -> list[Attempt]:
     """Returns the attempts of a run in their order.
 
     Raises:
-      UserError: no ledger there.
+      UserError: no ledger there, or one that is damaged.
     """
     path = folder / FILE
     if not path.exists():
         raise UserError(f"{path}: no such file; it is written by a training run")
     found: list[Attempt] = []
-    for number, text in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            line: Any = json.loads(text)
-        except ValueError:
-            continue  # torn by a kill
-        except RecursionError:
-            line = None
-        if not _is_entry(line):
+    lines = path.read_bytes().splitlines()
+    for number, text in enumerate(lines, 1):
+        line, torn = _entry(text)
+        if line is None:
+            after = _entry(lines[number])[0] if number < len(lines) else None
+            if torn and (number == len(lines) or (after and after["event"] == "start")):
+                continue  # by a kill: nothing follows, or the next attempt
             raise UserError(f"{path}:{number}: no entry of a ledger; remove the line")
         event, at, step, spent = line["event"], line["time"], line["step"], line["spent"]
         if event == "start":
@@ -155,7 +154,20 @@ def attempts(folder: Path) -> list[Attempt]:
             last = found[-1]
             beats = [*last.beats, (at, step, spent["step"])] if last.ready is not None else last.beats
             found[-1] = last._replace(over=at, beats=beats, spent=spent, cause=line.get("cause", "killed"))
+    if not found:
+        raise UserError(f"{path}: has no start of a run; it is damaged, or the run has not begun")
     return found
+
+
+def _entry(text: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """Returns a line of a ledger, or None and whether it may be the beginning of one."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None, True
+    except RecursionError:
+        return None, False
+    return (line if _is_entry(line) else None), False
 
 
 def _is_entry(line: Any) -> bool:
@@ -174,9 +186,8 @@ def last_line(folder: Path) -> dict[str, Any] | None:
     """Returns the last whole line of a ledger; None if there is none."""
     path = folder / FILE
     for text in reversed(path.read_bytes().splitlines() if path.exists() else []):
-        with contextlib.suppress(ValueError, RecursionError):
-            if _is_entry(line := json.loads(text)):
-                return line
+        if line := _entry(text)[0]:
+            return line
     return None
 
 

@@ -67,6 +67,8 @@ def read(argv: list[str], usage: str = USAGE) -> tuple[dict[str, Any], str]:
         raise UserError(f"--config: missing; {usage}")
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(f"--config: get_config() must return a ConfigDict, not {type(config).__name__}")
+    if WORKDIR.value == "":
+        raise UserError("--workdir=: is empty; name the folder of the run")
     if WORKDIR.value and "://" in WORKDIR.value:
         raise UserError(f"--workdir={WORKDIR.value}: a run is kept in a folder; mount the storage and name that folder")
     whole = plain(config)

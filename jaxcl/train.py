@@ -339,7 +339,8 @@ def run(config: Mapping[str, Any], workdir: str, *, final: bool = True) -> int:
     """
     loop, pieces = split(config)
     place, began = Path(workdir), time.time()
-    distributed.initialize()
+    if distributed.initialize():
+        distributed.agree(workdir=str(place.absolute()), config=config)
     if jax.default_backend() == "cpu":
         allocator.keep_pages()
     status = 0

@@ -2,8 +2,8 @@
 
     hang       no step for `hang_s` seconds: the stacks of all threads go to hang-PROCESS.txt and the process ends with
                status 4, so that a launcher starts it again; a process that waits for ever costs as much as all others
-    digests    every `digest_every` steps, and before every save, devices that hold copies of the same numbers compare
-               checksums: a bit that has flipped in one copy ends the run before it is saved or spreads
+    digests    if `digest_every` is set, every so many steps and before every save, devices that hold copies of the same
+               numbers compare checksums: a bit that has flipped in one copy ends the run before it is saved or spreads
     repeat     a step that the guard rejects is taken again from the last checkpoint; other values the second time
                mean a fault of the machine, equal ones that the data are at fault
     trace      a profile of some steps, for XProf or Perfetto

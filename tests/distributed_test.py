@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import processes
 import pytest
 
 from jaxcl import checkpoint, distributed
+from jaxcl.schema import UserError
 
 LAYOUTS = [(1, 4), (2, 2), (4, 1)]
 REASON = namespaces.why_not()
@@ -90,6 +92,44 @@ def test_without_a_cluster_nothing_is_joined(monkeypatch):
     assert not distributed.initialize()
     distributed.shutdown()
     assert jax.process_count() == 1
+
+
+TWO = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two': must be a whole number from 1 on"),
+        ({"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID='': must be a whole number from 0 on"),
+        ({"JAX_PROCESS_ID": "5"}, "JAX_PROCESS_ID=5: must be below JAX_NUM_PROCESSES=2"),
+        ({"JAX_COORDINATOR_ADDRESS": "nonsense"}, "JAX_COORDINATOR_ADDRESS='nonsense': must be HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": ""}, "JAX_COORDINATOR_ADDRESS='': must be HOST:PORT"),
+        ({"JAX_NUM_PROCESSES": None, "JAX_PROCESS_ID": None}, "cluster: the environment names one that JAX does not"),
+        (dict.fromkeys(TWO) | {"SLURM_STEP_NUM_TASKS": "abc"}, "SLURM_STEP_NUM_TASKS='abc': must be a whole"),
+        (dict.fromkeys(TWO) | {"JAXCL_CLUSTER": "tpu"}, "cluster: the environment names one that JAX does not find"),
+    ],
+)
+def test_a_cluster_that_is_none_is_named(monkeypatch, changes, message):
+    for name, value in (TWO | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", incomplete)
+    with pytest.raises(UserError, match=re.escape(message)):
+        distributed.initialize()
+
+
+def incomplete(*of):
+    raise ValueError("coordinator_address should be defined.")
+
+
+def test_a_first_process_that_does_not_answer_is_named_with_a_status_to_start_again(monkeypatch, capsys):
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "APPEAR_S", 0.5)
+    with pytest.raises(SystemExit) as stop:
+        distributed.initialize()
+    assert stop.value.code == 4
+    assert "error: process 0 at JAX_COORDINATOR_ADDRESS=127.0.0.1:9 did not answer" in capsys.readouterr().err
 
 
 def test_one_process_stops_on_a_signal_and_on_the_second_interrupt_at_once():

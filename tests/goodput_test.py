@@ -82,6 +82,26 @@ def test_a_line_torn_by_a_kill_costs_that_line(tmp_path):
     assert json.loads(lines[-1])["event"] == "start"
 
 
+@pytest.mark.parametrize("place", [1, -1])
+def test_a_line_that_no_kill_has_torn_is_named(tmp_path, place):
+    """A kill tears the last line, or the last before a start: anything else is damage, and figures would be wrong."""
+    killed_and_continued(tmp_path)
+    path = tmp_path / goodput.FILE
+    lines = path.read_text().splitlines()
+    start = next(n for n, line in enumerate(lines) if n and '"start"' in line)
+    number = 1 if place == 1 else start
+    path.write_text("\n".join([*lines[:number], "garbage", *lines[number:]]) + "\n")
+    if place == 1:
+        with pytest.raises(UserError, match=rf"{goodput.FILE}:2: no entry of a ledger; remove the line"):
+            goodput.summary(tmp_path)
+    else:
+        assert goodput.summary(tmp_path)["attempts"] == 2
+    for damaged in (b"", bytes(range(256)) * 9):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"no entry of a ledger|has no start of a run"):
+            goodput.summary(tmp_path)
+
+
 def test_a_return_to_a_checkpoint_is_an_attempt(tmp_path):
     clock = Clock()
     ledger = goodput.Ledger(tmp_path, clock=clock)

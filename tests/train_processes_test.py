@@ -54,6 +54,26 @@ def test_processes_change_no_bit(runs, count):
     assert small.results(runs[count]) == small.results(runs[1])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--workdir=run --config.schedule.peak=0.1{process}", "config.schedule.peak=0.11 on process 1, and 0.1 on"),
+        ("--workdir=run{process}", "run1' on process 1, and '"),
+    ],
+)
+def test_processes_that_were_told_different_things_do_not_train(folder, tmp_path, options, message):
+    """Each would train a model of its own, and report that of the first."""
+    path = small.write(shortened(folder, {"data": 2}), tmp_path / "config.py")
+    options = options.replace("=run", f"={tmp_path}/run").split()
+    started = processes.start("run", "none", f"--config={path}", *options, processes=2, env=small.environment(folder))
+    processes.finish(started, timeout=120, codes=(2,))
+    first, second = (one.log.read_text() for one in started)
+    assert "process 1 cannot go on; its own message says why" in first
+    assert message in second
+    assert "start all processes with the same command line" in second
+    assert not list(tmp_path.glob("run*"))
+
+
 def test_only_one_process_writes(runs):
     for workdir in runs.values():
         assert len(small.records(workdir, "train")) == TOTAL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html
 import json
@@ -93,6 +94,16 @@ def server(paths: Sequence[str], port: int, control: str | None = None) -> Threa
             raise UserError(f"{folder}: no such folder; give the folder of a run, or one that holds runs")
 
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            """Answers until the client goes away, which is no error."""
+            with contextlib.suppress(ConnectionError):
+                super().handle()
+
+        def finish(self) -> None:
+            """Sends what is left, unless the client is gone."""
+            with contextlib.suppress(ConnectionError):
+                super().finish()
+
         def do_GET(self) -> None:
             """Answers with the page or its version; nothing else can be read."""
             own = {f"{name}:{self.connection.getsockname()[1]}" for name in (HOST, "localhost")}

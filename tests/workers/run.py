@@ -7,6 +7,7 @@ ends. WHERE is one of
   save      the checkpoint is on disk but for its manifest
   record    half a line of its metrics is written
   commit    rows are on their way to the reservoir: STEP of them are on disk, the header does not count them yet
+In options {process} is the number of the process.
 """
 
 import os
@@ -60,6 +61,7 @@ processes.join()
 POINT, _, PROCESS = sys.argv.pop(1).partition("@")
 if POINT != "none" and PROCESS in ("", os.environ["JAX_PROCESS_ID"]):
     hook(POINT)
+sys.argv = [argument.replace("{process}", os.environ["JAX_PROCESS_ID"]) for argument in sys.argv]
 from jaxcl import main  # noqa: E402
 
 main.cli()
