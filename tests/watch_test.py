@@ -55,7 +55,8 @@ def test_a_flipped_bit_in_one_copy_is_seen():
 @pytest.mark.parametrize("part", ["params", "opt_state", "memory"])
 def test_copies_of_every_part_of_the_state_are_compared(part):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    parts = dict.fromkeys(("params", "opt_state", "memory"), {"w": copies(mesh, [np.ones(3, np.float32)] * 2)})
+    same = {"w": copies(mesh, [np.ones(3, np.float32)] * 2)}
+    parts = {"params": same, "opt_state": same, "memory": same}
     other = {"w": copies(mesh, [np.float32([1, 1, 1]), np.float32([1, 1, 2])])}
     assert watch.differing(TrainState(jnp.zeros((), jnp.int32), **parts)) == []
     assert watch.differing(TrainState(jnp.zeros((), jnp.int32), **parts | {part: other})) == [f"{part}/w"]
