@@ -90,8 +90,8 @@ def test_flops_of_models_without_attention_and_without_names():
     assert flops.of_model(axes, tables, 8) == 6 * 44
 
 
-# What JAX calls a device -> TFLOP/s in bfloat16 as the vendors give them: of TPU v2, v3 and v7x for a chip, which is two
-# devices (https://cloud.google.com/tpu/docs/system-architecture); of most GPUs with sparsity, which counts double.
+# What JAX calls a device -> TFLOP/s in bfloat16 as the vendors give them: of TPU v2, v3 and v7x for a chip, which is
+# two devices (https://cloud.google.com/tpu/docs/system-architecture); of most GPUs with sparsity, which counts double.
 SHEETS = {
     "TPU v2": 45 / 2,
     "TPU v3": 123 / 2,
