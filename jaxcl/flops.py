@@ -22,9 +22,13 @@ PEAKS: tuple[tuple[str, float], ...] = (
     ("TPU7x", 1153.5e12),
     ("NVIDIA A100", 312e12),
     ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA H100", 989e12),
+    ("NVIDIA H200 NVL", 835e12),
     ("NVIDIA H200", 989e12),
     ("NVIDIA B200", 2250e12),
+    ("NVIDIA L40S", 362e12),
+    ("NVIDIA L40", 181e12),
     ("NVIDIA L4", 121e12),
     ("NVIDIA A10G", 70e12),
 )

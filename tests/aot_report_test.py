@@ -61,6 +61,23 @@ def test_collectives_send_what_a_ring_has_to_and_the_links_of_a_chip_set_a_floor
     assert "links_s" not in other  # its links are not known here
 
 
+def test_chips_have_what_their_vendors_say():
+    sheets = {  # GiB, of which the compiler leaves the rest; GB/s of HBM; GB/s of all links, both directions together
+        "v4": (32, 1200, None),
+        "v5e": (16, 819, 400),
+        "v5p": (95, 2765, 1200),
+        "v6e": (32, 1640, 800),
+        "tpu7x": (192 / 2, 7380 / 2, None),  # a chip is two devices
+        "h200": (0.95 * 143771 / 1024, 4800, None),  # as nvidia-smi shows it
+    }
+    assert topology.CHIPS.keys() == sheets.keys()
+    for kind, (size, bandwidth, links) in sheets.items():
+        chip = topology.CHIPS[kind]
+        assert chip.hbm == pytest.approx(size, rel=0.04)
+        assert chip.bandwidth == pytest.approx(1e9 * bandwidth)
+        assert chip.links == (links and 1e9 * links / 2)
+
+
 def test_floors_bound_the_utilisation():
     whole = {"compute_s": 3.0, "hbm_s": 0.1, "links_s": 1.0}
     assert examine.bounds(whole, "none") == {"overlapped": 1.0, "in_turn": 0.75}
@@ -261,21 +278,45 @@ def test_the_exit_status_says_whether_it_fits(batch, status, tmp_path, monkeypat
     assert ("short" in capsys.readouterr().out) == (status == 1)
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+PROGRAMS = sorted([*RESULTS.glob("*.json"), *RESULTS.glob("scaling/*_*.json"), *RESULTS.glob("slices/*.json")])
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_committed_results_are_whole_and_of_the_chips_as_they_are_known(path):
     found = json.loads(path.read_text())
     chip = topology.parse(found["topology"]).chip
     assert found["available_gib"] == pytest.approx(chip.hbm, abs=0.01)
     assert found["fits"] == ("memory_gib" in found and found["needed_gib"] <= found["available_gib"])
     assert found["versions"].keys() >= {"jax", "jaxlib"}
+    told = floors_of(found)
+    assert {name: told[name] for name in found["floors"]} == pytest.approx(found["floors"])
+    assert told.keys() - found["floors"] <= {"links_s"}  # those of before had none
     if not found["fits"]:
         assert found["needed_gib"] > found["available_gib"]
-        assert {knob["name"] for knob in found["knobs"]} >= {"remat", "microbatches", "length"}
+        tried = {"remat"} if path.parent == RESULTS else set()  # elsewhere it is full already
+        assert {knob["name"] for knob in found["knobs"]} >= {"microbatches", "length"} | tried
         return
     assert examine.memory(bytes_of(found["memory_gib"]))["needed"] == pytest.approx(found["needed_gib"])
     assert found["donation"]["aliased_inputs"] == found["donation"]["state_leaves"]
     assert found["floors"]["compute_s"] > 0
-    assert found["pallas"] == kernels_of(path.stem, found)
+    if "mfu_bound" in found:
+        remat = "none" if path.parent.name == "slices" else "full"
+        assert found["mfu_bound"] == pytest.approx(examine.bounds(found["floors"], remat))
+    if path.parent == RESULTS:
+        assert found["pallas"] == kernels_of(path.stem, found)
+    elif path.parent.name == "scaling":
+        each = {name: times / found["microbatches"] for name, times in found["pallas"].items()}
+        assert each == pytest.approx(kernels_of(path.stem, found), abs=1)  # of four slices one layer is taken twice
+
+
+def floors_of(found):
+    """Returns the floors of a program as they are computed now."""
+    step = step_of(None)
+    step.facts = lambda: found
+    step.plan.mesh.devices.flat[0].device_kind = found["device"]
+    known = {name: found[name] for name in ("memory_gib", "collectives") if name in found}
+    chips = topology.parse(found["topology"], found.get("slices", 1))
+    return examine.floors(step, chips, examine.Verdict(found["needed_gib"], found["available_gib"], known, 0.0))
 
 
 def kernels_of(name, found):

@@ -1,15 +1,17 @@
 """Faults one by one: what the run says, how its ledger of time names it, and that it ends as if nothing had been.
 
-Elsewhere: steps that are not finite, spikes (guard_test, train_test), kills at any point, in a save
+Elsewhere: steps that are not finite, more of spikes (guard_test, train_test), kills at any point, in a save
 too (resume_test), a signal to one of several processes (train_processes_test).
 """
 
+import dataclasses
 import errno
 import functools
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import processes
 import pytest
 import small
@@ -115,6 +117,43 @@ def test_a_step_that_is_not_finite_once_leaves_no_trace(folder, straight, tmp_pa
     assert run(folder, tmp_path / "run", poison=once, watch={"repeat": True}) == 0
     assert causes(tmp_path / "run") == ["rolled back", "finished"]
     assert small.outcome(tmp_path / "run") == straight
+
+
+def test_a_loss_ten_times_as_high_changes_nothing_but_the_counters(folder, tmp_path):
+    """A step that reads its parameters wrongly, once: the guard gives back what it was given."""
+    seen = []
+
+    def parts(state):
+        return jax.device_get((state.params, state.opt_state, state.memory["inner"]))
+
+    def plant(patch):
+        build = program.build
+
+        @functools.wraps(build)
+        def again(**pieces):
+            new = build(**pieces)
+
+            @jax.transfer_guard("allow")
+            def step(state, batch):
+                if int(state.step) + 1 != 13:
+                    return new.step(state, batch)
+                wrong = jax.tree.map(lambda x: 30 * x, state.params)
+                given = dataclasses.replace(state, params=wrong)
+                before = parts(given)
+                after, values = new.step(given, batch)
+                seen.append((before, parts(after)))
+                return dataclasses.replace(after, params=state.params), values
+
+            return new._replace(step=step)
+
+        patch.setattr(program, "build", again)
+
+    assert run(folder, tmp_path / "run", plant) == 0
+    ((before, after),) = seen
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    losses = {r["step"]: r["loss"] for r in small.records(tmp_path / "run", "train")}
+    assert 10 * max(losses[n] for n in (12, 14)) < losses[13] < float("inf")
+    assert small.events(tmp_path / "run") == [(13, "skipped")]
 
 
 def test_a_flipped_bit_in_one_copy_leaves_no_trace(tmp_path, recipe, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """FLOPs of a token by hand and by counting a program's matrix products; peaks of devices."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -89,15 +90,37 @@ def test_flops_of_models_without_attention_and_without_names():
     assert flops.of_model(axes, tables, 8) == 6 * 44
 
 
-@pytest.mark.parametrize(
-    ("kind", "value"),
-    [
-        ("TPU v5 lite", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v4", 275e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks_by_device_kind(kind, value):
-    assert flops.peak(type("Device", (), {"device_kind": kind})()) == value
+# What JAX calls a device -> TFLOP/s in bfloat16 as the vendors give them: of TPU v2, v3 and v7x for a chip, which is
+# two devices (https://cloud.google.com/tpu/docs/system-architecture); of most GPUs with sparsity, which counts double.
+SHEETS = {
+    "TPU v2": 45 / 2,
+    "TPU v3": 123 / 2,
+    "TPU v4 lite": 138,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5e": 197,
+    "TPU v5": 459,
+    "TPU v5p": 459,
+    "TPU v6 lite": 918,
+    "TPU7x": 2307 / 2,
+    "NVIDIA A100-SXM4-80GB": 624 / 2,
+    "NVIDIA H100 PCIe": 1513 / 2,
+    "NVIDIA H100 NVL": 1671 / 2,
+    "NVIDIA H100 80GB HBM3": 1979 / 2,
+    "NVIDIA H200": 1979 / 2,
+    "NVIDIA H200 NVL": 1671 / 2,
+    "NVIDIA B200": 4500 / 2,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA L40": 362 / 2,
+    "NVIDIA L4": 242 / 2,
+    "NVIDIA A10G": 140 / 2,
+}
+
+
+def test_peaks_are_those_of_the_data_sheets():
+    for kind, teraflops in SHEETS.items():
+        found = flops.peak(SimpleNamespace(device_kind=kind))
+        assert found == pytest.approx(1e12 * teraflops, rel=2e-3), kind
+    for prefix, value in flops.PEAKS:  # none without a data sheet, and none that another hides
+        assert any(flops.peak(SimpleNamespace(device_kind=kind)) == value for kind in SHEETS if kind.startswith(prefix))
+    assert flops.peak(SimpleNamespace(device_kind="cpu")) is None

@@ -113,7 +113,14 @@ def test_a_pod_for_every_machine_and_a_job_for_every_slice(jobset, flags, hosts,
     assert "cloud.google.com/gke-spot" not in where
     exclusive = found["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"]
     assert exclusive == "cloud.google.com/gke-nodepool"
-    assert pod_of(made(jobset, "--spot"))["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+
+
+def test_spot_nodes_and_a_service_account_are_asked_for(jobset):
+    plain, pod = pod_of(made(jobset)), pod_of(made(jobset, "--spot", "--service-account=runs"))
+    assert pod["nodeSelector"] == plain["nodeSelector"] | {"cloud.google.com/gke-spot": "true"}
+    assert pod["tolerations"] == [{"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true"}]
+    assert pod["serviceAccountName"] == "runs"
+    assert not {"tolerations", "serviceAccountName"} & plain.keys()
 
 
 def test_the_run_is_on_the_claim(jobset):

@@ -164,6 +164,21 @@ def test_steps_that_two_returns_undo_are_repeated_once_each(tmp_path):
     assert found["seconds"]["repeated"] == pytest.approx(10)
 
 
+def test_failures_and_repairs_are_averaged(tmp_path):
+    clock = Clock()
+    ledger = goodput.Ledger(tmp_path, clock=clock)
+    for first, away in ((0, 5.0), (10, 20.0), (20, 0.0)):
+        ledger.started(clock.now)
+        clock.now += 3
+        steps(ledger, clock, first, first + 10)
+        clock.now += away  # killed
+    ledger.ended(30, "finished")
+    found = goodput.summary(tmp_path)
+    assert found["failures"] == {"killed": 2}
+    assert found["mtbf_s"] == pytest.approx(3 * (3 + 10) / 2)
+    assert found["mttr_s"] == pytest.approx(((5 + 3) + (20 + 3)) / 2)
+
+
 def test_a_run_that_goes_on_has_not_failed(tmp_path):
     clock = Clock()
     ledger = goodput.Ledger(tmp_path, clock=clock)

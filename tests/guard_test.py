@@ -129,6 +129,14 @@ def test_the_limit_is_robust():
     assert run(values, warmup=8, spike=float("inf"))[1][-1][0] == 0
 
 
+def test_outliers_of_the_warmup_do_not_widen_the_limit():
+    """Nothing is rejected before it is over: three steps of sixteen must not decide what an outlier is."""
+    values = NOISE[:16]
+    values[4] = values[8] = values[12] = 100.0
+    assert run([*values, 9.0], warmup=16)[1][-2:] == [(0, 0), (1, 1)]
+    assert run([*values, NOISE[16]], warmup=16)[1][-1] == (0, 0)
+
+
 def test_a_loss_that_hardly_varies_is_not_guarded_too_closely():
     """The spread counts as at least 5 % of the median: of 2.0 and ten spreads that is a limit of 3.0."""
     assert run([2.0] * 10 + [2.9], warmup=4)[1][-1] == (0, 0)

@@ -1,6 +1,7 @@
 """Images from files: both formats, those that are damaged or lie, and what a task sees of them."""
 
 import gzip
+import io
 import math
 import struct
 import tracemalloc
@@ -241,6 +242,23 @@ def test_pixels_are_padded_then_rotated_then_permuted_then_standardised(archive)
     mixed = pixels.seen(colours, pixels.View(permutation=1)).reshape(3, 20, 3)
     whole = colours.reshape(3, 20, 3).astype(np.float32) / np.float32(255)
     np.testing.assert_array_equal(mixed, whole[:, np.random.default_rng(1).permutation(20)])  # channels stay together
+
+
+def test_an_archive_that_claims_more_than_deflate_can_make_is_refused_before_it_is_in_memory(tmp_path):
+    """Its headers agree with each other, 256 MiB, and its file has some hundred bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**20, 16, 16)})
+    np.savez_compressed(tmp_path / "bomb.npz", y=np.zeros(2**20, np.uint8))
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", header.getvalue() + bytes(256))
+        archive.getinfo("x.npy").file_size = len(header.getvalue()) + 2**28
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"bomb\.npz: x declares 268,435,584 bytes and has not that many"):
+            made(path=str(tmp_path / "bomb.npz"))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 def test_files_that_are_no_images_or_lie_are_refused(tmp_path, archive):

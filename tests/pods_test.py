@@ -71,10 +71,13 @@ def test_a_missing_tool_is_one_line_with_the_remedy(cloud, name):
         (("--capacity=spot",), ["--node-id=mine", "--spot"]),
         (("--capacity=on-demand", "--wait=6h"), ["--node-id=mine", "--valid-until-duration=6h"]),
         (
-            ("--capacity=reserved", "--nodes=4", "--internal", "--network=vpc", "--service-account=runs@p.iam"),
+            (
+                *("--capacity=reserved", "--nodes=4", "--internal"),
+                *("--network=vpc", "--subnetwork=east", "--service-account=runs@p.iam"),
+            ),
             [
                 *("--node-count=4", "--node-prefix=mine", "--reserved"),
-                *("--network=vpc", "--service-account=runs@p.iam", "--internal-ips"),
+                *("--network=vpc", "--subnetwork=east", "--service-account=runs@p.iam", "--internal-ips"),
             ],
         ),
     ],
@@ -165,8 +168,10 @@ def test_arguments_reach_the_job_byte_for_byte_and_again_when_it_resumes(cloud):
     assert not list(cloud.place.rglob("owned"))
     assert not list(cloud.tree.rglob("owned"))
     kept = cloud.place / "home" / ".jaxcl" / "tpu" / "mine.main"
-    assert kept.stat().st_mode & 0o077 == 0
-    assert kept.parent.stat().st_mode & 0o077 == 0
+    there = list(cloud.place.glob("homes/*/jaxcl-jobs/main/args"))
+    assert len(there) == 4
+    for path in (kept, kept.parent, *there):
+        assert path.stat().st_mode & 0o077 == 0
 
 
 def test_a_job_must_outlive_its_machine(cloud):

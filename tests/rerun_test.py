@@ -1,5 +1,7 @@
 """A suspect step taken again: the five verdicts, and a step of a run that its rows or its machine had struck."""
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 import small
 
-from jaxcl import rerun, train
+from jaxcl import program, rerun, train
 from jaxcl.rerun import Replay
 from jaxcl.schema import UserError
 
@@ -68,6 +70,32 @@ def test_what_is_right_here_was_the_machine(folder, once, twice):
     assert again(folder, twice, struck_here=False)["verdict"] == "hardware"
 
 
+def doubled(build):
+    """Builds programs whose tasks end with parameters twice as large."""
+
+    @functools.wraps(build)
+    def again(**pieces):
+        new = build(**pieces)
+
+        def end_task(state, batch):
+            ended = new.end_task(state, batch)
+            return dataclasses.replace(ended, params=jax.tree.map(lambda x: x + x, ended.params))
+
+        return new._replace(end_task=end_task)
+
+    return again
+
+
+def test_tasks_that_end_on_the_way_to_the_step_end_again(folder, tmp_path, monkeypatch):
+    """The checkpoints are at 6 and 9, the first task ends at 8, and 9 is suspect."""
+    small.reuse(folder, monkeypatch)
+    monkeypatch.setattr(program, "build", doubled(program.build))
+    kept = {"every_steps": 3, "every_minutes": None, "keep": 9}
+    assert train.run(small.config(folder, checkpoint=kept), str(tmp_path / "run")) == 0
+    found = rerun.rerun(tmp_path / "run", 9)
+    assert (found["verdict"], found["from_checkpoint"]) == ("data", 6)
+
+
 def made(gave, sums="a"):
     return Replay(9, {10: (1.0, 2.0), 11: gave}, {"w": [sums]})
 
@@ -82,6 +110,8 @@ def made(gave, sums="a"):
         ((made((3.0, 4.0)),) * 2, (3.001, 4.0), True, 0.0, "hardware"),
         ((made((3.0, 4.0)),) * 2, (3.001, 4.0), True, 1e-2, "data"),
         ((made((3.0, 4.0)),) * 2, (9.0, 4.0), False, 1e-2, "transient"),
+        ((made((3.0, 4.0)),) * 2, (3.0, 4.5), False, 0.0, "transient"),  # the norm alone
+        ((made((3.0, 4.0)),) * 2, (3.0, 4.5), True, 1e-2, "hardware"),
     ],
 )
 def test_verdicts(replays, recorded, twice, within, verdict):

@@ -110,7 +110,10 @@ def test_failures_in_a_row_end_it_and_a_good_hour_or_a_save_begins_anew():
 
 def test_some_causes_have_fewer_retries_than_others():
     limits = Limits(retries=5)
-    assert [v.action for v in run_of(["memory"] * 3, limits)] == ["wait", "wait", "end"]
+    for cause in ("memory", "disk"):
+        assert [v.action for v in run_of([cause] * 3, limits)] == ["wait", "wait", "end"]
+    for cause in ("hang", "crash"):
+        assert [v.action for v in run_of([cause] * 4, limits)] == ["wait"] * 3 + ["end"]
     assert [v.action for v in run_of(["machine"] * 4, limits)] == ["elsewhere"] * 3 + ["end"]
     assert [v.action for v in run_of(["killed", "memory"] * 2, limits)][-1] == "wait"
 

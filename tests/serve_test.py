@@ -1,6 +1,9 @@
 """The live page: it follows the records, writes nothing, and answers nobody else."""
 
+import base64
+import hashlib
 import http.client
+import re
 import threading
 import time
 
@@ -69,6 +72,22 @@ def test_an_empty_folder_is_waited_for(tmp_path, monkeypatch, capsys):
     fake_run.make(tmp_path / "new" / "run")
     assert live.waiting() is None
     assert "<svg" in live.page()
+
+
+@pytest.mark.parametrize("path", ["/", "/version"])
+def test_a_browser_keeps_nothing_and_may_run_one_script(web, path):
+    connection = http.client.HTTPConnection(*web.server_address[:2], timeout=10)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    page, known = answer.read().decode(), dict(answer.getheaders())
+    assert known["Cache-Control"] == "no-store"
+    assert known["X-Content-Type-Options"] == "nosniff"
+    rules = dict(rule.split(" ", 1) for rule in known["Content-Security-Policy"].split("; "))
+    (script,) = re.findall("<script>(.*?)</script>", page, re.DOTALL) or [serve.script()]
+    own = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{own}'"
+    for name in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert rules[name] == "'none'"
 
 
 @pytest.mark.parametrize("path", ["/run.json", "/../run.json", "/metrics.jsonl", "/version/", "/%2e%2e/run.json"])

@@ -33,7 +33,7 @@ def test_arguments_reach_the_tasks_as_they_are(cloud):
     start = call["argv"].index("/shared/my venv/python")
     assert call["argv"][start:] == ["/shared/my venv/python", "-m", "jaxcl.main", *JOB]
     assert call["env"] == {"JAXCL_STOPPED": "75", "SRUN_CPUS_PER_TASK": "8"}
-    assert {"--kill-on-bad-exit=0", "--gpu-bind=none"} <= set(call["argv"][:start])
+    assert {"--kill-on-bad-exit=0", "--wait=600", "--gpu-bind=none"} <= set(call["argv"][:start])
     assert not list(cloud.tree.rglob("owned"))
 
 

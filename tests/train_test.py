@@ -194,6 +194,18 @@ def test_bits_per_byte_count_the_bytes_of_the_held_out_text(straight, folder):
     assert all(0.9 < x["bytes"] / x["stored"] < 0.999 for x in size.values())  # every document ends with a token
 
 
+def test_no_key_of_the_environment_is_written_or_printed(folder, tmp_path, monkeypatch, capfd):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "canary")
+    assert stopped_at(folder, tmp_path / "run", 14) == 0
+    assert go_on(folder, tmp_path / "run", small.config(folder, tensorboard=True)) == 0
+    written = small.tree_of(tmp_path)
+    assert {"run/run.json", "run/report.html", "run/checkpoints/24/MANIFEST"} <= set(written)
+    assert any("tfevents" in name for name in written)
+    assert not [name for name, data in written.items() if b"canary" in data]
+    assert "canary" not in "".join(capfd.readouterr())
+
+
 def test_every_task_is_closed_once_with_its_own_last_rows(folder, tmp_path):
     """The method gets them without those that were replayed: they belong to other tasks."""
     settings, own, made = small.shared(folder)

@@ -1,6 +1,7 @@
 """Verifiers: a table of answers, texts that must never raise, and workers that hang, crash and eat memory."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -284,7 +285,8 @@ def score(gold, answer):
         while True: pass
     if answer == "sleep": time.sleep(1000)
     if answer == "child":
-        open(os.environ["CHILD"], "w").write(str(subprocess.Popen(["sleep", "1000"]).pid)); time.sleep(1000)
+        place = os.path.join(os.path.dirname(__file__), "child")
+        open(place, "w").write(str(subprocess.Popen(["sleep", "1000"]).pid)); time.sleep(1000)
     if answer == "die": os.kill(os.getpid(), signal.SIGKILL)
     if answer == "leave": os._exit(0)
     if answer == "quit": sys.exit(3)
@@ -297,6 +299,9 @@ def score(gold, answer):
     if answer == "none": return None
     if answer == "read": return float(len(sys.stdin.read()))
     if answer == "pid": return float(os.getpid())
+    if answer == "canary": return float("canary" in str(os.environ))
+    if answer == "core":
+        import resource; return float(sum(resource.getrlimit(resource.RLIMIT_CORE)))
     return float(gold == answer)
 """
 
@@ -306,7 +311,6 @@ def hostile(tmp_path, monkeypatch):
     name = f"hostile_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("CHILD", str(tmp_path / "child"))
     return verify.make(f"{name}:score")
 
 
@@ -352,6 +356,19 @@ def test_hostile_answers_cost_their_reward_only(hostile, tmp_path):
     pool.close()
     with pytest.raises(UserError, match="closed"):
         pool.rewards(["a"], ["a"])
+
+
+def test_a_worker_has_no_keys_and_leaves_no_core(hostile, monkeypatch):
+    """A core would hold them, and texts of the training with them."""
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "OTHER"):
+        monkeypatch.setenv(name, "canary")
+    most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (most[1], most[1]))
+    with Pool(hostile, workers=1, timeout=20.0) as pool:
+        verdicts = pool.rewards(["a"] * 3, ["canary", "core", "a"])
+    resource.setrlimit(resource.RLIMIT_CORE, most)
+    assert verdicts.rewards.tolist() == [0, 0, 1]
+    assert not verdicts.failed.any()
 
 
 def test_a_worker_killed_while_idle_costs_nothing(hostile):

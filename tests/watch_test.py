@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcl import goodput, train, watch
 from jaxcl.schema import UserError
+from jaxcl.types import TrainState
 
 QUICK = True
 
@@ -51,6 +52,23 @@ def test_a_flipped_bit_in_one_copy_is_seen():
     )
 
 
+@pytest.mark.parametrize("part", ["params", "opt_state", "memory"])
+def test_copies_of_every_part_of_the_state_are_compared(part):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    same = {"w": copies(mesh, [np.ones(3, np.float32)] * 2)}
+    parts = {"params": same, "opt_state": same, "memory": same}
+    other = {"w": copies(mesh, [np.float32([1, 1, 1]), np.float32([1, 1, 2])])}
+    assert watch.differing(TrainState(jnp.zeros((), jnp.int32), **parts)) == []
+    assert watch.differing(TrainState(jnp.zeros((), jnp.int32), **parts | {part: other})) == [f"{part}/w"]
+
+
+def test_copies_of_random_keys_are_compared():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    same, other = ([jax.random.key(seed) for seed in seeds] for seeds in ((3, 3), (3, 4)))
+    assert watch.differing({"a": copies(mesh, same)}) == []
+    assert watch.differing({"a": copies(mesh, same), "b": copies(mesh, other)}) == ["b"]
+
+
 def test_copies_are_compared_when_it_is_time_to(tmp_path):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     state = {"w": copies(mesh, [np.float32([1, 2]), np.float32([1, 3])])}
@@ -77,19 +95,19 @@ def test_a_run_of_which_a_copy_changes_ends_before_it_is_saved(folder, tmp_path,
     assert goodput.attempts(tmp_path / "run")[0].cause == "machine"
 
 
-@pytest.mark.parametrize("again", [2.0, 9.0])
-def test_a_rejected_step_is_repeated_once_and_judged(tmp_path, again):
+@pytest.mark.parametrize(("again", "norm", "machine"), [(2.0, 1.0, True), (9.0, 1.0, False), (9.0, 1.5, True)])
+def test_a_rejected_step_is_repeated_once_and_judged(tmp_path, again, norm, machine):
     one = watcher(tmp_path, repeat=True)
     one.took(1, 0.1, 0.1, values(1.5))
     with pytest.raises(watch.Repeat, match="step 2 was rejected"):
         one.took(2, 0.1, 0.1, values(9.0, bad=1))
     one.back()
     one.took(1, 0.1, 0.1, values(1.5))
-    one.took(2, 0.1, 0.1, values(again, bad=float(again == 9.0)))
+    one.took(2, 0.1, 0.1, values(again, norm, bad=float(not machine)))
     ((step, text),) = one.told()
     assert step == 2
-    assert ("fault of the machine" in text) == (again == 2.0)
-    assert ("rows or the settings" in text) == (again == 9.0)
+    assert ("fault of the machine" in text) == machine
+    assert ("rows or the settings" in text) == (not machine)
     assert one.told() == []
 
 
@@ -178,6 +196,24 @@ def test_a_hang_leaves_stacks_and_a_status(tmp_path):
     assert left[0] == watch.MACHINE
     assert "test_a_hang_leaves_stacks_and_a_status" in (tmp_path / "hang-0.txt").read_text()
     assert [json.loads(x).get("cause") for x in (tmp_path / goodput.FILE).read_text().splitlines()][1] == "hang"
+
+
+def test_every_process_looks_for_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    ready, one = threading.Event(), watcher(tmp_path, hang_s=0.2)
+    monkeypatch.setattr(watch.hung, "__defaults__", (lambda status: ready.set(),))
+    with one.attempt(time.time(), lambda: 7):
+        assert ready.wait(20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hang-1.txt"]  # the ledger is process 0's
+
+
+def test_after_an_evaluation_or_a_save_the_seconds_begin_anew(tmp_path, monkeypatch):
+    said, one = [], watcher(tmp_path)
+    monkeypatch.setattr(one, "alive", lambda: said.append("alive"))
+    for what in ("evaluation", "save"):
+        with one.spending(what):
+            said.append(what)
+    assert said == ["evaluation", "alive", "save", "alive"]
 
 
 def test_a_hang_is_entered_with_the_step_that_was_reached(tmp_path):

@@ -31,6 +31,9 @@ from jaxcl.schema import UserError
 
 EVENTS: tuple[str, ...] = ("timeout", "crash", "memory", "error", "value")  # why an answer gets no reward but 0
 START = 120.0  # seconds that a worker may take to load its verifier
+# What a worker keeps of the environment: what finds programs and libraries, and how text is read. Not the rest, where
+# keys are: an answer may make a verifier tell what it knows.
+KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
 _CHUNK = 1 << 16
 
 
@@ -135,13 +138,14 @@ class _Worker:
 
     def __init__(self) -> None:
         paths = [os.path.abspath(path) for path in sys.path]  # a script's own folder is not in the environment
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", worker.__name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **own, "OMP_NUM_THREADS": "1"},
+            env={**kept, **own, "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # so that its children end with it, and Ctrl-C is the training's to handle
             bufsize=0,
         )
