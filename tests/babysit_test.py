@@ -1,16 +1,21 @@
 """The babysitter of tpu/: jobs that are queued, taken back, fail, and end; nothing here is a cloud."""
 
+import os
 import shlex
+import signal
+import time
 
 import pytest
 from fake_cloud import HOSTILE, JOB, KIND, NAMED, Cloud, line, wait_until
 
-SEEN = ("--yes", "--poll=0", "--backoff=0", *NAMED, *KIND)
+SEEN = ("--yes", "--poll=1", "--backoff=0", "--share=nas:/runs", *NAMED, *KIND)
 
 
 @pytest.fixture
 def cloud(tmp_path):
     with Cloud(tmp_path) as made:
+        (made.bin / "sleep").unlink()
+        made.script(made.bin / "sleep", 'test "$1" = 1 || exec /bin/sleep "$1"')  # --poll
         yield made
 
 
@@ -21,7 +26,7 @@ def babysit(cloud, *flags, job=JOB, **scenario):
 
 def test_from_the_queue_to_the_end(cloud):
     grants = [["CREATING", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]]
-    done = babysit(cloud, "--share=nas:/runs", "--delete", grants=grants, jobs=[0], workers=2)
+    done = babysit(cloud, "--delete", grants=grants, jobs=[0], workers=2)
     assert done.returncode == 0, done
     verbs = cloud.verbs()
     assert verbs[:2] == ["create", "ssh"]
@@ -130,6 +135,96 @@ def test_an_interface_that_does_not_answer_is_no_reason_to_delete(cloud):
     assert done.returncode == 1
     assert "the state of the request is not known" in done.stderr
     assert cloud.verbs() == []
+
+
+def gone(cloud):
+    """What hung has been ended, the child too."""
+    try:
+        os.kill(int((cloud.place / "hanging").read_text()), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("call", "flags"), [("describe", ()), ("create", ()), ("ssh", ("--limit=1", "--limit-long=5", "--nodes=1"))]
+)
+def test_a_call_that_hangs_is_ended_and_costs_a_retry(cloud, call, flags):
+    answers = {"describe": ["hang", ""], "create": ["hang", ""], "ssh": [0, "hang", 0]}[call]
+    grants = [["ACTIVE"]]
+    limits = ("--limit=5", "--limit-long=5", *flags)
+    done = babysit(cloud, "--retries=2", *limits, grants=grants, jobs=[0], **{call: answers})
+    assert done.returncode == 0, done
+    assert f"gcloud compute tpus queued-resources {call}: no answer within 5 s, ended" in done.stderr
+    assert "retry 1 of 2 in 0 s" in done.stderr
+    assert len(cloud.calls("job")) == 1
+    wait_until(lambda: gone(cloud))
+
+
+def test_a_signal_ends_what_hangs_and_the_babysitter(cloud):
+    cloud.says(describe=["hang"])
+    watching = cloud.start("babysit.sh", *SEEN, *JOB, session=True)
+    wait_until((cloud.place / "hanging").exists)
+    time.sleep(0.2)
+    os.killpg(watching.pid, signal.SIGINT)  # Ctrl-C
+    _, said = watching.communicate(timeout=20)
+    assert watching.returncode == -signal.SIGINT, said
+    wait_until(lambda: gone(cloud))
+    assert cloud.verbs() == []
+
+
+def test_what_cannot_be_timed_is_said_once(cloud):
+    (cloud.bin / "timeout").unlink()
+    done = babysit(cloud, grants=[["ACTIVE"]], jobs=[0])
+    assert done.returncode == 0, done
+    assert done.stderr.count("timeout: not found on PATH") == 1
+
+
+ACCOUNT = """You do not currently have an active account selected.
+Please run:
+
+  $ gcloud auth login
+
+to obtain new credentials.
+
+If you have already logged in with a different account, run:
+
+  $ gcloud config set account ACCOUNT
+
+to select an already authenticated account to use."""
+
+
+@pytest.mark.parametrize("text", [ACCOUNT, "PERMISSION_DENIED: Permission 'tpu.nodes.get' denied.\na\nb\nc\nd"])
+def test_looking_that_is_refused_is_not_repeated_and_said_in_full(cloud, text):
+    done = babysit(cloud, describe=[text])
+    assert done.returncode == 1
+    assert f"ERROR: (gcloud) {text.splitlines()[0]}\n" in done.stderr
+    assert text.splitlines()[-1] in done.stderr
+    assert "looking was refused. mine is left as it is, and costs" in done.stderr
+    assert len(cloud.calls("gcloud")) == 1
+    shown = cloud.run("status.sh", *NAMED)
+    assert shown.returncode == 1
+    assert text.splitlines()[0] in shown.stderr
+
+
+def test_a_run_on_the_disk_of_a_machine_is_warned_of(cloud):
+    unshared = [flag for flag in SEEN if not flag.startswith("--share")]
+    for flags, folders, words in (
+        (SEEN, ["/mnt/runs/8b"], None),
+        (SEEN, ["/tmp/y", "/mnt/runs/8b"], None),
+        (unshared, ["/mnt/runs/8b"], "with it, without --share"),
+        (SEEN, ["/mnt/runs/../x"], "--workdir=/mnt/runs/../x may lie anywhere"),
+        (SEEN, ["/mnt/runs/x", "/tmp/y"], "--workdir=/tmp/y is not below /mnt/runs"),
+        (SEEN, ["runs/x"], "--workdir=runs/x is on the disk of a TPU VM"),
+    ):
+        done = cloud.run("babysit.sh", *flags, "--dry-run", "--", *(f"--workdir={folder}" for folder in folders))
+        assert done.returncode == 0, done
+        assert done.stderr.count("warning: ") == (words is not None), done
+        assert (words or "") in done.stderr
+    assert "--share=gs://b: not valid" in line(cloud.run("babysit.sh", *SEEN, "--share=gs://b", *JOB))
+    assert "--poll=0: not valid; write --poll=SECONDS, at least 1" in line(
+        cloud.run("babysit.sh", *SEEN, "--poll=0", *JOB)
+    )
 
 
 def test_a_worker_that_says_nothing_is_no_success(cloud):

@@ -38,7 +38,7 @@ TOOLS = [
         "id",
         "mkdir",
     ),
-    *("mktemp", "mv", "nohup", "rm", "sed", "setsid", "sh", "sleep", "sort", "tail", "tar", "tr", "true"),
+    *("mktemp", "mv", "nohup", "rm", "sed", "setsid", "sh", "sleep", "sort", "tail", "tar", "timeout", "tr", "true"),
 ]
 
 HOSTILE = [
@@ -121,11 +121,11 @@ class Cloud:
         options = {"capture_output": True, "text": True, "timeout": timeout, "stdin": subprocess.DEVNULL}
         return subprocess.run(command, env=self.env(**more), cwd=self.tree, check=False, **options)
 
-    def start(self, script, *args, **more):
-        """Starts a script and returns at once."""
+    def start(self, script, *args, session=False, **more):
+        """Starts a script, in a session of its own if asked for, and returns at once."""
         command = [str(self.tree / "tpu" / script), *args]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=self.env(**more), cwd=self.tree, **pipes)
+        return subprocess.Popen(command, env=self.env(**more), cwd=self.tree, start_new_session=session, **pipes)
 
     def calls(self, tool):
         """Returns the calls of a tool, each a dict with `argv`."""

@@ -136,6 +136,13 @@ def test_the_run_is_on_the_claim(jobset):
         (("--name=a: b",), "--name='a: b': write small letters"),
         (("--name=a\n",), "--name="),
         (("--image=x y",), "--image='x y'"),
+        (
+            ("--accelerator=tpu-v9",),
+            "--accelerator='tpu-v9': write a value of cloud.google.com/gke-tpu-accelerator: tpu-",
+        ),
+        (("--topology=2x2x4",), "--topology=2x2x4: tpu-v5-lite-podslice has 2 dimensions"),
+        (("--accelerator=tpu-v5p-slice",), "--topology=4x4: tpu-v5p-slice has 3 dimensions"),
+        (("--mount=/mnt/../x",), "--mount='/mnt/../x': write an absolute folder, without .."),
         (("--topology=4x0",), "--topology='4x0': write such as 4x4"),
         (("--topology=2x3",), "6 chips are no whole number of machines of --chips=4"),
         (("--slices=0",), "--slices=0: must be at least 1"),
@@ -145,6 +152,9 @@ def test_the_run_is_on_the_claim(jobset):
         (("--", "--config=x"), "has no --workdir"),
         (("--", "--workdir=/tmp/x"), "--workdir=/tmp/x: not on the claim"),
         (("--", "--workdir=/mnt/runsx"), "not on the claim"),
+        (("--", "--workdir=/mnt/runs/x", "--workdir=/tmp/x"), "not on the claim"),
+        (("--", "--workdir=/mnt/runs/../x"), "--workdir=/mnt/runs/../x: may lie anywhere; write /mnt/runs/NAME"),
+        (("--", "--workdir", "/mnt/runs/x"), "two words; write --workdir=/mnt/runs/NAME"),
         (("--", "--workdir=/mnt/runs/x", "\udcff"), "not UTF-8"),
     ],
 )
@@ -160,10 +170,10 @@ def test_mistakes_are_one_line(jobset, capsys, given, words):
 
 def test_the_wrapper_applies_what_the_renderer_writes(cloud, jobset):
     flags = (*SET, *KIND, "--spot", "--slices=2", "--namespace=team")
-    done = cloud.run("gke.sh", "apply", *flags, "--context=my cluster", *JOB)
+    done = cloud.run("gke.sh", "apply", *flags, "--context=gke_p_us-east5_c", *JOB)
     assert done.returncode == 0, done
     (call,) = cloud.calls("kubectl")
-    assert call["argv"] == ["--context=my cluster", "--namespace=team", "apply", "--filename=-"]
+    assert call["argv"] == ["--context=gke_p_us-east5_c", "--namespace=team", "apply", "--filename=-"]
     assert json.loads(call["stdin"]) == json.loads(jobset.main([*flags, *JOB]))
     cloud.forget()
     shown = cloud.run("gke.sh", "apply", *flags, "--dry-run", *JOB)
@@ -177,7 +187,14 @@ def test_the_wrapper_says_what_is_wrong_and_asks(cloud):
     assert "not on the claim" in line(cloud.run("gke.sh", "apply", *SET, *KIND, "--", "--workdir=/x"))
     assert "say what to do" in line(cloud.run("gke.sh", "destroy", "--name=mine"))
     assert "--name=" in line(cloud.run("gke.sh", "delete", "--name=--all", "--yes"))
-    assert "needs --yes" in line(cloud.run("gke.sh", "delete", "--name=mine"))
+    asked = "gke.sh: error: deleting the JobSet mine of default needs --yes when there is nobody to ask"
+    assert line(cloud.run("gke.sh", "delete", "--name=mine")) == asked
+    for context in ("my cluster", "a;b", "--all"):
+        assert "not valid; write --context=" in line(
+            cloud.run("gke.sh", "status", "--name=mine", f"--context={context}")
+        )
+    assert "--namespace=: empty" in line(cloud.run("gke.sh", "status", "--name=mine", "--namespace="))
+    assert "--: this command is given no job" in line(cloud.run("gke.sh", "logs", "--name=mine", *JOB))
     assert cloud.calls("kubectl") == []
     assert cloud.run("gke.sh", "delete", "--name=mine", "--yes").returncode == 0
     assert [call["argv"] for call in cloud.calls("kubectl")] == [["--namespace=default", "delete", "jobset", "mine"]]
@@ -185,5 +202,9 @@ def test_the_wrapper_says_what_is_wrong_and_asks(cloud):
     for verb in ("status", "logs"):
         assert cloud.run("gke.sh", verb, "--name=mine").returncode == 0
     assert [call["argv"][1] for call in cloud.calls("kubectl")] == ["get", "get", "logs"]
+    cloud.says(kubectl=["hang"])
+    done = cloud.run("gke.sh", "status", "--name=mine", "--limit=1")
+    assert done.returncode == 124
+    assert "gke.sh: kubectl --namespace=default get jobset mine: no answer within 1 s, ended" in done.stderr
     (cloud.bin / "kubectl").unlink()
     assert "kubectl: not found on PATH; install it" in line(cloud.run("gke.sh", "status", "--name=mine"))

@@ -52,6 +52,11 @@ def test_help_and_mistakes_are_said_before_anything_is_called(cloud, name):
     assert "not valid" in line(cloud.run(name, *NAMED[:2], "--project=my-project\n--quiet"))
     assert "--name: write --name=VALUE" in line(cloud.run(name, "--name", "mine"))
     assert "not valid" in line(cloud.run(name, *NAMED, "--job=../../x"))
+    for flag in ("job", "nodes", "limit"):
+        assert f"--{flag}=: empty; write --{flag}=VALUE" in line(cloud.run(name, *NAMED, f"--{flag}="))
+    assert "not valid" in line(cloud.run(name, *NAMED, "--limit=2m"))
+    if name not in ("run.sh", "babysit.sh"):
+        assert "--: this command is given no job" in line(cloud.run(name, *NAMED, "--", "--config=x"))
     assert "takes no value" in line(cloud.run(name, *NAMED, "--dry-run=false"))
     assert not (cloud.tree / "owned").exists()
     assert cloud.calls("gcloud") == []
@@ -176,12 +181,51 @@ def test_arguments_reach_the_job_byte_for_byte_and_again_when_it_resumes(cloud):
 
 def test_a_job_must_outlive_its_machine(cloud):
     assert "has no --workdir" in line(cloud.run("run.sh", *NAMED, "--", "--config=x"))
+    assert "write --workdir=/mnt/runs/NAME" in line(cloud.run("run.sh", *NAMED, "--", "--workdir", "/mnt/runs/x"))
     assert "mount the storage" in line(cloud.run("run.sh", *NAMED, "--", "--workdir=gs://bucket/run"))
     done = cloud.run("run.sh", *NAMED, "--dry-run", "--", "--workdir=runs/x")
     assert done.returncode == 0
     assert "warning: --workdir=runs/x is on the disk of a TPU VM" in done.stderr
     assert "the job: missing" in line(cloud.run("run.sh", *NAMED))
     assert "not known here; start it with run.sh" in line(cloud.run("resume.sh", *NAMED))
+
+
+@pytest.mark.parametrize("share", ["gs://b", "-oProxy:/x", "nas", "nas:runs", "nas://runs", "nas-:/x"])
+def test_what_is_shared_is_a_host_and_a_folder(cloud, share):
+    assert f"--share={share}: not valid; write --share=HOST:/FOLDER" in line(
+        cloud.run("setup.sh", *NAMED, f"--share={share}")
+    )
+    assert cloud.run("setup.sh", *NAMED, "--dry-run", "--share=10.0.0.2:/").returncode == 0
+
+
+def test_how_long_a_call_may_take(cloud):
+    """Looking is short, doing is long, saving may take what it is given, and a log is followed until Ctrl-C."""
+    (cloud.bin / "timeout").unlink()
+    cloud.script(cloud.bin / "timeout", 'shift 2; echo "$1 $2 $6" >>"$FAKE/timed"; shift; exec "$@"')
+    cloud.says(states=["ACTIVE"], jobs=["save"])
+    for name, *flags in (
+        ("setup.sh",),
+        ("run.sh", *JOB),
+        ("status.sh",),
+        ("status.sh", "--limit=7"),
+        ("logs.sh",),
+        ("stop.sh", "--seconds=08"),
+        ("stop.sh", "--limit-long=0"),
+        ("delete.sh", "--yes", "--limit-long=60"),
+    ):
+        done = cloud.run(name, *NAMED, *flags)
+        assert done.returncode == 0, done
+    timed = (cloud.place / "timed").read_text().split("\n")
+    assert timed[:3] == ["1800 gcloud scp", "1800 gcloud ssh", "1800 gcloud ssh"]
+    assert timed[3:6] == ["120 gcloud describe", "120 gcloud describe", "600 gcloud ssh"]
+    assert timed[6:] == [
+        *["7 gcloud describe"] * 2,
+        "35 gcloud ssh",
+        "1800 gcloud ssh",
+        "1808 gcloud ssh",
+        "60 gcloud delete",
+        "",
+    ]
 
 
 def mounts(cloud):

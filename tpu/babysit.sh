@@ -12,6 +12,8 @@
 #   --backoff   seconds before the first retry, twice as many before each further one, at most 900 (default 30); it waits
 #               between half and the whole of that. What follows from which end is decided by jaxcl/retry.py
 #   --poll      (default 60)
+#   --limit     seconds after which a call that only looks is given up, a failure of the cloud (default 120; five times that
+#               to look at the workers); --limit-long: one that does something (default 1800). 0: never
 #   --dry-run   show what an undisturbed job takes
 # Ends with 0: finished; 2 or 3: that of the job, which must not be repeated; 130: stopped by stop.sh; 1: gave up.
 
@@ -19,15 +21,16 @@ set -euo pipefail
 . "$(dirname "$0")/settings.sh"
 
 settings "$cloud accelerator runtime capacity wait network subnetwork service-account share yes delete retries backoff poll" "$@"
-check_cloud
+check_cloud job
+check_share
 opt_retries=${opt_retries:-5} opt_backoff=${opt_backoff:-30} opt_poll=${opt_poll:-60}
 check retries '[0-9]{1,4}' N
 check backoff '[0-9]{1,4}' SECONDS
-check poll '[0-9]{1,4}' SECONDS
+check poll '[1-9][0-9]{0,3}' 'SECONDS, at least 1'
 need_gcloud
 need python3 'install Python 3.9 or newer'
 if [ -z "$has_job" ]; then recall; fi
-check_job
+check_job "$opt_share"
 confirm "deleting and requesting $opt_name again whenever it is taken back"
 remember
 
@@ -59,7 +62,8 @@ well=    # when it was started, or last failed
 since=   # when the job was started, or was first seen running; before that, how it ended is from another time
 args=$(printf '%s\0' "${job_args[@]}" | cksum | tr ' ' -)
 history=$(mktemp) # of failures, as jaxcl/retry.py keeps it
-trap 'rm -f "$history"' EXIT
+errors=$(mktemp)  # what looking wrote when it failed
+trap 'rm -f "$history" "$errors"' EXIT
 
 pause() { [ "$1" = 0 ] || sleep "$1"; }
 
@@ -92,6 +96,25 @@ fail() {
 # trouble WHAT: one failure of the cloud more.
 trouble() { fail --cause=cloud --why="$1"; }
 
+# refused TEXT: what gcloud says, and will say again.
+refused() {
+  case $1 in
+    *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *UNAUTHENTICATED* | *'does not have permission'*) ;;
+    *'have an active account selected'*) ;;
+    *) return 1 ;;
+  esac
+}
+
+# unseen WHAT: looking failed, as $errors says; the end if it was refused, else one failure of the cloud more.
+unseen() {
+  brief "$errors" >&2
+  if refused "$(cat "$errors")"; then
+    say "error: $1: looking was refused. $opt_name is left as it is, and costs: see status.sh, delete.sh"
+    exit 1
+  fi
+  trouble "$1"
+}
+
 # finish STATUS WHAT
 finish() {
   say "$2"
@@ -106,16 +129,20 @@ finish() {
 request() {
   local said
   say "requests $opt_name"
-  if said=$(create 2>&1); then return; fi
-  said=$(printf '%s' "$said" | tail -n 3 | tr '\n' ' ')
+  if create >"$errors" 2>&1; then return; fi
+  said=$(brief "$errors" | tr '\n' ' ')
   case $said in
-    *ALREADY_EXISTS* | *'already exists'*) ;;
-    *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *UNAUTHENTICATED* | *'does not have permission'*)
-      say "error: the request was refused: $said"
-      exit 1
+    *ALREADY_EXISTS* | *'already exists'*) return ;;
+    *"$unanswered"*)
+      trouble "$said"
+      return
       ;;
-    *) trouble "the request was refused: $said" ;;
   esac
+  if refused "$(cat "$errors")"; then
+    say "error: the request was refused: $said"
+    exit 1
+  fi
+  trouble "the request was refused: $said"
 }
 
 # again WHY: deletes the request, so that the next look finds none.
@@ -133,7 +160,7 @@ launch() {
     fi ;;
   esac
   if ! start; then
-    on_workers "$(worker halt "$opt_job")" || true # some may have started, and wait for the others
+    end_job halt || true # some may have started, and wait for the others
     trouble 'starting failed'
     return
   fi
@@ -172,7 +199,7 @@ judge() {
     uneven=$((uneven + 1)) # ending, or starting; or some died and the others wait for them
     if [ "$uneven" -gt 3 ]; then
       say 'some workers run and some do not; stops them all'
-      on_workers "$(worker halt "$opt_job")" || trouble 'they cannot be stopped'
+      end_job halt || trouble 'they cannot be stopped'
       uneven=0
     else
       pause "$opt_poll"
@@ -195,15 +222,15 @@ settle() {
 }
 
 while :; do
-  if ! found=$(state); then
-    trouble 'the state of the request is not known'
+  if ! found=$(state 2>"$errors"); then
+    unseen 'the state of the request is not known'
     continue
   fi
   case $found in
     absent) request ;;
     ACTIVE)
-      if ! nodes=$(node_states); then
-        trouble 'the state of the slices is not known'
+      if ! nodes=$(node_states 2>"$errors"); then
+        unseen 'the state of the slices is not known'
         continue
       fi
       case $nodes in

@@ -6,6 +6,7 @@
 #   --nodes             number of slices; above 1 it is a Multislice request (default 1)
 #   --wait              give up if nothing was granted within e.g. 6h, so that a forgotten request costs nothing later
 #   --service-account, --network, --subnetwork, --internal   (--internal: no external addresses; ssh goes through IAP)
+#   --limit-long        seconds after which the call is given up (default 1800; 0: never)
 #   --dry-run           show the command only
 # What is granted costs money until delete.sh is run, idle or not.
 

@@ -24,14 +24,24 @@ from typing import Any, NoReturn
 STOPPED = 75  # exit status of a run that SIGTERM stopped; see JAXCL_STOPPED in jaxcl/distributed.py
 FINAL = [2, 3]  # exit statuses after which the same command would fail again
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"  # JobSet appends to it, and pod names end at 63 characters
+AXES = {  # of the topology, by value of cloud.google.com/gke-tpu-accelerator
+    "tpu-v3-device": 2,
+    "tpu-v3-slice": 2,
+    "tpu-v4-podslice": 3,
+    "tpu-v5-lite-device": 2,
+    "tpu-v5-lite-podslice": 2,
+    "tpu-v5p-slice": 3,
+    "tpu-v6e-slice": 2,
+    "tpu7x": 3,
+}
 SHAPES = {
     "name": (NAME, "small letters, digits and dashes, at most 40"),
     "namespace": (r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "small letters, digits and dashes"),
     "image": (r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}", "HOST/FOLDER/NAME:TAG or ...@sha256:DIGEST"),
-    "accelerator": (r"tpu[a-z0-9-]*", "a value of cloud.google.com/gke-tpu-accelerator, such as tpu-v5-lite-podslice"),
+    "accelerator": ("|".join(AXES), f"a value of cloud.google.com/gke-tpu-accelerator: {', '.join(AXES)}"),
     "topology": (r"[1-9][0-9]*(x[1-9][0-9]*){1,2}", "such as 4x4 or 2x2x4"),
     "claim": (r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", "the name of a ReadWriteMany PersistentVolumeClaim"),
-    "mount": (r"/[A-Za-z0-9_./-]+", "an absolute folder"),
+    "mount": (r"(/(?!\.\.?/|\.\.?$)[A-Za-z0-9_.-]+)+/?", "an absolute folder, without .."),
     "service_account": (r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", "the name of a service account of the namespace"),
 }
 
@@ -57,6 +67,20 @@ def hosts(topology: str, chips: int) -> int:
     if total % chips:
         raise ValueError(f"--topology={topology}: {total} chips are no whole number of machines of --chips={chips}")
     return total // chips
+
+
+def misplaced(job: list[str], mount: str) -> str | None:
+    """Returns what is wrong with the folder of the run, which is to be on the claim; None = nothing."""
+    if any(arg in ("--workdir", "-workdir") for arg in job):
+        return f"the job: --workdir and its value are two words; write --workdir={mount}/NAME"
+    folders = [arg.split("=", 1)[1] for arg in job if arg.startswith(("--workdir=", "-workdir="))]
+    if not folders:
+        return f"the job: has no --workdir; write -- --config=FILE --workdir={mount}/NAME"
+    if ".." in folders[-1].split("/"):
+        return f"--workdir={folders[-1]}: may lie anywhere; write {mount}/NAME, without .."
+    if not folders[-1].startswith(f"{mount}/"):
+        return f"--workdir={folders[-1]}: not on the claim, it would go with its pod; write {mount}/NAME"
+    return None
 
 
 def container(options: argparse.Namespace, args: list[str]) -> dict[str, Any]:
@@ -182,12 +206,12 @@ def main(argv: list[str]) -> str:
     for field, least in (("chips", 1), ("slices", 1), ("restarts", 0), ("grace", 1)):
         if not least <= getattr(options, field) < 2**31:
             fault = fault or f"--{field}={getattr(options, field)}: must be at least {least} and below 2^31"
-    folders = [arg.split("=", 1)[1] for arg in job if arg.startswith("--workdir=")]
-    mount = options.mount.rstrip("/")
-    if not folders:
-        fault = fault or f"the job: has no --workdir; write -- --config=FILE --workdir={mount}/NAME"
-    elif not folders[-1].startswith(f"{mount}/"):
-        fault = fault or f"--workdir={folders[-1]}: not on the claim, it would go with its pod; write {mount}/NAME"
+    axes = options.topology.count("x") + 1
+    if axes != AXES.get(options.accelerator, axes):
+        fault = (
+            fault or f"--topology={options.topology}: {options.accelerator} has {AXES[options.accelerator]} dimensions"
+        )
+    fault = fault or misplaced(job, options.mount.rstrip("/"))
     if any("\udc80" <= letter <= "\udcff" for arg in job for letter in arg):
         fault = fault or "the job: an argument is not UTF-8, and JSON holds nothing else"
     if fault:

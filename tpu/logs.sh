@@ -13,4 +13,5 @@ check_if_given worker 'all|[0-9]+' 'a number, or all'
 check_if_given node 'all|[0-9]+' 'a number, or all'
 check_if_given lines '[0-9]{1,7}' N
 need_gcloud
+[ -z "$opt_follow" ] || patience=0
 on_workers "$(worker log "$opt_job" "${opt_lines:-100}" ${opt_follow:+follow})" "${opt_worker:-0}" "${opt_node:-0}"

@@ -10,5 +10,5 @@ check_cloud
 need_gcloud
 recall
 check_job
-on_workers "$(worker halt "$opt_job")"
+end_job halt
 on_workers "$(worker start "$opt_job" "${job_args[@]}")"

@@ -8,7 +8,7 @@ set -euo pipefail
 . "$(dirname "$0")/settings.sh"
 
 settings "$cloud" "$@"
-check_cloud
+check_cloud job
 [ -n "$has_job" ] || die 'the job: missing; write -- --config=FILE --workdir=/mnt/runs/NAME'
 check_job
 need_gcloud

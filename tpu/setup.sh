@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Installs this tree on every worker: setup.sh --name=NAME --zone=ZONE --project=PROJECT [--share=HOST:/FOLDER]
 #   --share     NFS folder (Filestore) that all workers mount at /mnt/runs: where runs outlive the machines
+#   --limit-long   seconds after which copying, or installing, is given up (default 1800 for each; 0: never)
 #   --nodes, --internal as in create.sh; --dry-run shows the commands only
-# With several workers the ssh key must be in an agent: ssh-add ~/.ssh/google_compute_engine
+# A key with a passphrase must be in an agent, and any key with several workers: ssh-add ~/.ssh/google_compute_engine
 
 set -euo pipefail
 . "$(dirname "$0")/settings.sh"
 
 settings "$cloud share" "$@"
 check_cloud
-check_if_given share '[A-Za-z0-9.-]+:/[A-Za-z0-9_./-]*' 'HOST:/FOLDER'
+check_share
 need_gcloud
 need tar 'install it'
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Shows the request, its slices and the job on every worker: status.sh --name=NAME --zone=ZONE --project=PROJECT [--job=JOB]
+#   --limit   seconds after which a look is given up (default 120, and five times that on the workers; 0: never)
 
 set -euo pipefail
 . "$(dirname "$0")/settings.sh"

@@ -9,4 +9,4 @@ settings "$cloud seconds" "$@"
 check_cloud
 check_if_given seconds '[0-9]{1,5}' SECONDS
 need_gcloud
-on_workers "$(worker stop "$opt_job" "${opt_seconds:-300}")"
+end_job stop "${opt_seconds:-300}"

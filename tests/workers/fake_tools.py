@@ -1,7 +1,8 @@
 """Stands in for gcloud, kubectl, srun and other tools that the scripts of tpu/ call: fake_tools.py TOOL ARG...
 
 It appends {"tool", "argv", "worker"} to $FAKE/calls.jsonl and plays $FAKE/scenario.json: for a kind of call a list of
-answers, of which the last one stays; `slices`, `workers` of each, `silent` ones, and whether `python` is "old" there.
+answers ("hang" for none), of which the last one stays; `slices`, `workers` of each, `silent` ones, and whether `python`
+is "old" there.
 `ssh` runs the command for real, in a home for each worker, by `sh`: what only bash understands fails.
 """
 
@@ -60,6 +61,12 @@ def record(tool, argv, **more):
 
 
 def fail(text, status=1):
+    if text == "hang":  # a child of the tool has the pipe, as python has in gcloud, a shell script
+        import subprocess
+
+        child = subprocess.Popen(["sleep", "300"])
+        keep("hanging", child.pid)
+        child.wait()
     print(f"ERROR: (gcloud) {text}", file=sys.stderr)
     sys.exit(status)
 
@@ -92,6 +99,8 @@ def clear():
 
 def ssh(argv):
     if status := answer("ssh", 0):
+        if status == "hang":
+            fail("hang")
         fail("[255] ssh: connect to host port 22: Connection refused", status)
     command = next(arg.split("=", 1)[1] for arg in argv if arg.startswith("--command="))
     import subprocess
@@ -198,6 +207,8 @@ def main():
         return gcloud(argv)
     record(tool, argv, **({"stdin": sys.stdin.read()} if argv[-1] == "--filename=-" else {}))
     if status := answer(tool, 0):
+        if status == "hang":
+            fail("hang")
         sys.exit(status)
     if tool == "sudo":
         os.execvp(argv[0], argv)
