@@ -93,6 +93,9 @@ def test_the_choice_is_told_and_options_that_do_not_fit_are_refused():
     setting = toys.solved(width=2000)
     assert "cheapest" in compose.explain("acil(every=1)", setting)["acil"]
     assert acil.plan(setting, 0.1, 1, "auto", True).name == "recursion"
+    assert acil.plan(setting._replace(steps=2), 0.1, None, "auto", True).name == "recursion"
+    assert acil.plan(setting._replace(steps=2), 0.1, 64, "auto", True).name == "solve"
+    assert acil.plan(setting, 0.1, None, "auto", True).name == "solve"
     assert acil.plan(setting, "gcv", 1, "auto", True).name == "solve"
     assert acil.plan(setting, 0.1, 1, "refresh", True).why == "refresh: as asked for"
     for options, words in {

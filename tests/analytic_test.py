@@ -11,6 +11,7 @@ import pytest
 import toys
 
 from jaxcl import adapters, main, network, program, saved, train
+from jaxcl.data import rows as tables
 from jaxcl.data import scenarios
 from jaxcl.models import analytic, cnn, mlp, patches
 from jaxcl.report.run import load
@@ -216,6 +217,26 @@ def test_centres_are_features_of_rows_of_the_first_task():
     distance = np.abs(centres[:, None] - features[None]).max(-1).min(1)
     assert np.all(distance < 1e-5)
     assert len(np.unique(centres.round(5), axis=0)) == 6
+
+
+def test_centres_are_of_all_classes_of_a_sorted_table_and_of_other_rows_with_another_seed():
+    labels, rng, drawn = np.repeat(np.int32([0, 1, 2, 3]), 10), np.random.default_rng(0), []
+    whole = toys.points(rng.standard_normal((40, 4)).astype("f"), labels)
+    columns = {name: np.asarray(getattr(whole, name)) for name in tables.NAMES}
+    rows = tables.Rows(np.ones(40, np.int64), lambda n: {name: x[n] for name, x in columns.items()}, "")
+
+    def draw(count, random):
+        drawn.append(adapters.drawing(rows)(count, random))
+        return drawn[-1]
+
+    one = made(expansion="gaussian", width=20)
+    load = adapters.loading(None, one, draw)
+    for seed in range(2):
+        found = load(jax.random.key(seed), params_of(one))
+        np.testing.assert_allclose(found["expansion"]["centres"], one.raw(found, drawn[-1]), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(np.unique(drawn[-1].targets), [0, 1, 2, 3])
+        assert len(np.unique(drawn[-1].inputs, axis=0)) == 20
+    assert set(map(tuple, drawn[0].inputs)) != set(map(tuple, drawn[1].inputs))
 
 
 # name -> (sections, words the line must hold)

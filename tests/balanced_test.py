@@ -256,6 +256,19 @@ def test_what_is_made_up_is_in_the_head_and_not_in_the_sums(how):
         assert np.any(state.params["head"])
 
 
+def test_expected_rows_are_those_of_the_kernel_of_the_model():
+    noise, sigma = 0.5, 0.8
+    adapter = {"expansion": "gaussian", "width": 7, "sigma": sigma, "bias": True}
+    made = built("aef_ocl", adapter, gamma=GAMMA, how="expect", noise=noise)
+    state, _ = trained(made, tasks(UNEQUAL))
+    m, s = state.memory["moments"], state.memory["spread"]
+    add = toys.quick(functools.partial(expected.gaussian, sigma=sigma, bias=True))
+    variance = noise**2 * spreads.variance(s).high
+    copy = add(m, made.params["expansion"], s.mean.high, variance, jnp.float32([0, 33, 26, 36]))
+    head = np.linalg.solve(wide(copy.gram) + GAMMA * np.eye(8), wide(copy.cross))
+    np.testing.assert_allclose(state.params["head"], head, rtol=0, atol=1e-5 * np.abs(head).max())
+
+
 def test_a_class_that_was_not_seen_lacks_nothing():
     np.testing.assert_array_equal(aef_ocl.lacking(pair.of(np.float32([5, 0, 2]))), [0, 0, 3])
 

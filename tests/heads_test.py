@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
@@ -243,7 +244,7 @@ def test_ranpac_chooses_the_regularisation_on_rows_it_has_not_seen(by):
     close(learner.params["head"], np.linalg.solve(features.T @ features + best * np.eye(20), features.T @ targets))
 
 
-def test_ranpac_holds_a_fifth_out_of_a_task_whose_end_is_all_of_it():
+def test_ranpac_holds_a_fifth_out_of_a_task_whose_end_is_all_of_it(monkeypatch):
     """Classes that are new in it would have no row left: the best gamma would be the largest."""
     learner, (x, y) = Learner("ranpac(gamma=1.0)", expansion="relu", scale="normal", width=20), rows(64, 4)
     x = x + np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
@@ -260,6 +261,9 @@ def test_ranpac_holds_a_fifth_out_of_a_task_whose_end_is_all_of_it():
         score.append(np.sum((features[-12:] @ w - targets[-12:]) ** 2))
     assert found == np.float32(PATH[int(np.argmin(score))])
     assert found < PATH[-1]
+    monkeypatch.setattr(learners, "choose", lambda m, rows, path, by: jnp.sum(rows.weights * jnp.arange(64)))
+    told = toys.quick(lambda *args: made.end_task(*args).memory["gamma"])(state, toys.stack(batches), jax.random.key(0))
+    assert told == sum(range(64 - 12, 64))  # the last 12 rows, each once
 
 
 def test_ranpac_without_a_choice_is_ridge():

@@ -125,15 +125,27 @@ def other(runs, tmp_path, **changes):
     return place
 
 
+DISTANCES = {"name": "analytic", "width": 12, "head": "mahalanobis"}
 CASES = {
     "width": (
         {"adapter": {"name": "analytic", "width": 13}},
         r"other: config\.adapter\.width=13, but 12 in .*a: o",
     ),
     "expansion": ({"adapter": {"name": "analytic", "width": 12, "expansion": "tanh"}}, r"expansion='tanh', but 'relu'"),
+    "sigma": ({"adapter": {"name": "analytic", "width": 12, "sigma": 2.0}}, r"adapter\.sigma=2\.0, but 10\.0 in"),
+    "bias": ({"adapter": {"name": "analytic", "width": 11, "bias": True}}, r"adapter\.bias=True, but False in"),
+    "length": (
+        {"adapter": {"name": "analytic", "width": 12, "normalise": True}},
+        r"adapter\.normalise=True, but False",
+    ),
+    "head": ({"adapter": DISTANCES}, r"adapter\.head='mahalanobis', but 'linear' in"),
     "classes": ({"model": {"name": "mlp", "inputs": 64, "hidden": (6,), "classes": 5}}, r"adapter\.classes=5, but 4"),
     "backbone": ({"model": config()["model"] | {"hidden": (7,)}}, r"config\.model\.hidden\[0\]=7, but 6 in"),
     "an option more": ({"model": config()["model"] | {"bias": True}}, r"bias=True, but 'the default' in"),
+    "rows": (
+        {"facts": {"row": {"shape": [4, 16, 1], "dtype": "float32"}}},
+        r"config\.rows=\[4, 16, 1\], but \[8, 8, 1\] in",
+    ),
     "gamma": (
         {"method": "acil(gamma=0.3, how='recursion')"},
         r"\[0\]\.gamma=0\.3, but 0\.2 in .*; say which one counts with --gamma",
@@ -156,6 +168,20 @@ def test_runs_that_do_not_add_up_are_refused(runs, tmp_path, name):
     assert not new.exists()
 
 
+@pytest.mark.parametrize(("option", "value", "default"), [("power", 0.5, 1.0), ("shared", True, False)])
+def test_heads_of_distances_are_alike_or_refused(runs, tmp_path, option, value, default):
+    one = other(runs, tmp_path / "one", adapter=DISTANCES)
+    two = other(runs, tmp_path / "two", adapter=DISTANCES | {option: value})
+    with pytest.raises(UserError, match=rf"two/other: config\.adapter\.{option}={value}, but {default} in .*one/other"):
+        merge.make([one, two], tmp_path / "new")
+
+
+def test_rows_of_any_run_before_are_noticed(runs, tmp_path):
+    one, two = runs[:2]
+    with pytest.raises(UserError, match=r"other: was trained on the source 'task_01', and so was .*b: its rows"):
+        merge.make([two, one, other(runs, tmp_path)], tmp_path / "new")
+
+
 def test_the_same_rows_from_another_place_are_noticed(runs, tmp_path):
     """By what they hold: names and paths of files differ."""
     known = folder.about(runs[0])["facts"]
@@ -170,20 +196,20 @@ def test_the_same_rows_from_another_place_are_noticed(runs, tmp_path):
 @pytest.mark.parametrize(
     ("seed", "remedy"), [(1, r"same config\.seed \(here 0 and 1\)"), (0, r"same config\.model\.start, or, of a Gaus")]
 )
-def test_another_feature_map_is_refused(runs, tmp_path, monkeypatch, seed, remedy):
-    """One bit of one number of the projection."""
+@pytest.mark.parametrize("name", ["params/base/layer_0/kernel", "params/expansion/projection"])
+def test_another_feature_map_is_refused(runs, tmp_path, monkeypatch, name, seed, remedy):
+    """One bit of one number of the backbone or of the projection."""
     place, read = other(runs, tmp_path, seed=seed), saved.read
 
     def changed(directory, **options):
         step, leaves, host = read(directory, **options)
         if directory.parent == place:
-            projection = np.array(leaves["params/expansion/projection"])
-            projection[3, 2] = np.nextafter(projection[3, 2], np.float32(2))
-            leaves["params/expansion/projection"] = projection
+            leaves[name] = np.array(leaves[name])
+            leaves[name][3, 2] = np.nextafter(leaves[name][3, 2], np.float32(2))
         return step, leaves, host
 
     monkeypatch.setattr(saved, "read", changed)
-    with pytest.raises(UserError, match=rf"other: params/expansion/projection is not that of .*a: another .*{remedy}"):
+    with pytest.raises(UserError, match=rf"other: {name} is not that of .*a: another .*{remedy}"):
         merge.make([runs[0], place], tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -73,8 +73,10 @@ def analytic_of(setting: Setting, name: str, head: str = "linear") -> Any:
 def rows_of(setting: Setting, params: Params, batch: Batch) -> Rows:
     """Returns the rows of a batch; see `Rows`."""
     made = setting.analytic
-    x = made.features(params, batch)
-    good = (jnp.sum(x * x, axis=1) < LONGEST) & (batch.targets >= 0) & (batch.targets < made.classes)
+    raw = made.raw(params, batch)
+    x = made.expand(params, raw)
+    short = [jnp.sum(f * f, axis=1) < LONGEST for f in (raw, x)]  # a bounded expansion may hide what raw features are
+    good = short[0] & short[1] & (batch.targets >= 0) & (batch.targets < made.classes)
     weights = jnp.where(good, batch.weights, 0.0)
     lost = jnp.sum(((batch.weights > 0) & ~good).astype(jnp.float32))
     return Rows(jnp.where(weights[:, None] > 0, x, 0.0), jnp.where(good, batch.targets, 0), weights, lost)
