@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
+from etils import epath
 
 from jaxcl import checkpoint, checksum, manifests, optim, tree
 from jaxcl import mesh as meshes
@@ -424,6 +425,44 @@ def test_a_second_place_that_cannot_be_written_is_told_and_costs_nothing(tmp_pat
         assert told.startswith(f"checkpoint 1 was not copied to {second}")
         assert checkpoints.warnings() == []
         assert checkpoints.steps() == [1]
+
+
+def test_a_copy_that_differs_from_what_was_written_is_none(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    place = type(epath.Path(first))
+    plain = place.copy
+
+    def flipped(source, target, *rest, **named):
+        done = plain(source, target, *rest, **named)
+        if source.name == "manifest.ocdbt":
+            data = source.read_bytes()
+            target.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return done
+
+    monkeypatch.setattr(place, "copy", flipped)
+    checkpoints = write(first, 1, second=str(second))
+    (told,) = checkpoints.warnings()
+    assert told.startswith(f"checkpoint 1 was not copied to {second}: {second}")
+    assert "manifest.ocdbt: differs from what was written" in told
+    assert (second / "1").exists()
+    assert not (second / "1" / MANIFEST).exists()
+    assert checkpoints.steps() == [1]
+
+
+def test_a_second_place_that_cannot_be_listed_costs_nothing(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    write(first, 1, second=str(second))
+    plain = manifests.steps
+
+    def away(directory):
+        if directory == epath.Path(second):
+            raise OSError(5, "Input/output error")
+        return plain(directory)
+
+    with Checkpoints(first, second=str(second)) as checkpoints:
+        monkeypatch.setattr(manifests, "steps", away)
+        found = checkpoints.restore(abstract())
+    assert (found.step, found.message) == (1, None)
 
 
 def test_what_another_attempt_left_in_the_second_place_is_moved_away(tmp_path):

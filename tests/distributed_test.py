@@ -11,8 +11,9 @@ import jax
 import namespaces
 import processes
 import pytest
+from etils import epath
 
-from jaxcl import checkpoint, distributed
+from jaxcl import checkpoint, distributed, manifests
 from jaxcl.schema import UserError
 
 LAYOUTS = [(1, 4), (2, 2), (4, 1)]
@@ -76,19 +77,72 @@ def test_hosts_reach_each_other_by_the_cable_alone(tmp_path):
             assert codes == "[111, 111, 101]\n"  # two refuse, and to the third there is no way
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step():
+@pytest.fixture(scope="module")
+def disagreeing(tmp_path_factory):
+    """Two processes whose clocks, listings and disks differ; see the worker."""
+    directory = tmp_path_factory.mktemp("agree") / "checkpoints"
+    return directory, processes.run("agree", directory, processes=2, timeout=120)
+
+
+def test_what_fails_on_one_process_ends_all(disagreeing):
+    _, found = disagreeing
+    assert [one["told"] for one in found] == ["process 1 cannot go on; its own message says why", "no room"]
+
+
+def test_the_first_process_says_when_a_checkpoint_is_due(disagreeing):
+    _, found = disagreeing
+    assert [one["due by the first"] for one in found] == [[20, 40]] * 2
+    assert [one["due by the second"] for one in found] == [[]] * 2
+
+
+def test_a_save_begins_and_ends_together(disagreeing):
+    """Whatever the first process writes late: the folder before the arrays, the manifest after them."""
+    directory, found = disagreeing
+    for one in found:
+        assert one["host.json is there"] == [True, True]
+        assert (one["waited for 10"], one["waited for 20"]) == ([10], [10, 20])
+        assert ["MANIFEST", *one["hashed"]] == manifests.files(epath.Path(directory / "20"))
+        assert any("process_1" in name for name in one["hashed"])
+
+
+def test_all_restore_what_the_first_process_lists(disagreeing):
+    _, found = disagreeing
+    assert [one["an old listing"] for one in found] == [[20, 20.0, None]] * 2
+
+
+def test_what_is_damaged_for_one_process_is_so_for_all(disagreeing):
+    _, found = disagreeing
+    assert list(found[0]["damaged"]) == list(found[1]["damaged"]) == found[0]["hashed"]
+    finders = set()
+    for name in found[0]["hashed"]:
+        both = [one["damaged"][name] for one in found]
+        assert [one[:2] for one in both] == [[10, 10.0]] * 2, name
+        own = [f"checkpoint 20 is unusable ({name} was altered)" in one[2] for one in both]
+        assert sorted(own) == [False, True], name  # each file is hashed once
+        assert "another process found a damaged file" in both[own.index(False)][2]
+        finders.add(own.index(True))
+    assert finders == {0, 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(number):
     started = processes.start("stop", processes=2, devices=1)
     processes.wait_for(started, "running")
-    started[1].popen.send_signal(signal.SIGTERM)
-    found = processes.finish(started)
+    started[1].popen.send_signal(number)
+    found = processes.finish(started, timeout=120)
     assert found[0]["step"] == found[1]["step"] < 10**6
-    assert found[0]["reason"] == found[1]["reason"] == "SIGTERM"
+    assert [one["reason"] for one in found] == ["SIGTERM", number.name]
 
 
-def test_without_a_cluster_nothing_is_joined(monkeypatch):
+@pytest.fixture
+def alone(monkeypatch):
+    """No launcher has left anything in the environment."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JOBSET", "TPU_", "MEGASCALE_")):
+        if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JOBSET", "JAXCL_CLUSTER", "TPU_", "MEGASCALE_")):
             monkeypatch.delenv(name)
+
+
+def test_without_a_cluster_nothing_is_joined(alone):
     assert not distributed.initialize()
     distributed.shutdown()
     assert jax.process_count() == 1
@@ -132,6 +186,40 @@ def test_a_first_process_that_does_not_answer_is_named_with_a_status_to_start_ag
     assert "error: process 0 at JAX_COORDINATOR_ADDRESS=127.0.0.1:9 did not answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "several", "one"),
+    [
+        ("JAX_COORDINATOR_ADDRESS", "host:1234", None),
+        ("MEGASCALE_COORDINATOR_ADDRESS", "host", None),
+        ("JAXCL_CLUSTER", "1", None),
+        ("JOBSET_NAME", "run", None),
+        ("TPU_WORKER_HOSTNAMES", "a,b", "a"),
+        ("SLURM_STEP_NUM_TASKS", "2", "1"),
+        ("OMPI_COMM_WORLD_SIZE", "2", "1"),
+    ],
+)
+def test_the_processes_of_a_launcher_are_joined(alone, monkeypatch, name, several, one):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *rest: calls.append(rest))
+    if one:
+        monkeypatch.setenv(name, one)
+        assert not distributed.initialize()
+    assert calls == []
+    monkeypatch.setenv(name, several)
+    assert distributed.initialize()
+    assert calls == [()]  # JAX asks the launcher for the rest
+
+
+def test_processes_that_are_numbered_by_hand_are_joined(alone, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *rest, **_: calls.append(rest))
+    monkeypatch.setattr(distributed, "_answers", lambda host, port: (host, port) == ("host", 1234))
+    for name, value in (("COORDINATOR_ADDRESS", "host:1234"), ("NUM_PROCESSES", "4"), ("PROCESS_ID", "3")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    assert distributed.initialize()
+    assert calls == [("host:1234", 4, 3)]
+
+
 def test_one_process_stops_on_a_signal_and_on_the_second_interrupt_at_once():
     old = signal.getsignal(signal.SIGTERM)
     with distributed.stop_on_signal() as stopped:
@@ -156,6 +244,9 @@ def test_compiled_programs_are_kept_unless_they_are_told_to_be_elsewhere(tmp_pat
     assert distributed.cache_compilations() == place
     assert set_ == [("jax_compilation_cache_dir", place)]
     assert os.stat(place).st_mode & 0o077 == 0
+    with monkeypatch.context() as other:
+        other.setattr(os, "getuid", lambda: os.stat(place).st_uid + 1)  # somebody else could write programs there
+        assert distributed.cache_compilations() is None
     monkeypatch.setenv("HOME", "/proc/none")
     assert distributed.cache_compilations() is None
     monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", "elsewhere", raising=False)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -457,6 +458,42 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(folder, tm
     assert "checkpoint 3 in" in line
     assert "No space left on device; mend that, and the same command continues" in line
     assert go_on(folder, tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize(("status", "order"), [(0, ["train", "report", "leave"]), (75, ["train", "leave"])])
+def test_a_run_leaves_its_company_once_all_is_done(tmp_path, monkeypatch, status, order):
+    done = []
+    monkeypatch.setattr(train, "split", lambda config: (None, {}))
+    monkeypatch.setattr(train.program, "build", lambda: None)
+    monkeypatch.setattr(train, "supervise", lambda *rest: done.append("train") or status)
+    monkeypatch.setattr(train.folder, "about", lambda place: {"finished": True})
+    monkeypatch.setattr(train.report, "write", lambda places: done.append("report"))
+    monkeypatch.setattr(distributed, "shutdown", lambda: done.append("leave"))
+    assert train.run({}, str(tmp_path / "run"), final=False) == status
+    assert done == order
+
+
+def test_without_its_company_a_process_waits_for_no_save(tmp_path, monkeypatch, capsys):
+    """The save under way never ends: it waits for the one that is gone."""
+
+    def lose(stopped):
+        raise jax.errors.JaxRuntimeError("INTERNAL: [Gloo] Connection closed by peer")
+
+    def leave(status):
+        done.append(status)
+        raise SystemExit  # nothing goes on after os._exit; here the blocks are left
+
+    done = []
+    watch = types.SimpleNamespace(attempt=lambda *rest: contextlib.nullcontext())
+    session = types.SimpleNamespace(watch=watch, train=lose, close=lambda: done.append("wait"))
+    monkeypatch.setattr(train, "Session", lambda *rest: session)
+    monkeypatch.setattr(distributed, "together", lambda action: action())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        train.supervise(None, None, tmp_path / "run", {}, None, 0.0)
+    assert done[0] == 4
+    assert "another process or its machine is gone" in capsys.readouterr().err
 
 
 def test_the_vocabulary_of_a_preset_yields_to_the_tokenizer_and_one_that_was_set_does_not():
