@@ -11,7 +11,7 @@ from typing import Any
 from jaxcl import domains, folder, plan, program, report, schedules, schema, train
 from jaxcl import optim as optimisers
 from jaxcl.report import terminal
-from jaxcl.schema import UserError, assign
+from jaxcl.schema import UserError, assign, nearest
 
 
 def expand(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -20,8 +20,11 @@ def expand(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     `variants` is a list of dicts with a `label` and `set`, a list of (dotted key, value) pairs; `seeds` a list of ints.
 
     Raises:
-      UserError: a malformed variant, a key without a section, or a label used twice.
+      UserError: nothing to run, a malformed variant, a key without a section, or a label used twice.
     """
+    for key, example in (("variants", "({'label': 'a', 'set': ()},)"), ("seeds", "(0,)")):
+        if not config.get(key, True):
+            raise UserError(f"config.{key}={config[key]!r}: nothing to run; name one at least, as in {example}")
     base = {key: value for key, value in config.items() if key not in ("variants", "seeds", "control")}
     labels = [variant.get("label") for variant in config["variants"]]
     runs = []
@@ -96,9 +99,15 @@ def run(config: Mapping[str, Any], workdir: str) -> int:
     Runs that are complete are kept, the one that was cut off continues. Returns the exit status.
 
     Raises:
-      UserError: something is wrong with any of the runs, before the first is trained where `check` can see it.
+      UserError: something is wrong with any of the runs, before the first is trained where `check` can see it, or a
+        control that is no variant.
     """
-    runs = expand(config)
+    runs, control = expand(config), config.get("control")
+    if control is not None and control not in (labels := list(dict.fromkeys(one["label"] for one in runs))):
+        raise UserError(
+            f"config.control={control!r}: none of config.variants has this label{nearest(str(control), labels)}"
+        )
+    control = control if len(runs) > 1 else None  # the report of one run has none
     folders = [Path(workdir) / name_of(one["label"], one["seed"]) for one in runs]
     check_all(runs, folders)
     for i, (one, place) in enumerate(zip(runs, folders, strict=True)):
@@ -107,5 +116,5 @@ def run(config: Mapping[str, Any], workdir: str) -> int:
         if status or not folder.about(place)["finished"]:
             return status
     target = Path(workdir) / "report.html"
-    terminal.show(report.write([str(place) for place in folders], out=target, control=config.get("control")), target)
+    terminal.show(report.write([str(place) for place in folders], out=target, control=control), target)
     return 0

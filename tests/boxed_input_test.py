@@ -265,8 +265,32 @@ def test_a_task_that_is_not_there_is_refused(task, universal):
             lambda number: boxes.box(made, params, number),
             lambda number: boxes.close(made, params, number),
             lambda number: boxes.over(params, number),
-            lambda number: boxes.zonotope(made, params, number, None),
+            lambda number: boxes.zonotope(made, params, number),
         ):
             with pytest.raises(UserError, match=rf"^task={task}: there is no such task; give one of 0 \.\. 2$"):
                 call(number)
     boxes.over(params, jnp.int32(toys.T - 1))
+
+
+def test_the_start_is_checked_where_no_config_is():
+    with pytest.raises(UserError, match=r"^config\.adapter\.start='foo': must be one of fan, published$"):
+        hypernetwork.make(mlp.make(inputs=4, hidden=(3,), classes=4), tasks=2, start="foo")
+
+
+@pytest.mark.parametrize("kind", network.BOXES)
+@pytest.mark.parametrize("other", [{"width": 9}, {"tasks": toys.T + 1}])
+def test_parameters_of_another_model_are_refused(kind, other):
+    """Under jit too: shapes tell."""
+    own, setting = toys.boxed(kind).boxed, toys.boxed(kind, **other)
+    params, made, rows = own.model.init(jax.random.key(0)), setting.boxed, toys.classes(0)
+    for call in (
+        lambda params: boxes.box(made, params, jnp.int32(0)),
+        lambda params: boxes.close(made, params, jnp.int32(0)),
+        lambda params: made.model.apply(params, rows),
+        lambda params: boxes.zonotope(made, params, jnp.int32(0)),
+        certify.make(made, {"task": [rows]}),
+    ):
+        with pytest.raises(UserError, match=r"^params: the ledger is of another .* has the shape .*; make the model"):
+            call(params)
+    with pytest.raises(UserError, match=r"^params: the ledger is of another"):
+        jax.eval_shape(made.model.apply, params, rows)

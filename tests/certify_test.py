@@ -309,6 +309,33 @@ def test_affine_forms_through_the_target_certify_more_and_never_too_much():
         np.testing.assert_allclose(one["clipped"], below + above, rtol=1e-5, err_msg=domain)
 
 
+def test_networks_that_the_ledger_shuts_out_are_certified_as_they_are():
+    """The ledger has no part in what affine forms say of the networks of the generator."""
+    made, params, rows = wide()
+    bias = params["generator"]["head"]["bias"]
+    head = {**params["generator"]["head"], "bias": bias + jnp.sign(jnp.sin(9 * jnp.arange(bias.size)))}
+    moved = {**params, "generator": {**params["generator"], "head": head}}
+    free = {**moved, LEDGER: made.model.init(jax.random.key(0))[LEDGER]}
+    together = toys.quick(
+        lambda params, task, batch: boxes.together(made, params, task, boxes.zonotope(made, params, task), batch)
+    )
+    generator, rng, sure = oracle.wide(moved["generator"]), np.random.default_rng(3), []
+    for t, (batch,) in zip(map(jnp.int32, range(2)), rows.values(), strict=True):
+        found, kept = boxes.zonotope(made, moved, t).ends, boxes.limits(made, moved, t)
+        assert np.mean((found.upper < kept.lower) | (found.lower > kept.upper)) > 0.5  # they do not meet
+        centre, radius = oracle.embedded(generator, t, 0.6, False)
+        networks = oracle.point(generator, oracle.sampled(rng, centre, radius, 200))
+        logits = np.stack([oracle.logits(one, np.asarray(batch.inputs, np.float64), (4, 8, 4)) for one in networks])
+        labels = logits.mean(0).argmax(-1)
+        told = type(batch)(**{**vars(batch), "targets": jnp.asarray(labels, jnp.int32)})
+        always = (logits.argmax(-1) == labels[None]).all(0)
+        certain = np.asarray(together(moved, t, told))
+        np.testing.assert_array_equal(certain, together(free, t, told))
+        assert not (certain & ~always).any()
+        sure.append(certain.mean())
+    assert max(sure) > 0
+
+
 def test_every_row_counts_once_and_by_its_weight(monkeypatch):
     """Rows that are cut into batches, and brought together anew for affine forms, eight at a time."""
     monkeypatch.setattr(certify, "ROWS", 8)

@@ -101,6 +101,20 @@ def test_malformed_variants_are_refused(variants, words):
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"variants": []}, r"config\.variants=\[\]: nothing to run; name one at least"),
+        ({"seeds": []}, r"config\.seeds=\[\]: nothing to run; name one at least"),
+        ({"control": "niave"}, r"control='niave': none of config\.variants has this label; did you mean 'naive'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(folder, tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        sweep.run(settings(folder) | change, str(tmp_path / "sweep"))
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("optim.weight_decay", -1.0, r"config.variants\[bad\], seed 4: config.optim.weight_decay=-1.0"),

@@ -80,7 +80,7 @@ def make(made: Boxed, rows: Rows, fetch: Callable[[Any], Any] = jax.device_get) 
             one["promised"] = promised / weight if over[task] and kept else None
             one |= {"interval": wide / weight, "affine": tight / weight, "joint": None}
             if made.layer and over[task]:
-                one["joint"] = (tight + joint(params, made_boxes[2], batches, unsure)) / weight
+                one["joint"] = (tight + joint(params, batches, unsure)) / weight
             one |= sizes | ({} if kept else {"kept_radius": None})
             if not made.universal and over.sum() > 1:
                 plain, interval, weight = total([guess(params, points, batch) for batch in batches])
@@ -161,23 +161,23 @@ def _counts(
 
 
 def _joint(made: Boxed, fetch: Callable[[Any], Any]) -> Callable[..., float]:
-    """Returns the function (params, box, batches, unsure) -> number of unsure rows that affine forms certify.
+    """Returns the function (params, batches, unsure) -> number of unsure rows that affine forms certify.
 
     Rows that the box certifies need no forms, which cost a hundred times as much: only the others are looked at.
     """
     gather = jax.jit(_gathered)
-    whole = jax.jit(lambda params, batch, box: boxes.zonotope(made, params, batch.task[0], box))
+    whole = jax.jit(lambda params, batch: boxes.zonotope(made, params, batch.task[0]))
 
     @jax.jit
     def together(params: Params, found: boxes.Zonotope, rows: Batch) -> jax.Array:
         return jnp.sum(rows.weights * boxes.together(made, params, rows.task[0], found, rows))
 
-    def run(params: Params, box: Interval, batches: Sequence[Batch], unsure: Sequence[jax.Array]) -> float:
+    def run(params: Params, batches: Sequence[Batch], unsure: Sequence[jax.Array]) -> float:
         pieces, count = gather(list(batches), list(unsure))
         pieces = pieces[: -(-int(fetch(count)) // ROWS)]
         if not pieces:
             return 0.0
-        found = whole(params, batches[0], box)
+        found = whole(params, batches[0])
         return float(sum(fetch([together(params, found, rows) for rows in pieces])))
 
     return run

@@ -57,7 +57,7 @@ class Zonotope(NamedTuple):
     centre: jax.Array  # [N]
     reach: jax.Array  # [N], sum_s |weight generators_s|
     mass: jax.Array  # [N], |weight| sum_s |generators_s|
-    ends: Interval  # [N], a box that holds them
+    ends: Interval  # [N], a box that holds them, and not what the ledger has left of it
 
 
 class Boxed(NamedTuple):
@@ -185,7 +185,12 @@ def ravel(params: Params) -> jax.Array:
 
 
 def limits(boxed: Boxed, params: Params, task: jax.Array) -> Interval:
-    """Returns what the ledger leaves to a task, float32 [N]: infinite where nothing was promised."""
+    """Returns what the ledger leaves to a task, float32 [N]: infinite where nothing was promised.
+
+    Raises:
+      UserError: the parameters are of another model. Shapes tell, so that it is noticed under jit as well.
+    """
+    check_ledger(boxed, params)
     ledger = params[LEDGER]
     row = 0 if boxed.universal else task
     return Interval(ledger["lower"][row], ledger["upper"][row])
@@ -196,6 +201,18 @@ def shown(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
     return params[LEDGER]["current"].astype(jnp.int32) if boxed.universal else task
 
 
+def check_ledger(boxed: Boxed, params: Params) -> None:
+    """Raises UserError for a ledger of another number of weights or of tasks."""
+    ends = (1 if boxed.universal else boxed.tasks, boxed.size)
+    for name, wanted in {"lower": ends, "upper": ends, "done": (boxed.tasks,)}.items():
+        if (found := jnp.shape(params[LEDGER][name])) != wanted:
+            raise UserError(
+                f"params: the ledger is of another network or other tasks: {LEDGER}/{name} has the shape {found}, and "
+                f"this model of {boxed.size:,} weights and {boxed.tasks} tasks has {wanted}; make the model with the "
+                "options of the run that they are from, or take the parameters of its own init"
+            )
+
+
 def check_task(tasks: int, task: jax.Array) -> None:
     """Raises UserError for a number that no task of T has. Under jit it is not known, and nothing is raised."""
     if not isinstance(task, Tracer) and not 0 <= int(task) < tasks:
@@ -204,9 +221,9 @@ def check_task(tasks: int, task: jax.Array) -> None:
 
 def point(boxed: Boxed, params: Params, task: jax.Array) -> jax.Array:
     """Returns the weights of the deployed network, float32 [N]."""
-    own = shown(boxed, params, task)[None]
+    own, where = shown(boxed, params, task)[None], limits(boxed, params, task)
     centre, _ = boxed.boxes(params["generator"], own, jnp.zeros(1))
-    return inside(centre[0], limits(boxed, params, task))
+    return inside(centre[0], where)
 
 
 def deployed(boxed: Boxed, params: Params, task: jax.Array) -> Params:
@@ -225,13 +242,14 @@ def box(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = False) -
       tight: whether by affine forms, which are inside the bounds of interval arithmetic.
 
     Raises:
-      UserError: there is no such task. Under jit it is not noticed: the box is then that of another one.
+      UserError: parameters of another model; there is no such task. Under jit that is not noticed: the box is then
+        that of another one.
     """
     check_task(boxed.tasks, task)
-    own, generator = shown(boxed, params, task), params["generator"]
+    where, own, generator = limits(boxed, params, task), shown(boxed, params, task), params["generator"]
     centre, radius = boxed.boxes(generator, jnp.stack([own, own]), jnp.array([1.0, 0.0]))
     found = boxed.tight(generator, own) if tight else (centre[0], radius[0])
-    return around(*found, inside(centre[1], where := limits(boxed, params, task)), where)
+    return around(*found, inside(centre[1], where), where)
 
 
 def around(centre: jax.Array, radius: jax.Array, held: jax.Array, where: Interval) -> Interval:
@@ -244,7 +262,7 @@ def close(boxed: Boxed, params: Params, task: jax.Array, *, tight: bool = True) 
     """Returns the parameters with the present box of a task in the ledger. A task that is over stays as it was.
 
     Raises:
-      UserError: there is no such task. Under jit it is not noticed.
+      UserError: parameters of another model; there is no such task. Under jit that is not noticed.
     """
     ledger, found = params[LEDGER], box(boxed, params, task, tight=tight)
     row = 0 if boxed.universal else task
@@ -297,27 +315,32 @@ def certain(logits: Interval, batch: Batch) -> jax.Array:
     return jnp.max(jnp.where(own, logits.lower, -jnp.inf), axis=-1) > others  # never of a class that is not there
 
 
-def zonotope(boxed: Boxed, params: Params, task: jax.Array, ends: Interval) -> Zonotope:
+def zonotope(boxed: Boxed, params: Params, task: jax.Array) -> Zonotope:
     """Returns all networks that the generator makes of the embedding of a task, without the ledger.
 
-    Where `Boxed.layer` is. The layers before the last are computed to nearest. `ends` is a box that holds them, [N].
+    Where `Boxed.layer` is. The layers before the last are computed to nearest. The box beside them is `Boxed.tight`:
+    that of `box` is clipped into the ledger, and need not hold a single one of these networks.
 
     Raises:
-      UserError: there is no such task. Under jit it is not noticed.
+      UserError: parameters of another model; there is no such task. Under jit that is not noticed.
     """
     check_task(boxed.tasks, task)
+    check_ledger(boxed, params)
     own, generator = shown(boxed, params, task), params["generator"]
     assert boxed.layer
     weight, bias, centre, generators = boxed.layer(generator, own)
     middle, mass = products.affine(weight, bias, centre[None], jnp.sum(jnp.abs(generators), axis=0)[None])
+    near, radius = boxed.tight(generator, own)
+    ends = Interval(near - radius, near + radius)
     return Zonotope(generators, middle[0], products.row_sums(weight, generators), mass[0], ends)
 
 
 def together(boxed: Boxed, params: Params, task: jax.Array, found: Zonotope, batch: Batch) -> jax.Array:
     """Returns the rows that all networks of a zonotope get right, bool [B], by affine forms through the target.
 
-    Bounded is the difference of two logits, in which what they share cancels. Rounded outward. Memory: K numbers for
-    every activation of the batch; compute: about 2 K forward passes.
+    These are networks of the generator, which the ledger does not hold: they need not be those of `box`, nor the one
+    that is deployed. Bounded is the difference of two logits, in which what they share cancels. Rounded outward.
+    Memory: K numbers for every activation of the batch; compute: about 2 K forward passes.
 
     Args:
       boxed: the model.

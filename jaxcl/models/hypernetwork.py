@@ -39,6 +39,8 @@ from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Key, Model, Params
 
+STARTS = ("fan", "published")
+
 
 def make(
     target: Model,
@@ -80,6 +82,8 @@ def make(
     for name, value in (("gamma", gamma), ("reach", reach)):
         if not 0 <= value < math.inf:
             raise UserError(f"config.adapter.{name}={value}: must not be negative, and finite; it is a radius")
+    if start not in STARTS:
+        raise UserError(f"config.adapter.start={start!r}: must be one of {', '.join(STARTS)}")
 
     part = boxed.free(target, fixed)
 
