@@ -120,6 +120,21 @@ def test_a_run_is_certified_again_from_its_folder(trained):
         assert one["joint_now"] == pytest.approx(told["joint"], abs=1e-6)
 
 
+def test_an_earlier_checkpoint_is_held_to_what_was_promised_by_then(trained, tmp_path):
+    """What was certified of a task later is no promise that it was learned with."""
+    kind, found, place = trained
+    if kind == "one network":
+        return
+    (one,) = command.check(place, STEPS)["tasks"]
+    assert one["promised"] == found[1]["certificate"]["task_00"]["promised"]
+    shutil.copytree(place, tmp_path / "run")
+    lines = (place / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = "".join(line for line in lines if '"boundary":0' not in line.replace(" ", ""))
+    (tmp_path / "run" / "metrics.jsonl").write_text(kept)
+    with pytest.raises(UserError, match=r"metrics\.jsonl holds no promise of task_00; restore it from a copy"):
+        command.check(tmp_path / "run", STEPS)
+
+
 def test_a_comparison_tells_what_was_promised(trained, tmp_path):
     """Arms are not ranked by accuracy alone: beside it stands what was certified of each."""
     place, other = trained[2], tmp_path / "other"

@@ -228,14 +228,29 @@ def test_drift_is_nothing_at_the_start_of_a_task_and_the_mean_over_earlier_tasks
     told = run.step(at(states[2], 1, generator=moved), rows, jax.random.key(0))[1]
     twice = Run(universal, average="twice")
     less = twice.step(at(states[2], 1, generator=moved), rows, jax.random.key(0))[1]
-    want, wide = 0.0, oracle.wide(moved)
-    for k in range(2):
-        low, high = oracle.box(wide, *oracle.embedded(wide, k, GAMMA, universal))
-        c, r = (np.asarray(states[2].memory["targets"][part][k], np.float64) for part in ("centre", "radius"))
-        ends = (low - (c - r), (low + high) / 2 - c, high - (c + r)) if universal else [(low + high) / 2 - c]
-        want += sum(np.sum(end**2) for end in ends) / len(ends)
+    want = pulled(states[2], moved, [0, 1], universal)
     np.testing.assert_allclose(told["drift"], BETA * want / 2, rtol=1e-4)
     np.testing.assert_allclose(less["drift"], BETA * want / 4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("universal", UNIVERSAL)
+def test_a_task_that_is_learned_again_is_not_pulled_to_itself(universal):
+    run, states = learned(universal)
+    moved = {**states[3].params["generator"]}
+    moved["head"] = jax.tree.map(lambda w: w + 0.1 * jnp.sign(w), moved["head"])
+    told = run.step(at(states[3], 1, generator=moved), toys.classes(7, task=0), jax.random.key(0))[1]
+    np.testing.assert_allclose(told["drift"], BETA * pulled(states[3], moved, [1, 2], universal) / 2, rtol=1e-4)
+
+
+def pulled(state, generator, tasks, universal):
+    """Returns the sum over tasks of |H_k - H_k*|^2, in float64."""
+    found, wide = 0.0, oracle.wide(generator)
+    for k in tasks:
+        low, high = oracle.box(wide, *oracle.embedded(wide, k, GAMMA, universal))
+        c, r = (np.asarray(state.memory["targets"][part][k], np.float64) for part in ("centre", "radius"))
+        ends = (low - (c - r), (low + high) / 2 - c, high - (c + r)) if universal else [(low + high) / 2 - c]
+        found += sum(np.sum(end**2) for end in ends) / len(ends)
+    return found
 
 
 def test_a_task_in_one_scan_is_a_task_step_by_step():
@@ -253,14 +268,20 @@ def test_a_task_in_one_scan_is_a_task_step_by_step():
 
 
 def test_looking_ahead_is_two_steps():
+    """The first is that of all losses but R, with what the optimiser remembers."""
     lr = 0.2
-    tx, rows = optax.sgd(lr), toys.classes(7, task=2)
-    ahead, alone = Run(False, tx=tx, lookahead=True), Run(False, tx=tx, beta=0.0)
+    tx, rows = optax.sgd(lr, momentum=0.9), toys.classes(7, task=2)
+    ahead, alone = (Run(False, tx=tx, spread=0.5, **options) for options in ({"lookahead": True}, {"beta": 0.0}))
     _, states = learned(False)
     noisy = jax.tree.map(lambda w: w + 0.05 * jnp.cos(100 * w), states[2].params["generator"])
-    state = dataclasses.replace(at(states[2], 2, generator=noisy), opt_state=tx.init(noisy))
+    before = jax.tree.map(jnp.zeros_like, noisy) | {
+        "head": jax.tree.map(lambda w: 0.2 * jnp.sin(90 * w), noisy["head"])
+    }
+    warm = tx.update(before, tx.init(noisy), noisy)[1]
+    state = dataclasses.replace(at(states[2], 2, generator=noisy), opt_state=warm)
     bare = dataclasses.replace(state, memory={"age": state.memory["age"]})
-    stepped = alone.step(bare, rows, jax.random.key(0))[0].params["generator"]
+    stepped, first = alone.step(bare, rows, jax.random.key(0))
+    stepped = stepped.params["generator"]
 
     def pull(generator):
         centre, _ = ahead.made.boxes(generator, jnp.arange(2), jnp.ones(2))
@@ -273,6 +294,7 @@ def test_looking_ahead_is_two_steps():
     found, told = ahead.step(state, rows, jax.random.key(0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.params["generator"], want)
     np.testing.assert_allclose(told["drift"], pull(stepped), rtol=1e-5)
+    np.testing.assert_allclose(told["spread"], first["spread"], rtol=1e-6)
     assert abs(float(pull(noisy)) / float(told["drift"]) - 1) > 1e-3
 
 
@@ -368,3 +390,25 @@ def test_what_wide_boxes_earn_changes_from_task_to_task():
         box = boxes.box(run.made, {**states[k].params, LEDGER: ledger}, jnp.int32(k))
         radius = np.minimum((np.asarray(box.upper) - np.asarray(box.lower)) / 2, 0.3)
         np.testing.assert_allclose(told["spread"], -2.0 * 0.5**k * np.mean(np.log(radius + 1e-6)), rtol=1e-4)
+
+
+def test_what_is_selected_by_is_the_box_inside_the_ledger():
+    """One network, whose first task was promised a box much smaller than that of the second."""
+    run, states = learned(True)
+    params, task = states[1].params, jnp.int32(1)
+    ledger = {**params[LEDGER], "current": jnp.float32(1)}
+    middle, size = (ledger["upper"] + ledger["lower"]) / 2, (ledger["upper"] - ledger["lower"]) / 2
+    params = {**params, LEDGER: ledger | {"lower": middle - 0.05 * size, "upper": middle + 0.05 * size}}
+    rows = toys.classes(3, rows=64, task=1)
+    rows = dataclasses.replace(rows, targets=run.made.model.apply(params, rows).logits.argmax(-1).astype(jnp.int32))
+
+    @toys.quick
+    def shares(params):
+        free = {**params, LEDGER: {**params[LEDGER], "lower": ledger["lower"] - jnp.inf, "upper": middle + jnp.inf}}
+        found = [boxes.box(run.made, one, task, tight=True) for one in (params, free)]
+        sure = [jnp.mean(boxes.certain(boxes.logits(run.made, params, one, rows), rows)) for one in found]
+        return hyperinterval._certified(run.made, params, task, params["generator"], rows), *sure
+
+    told, inside, raw = shares(params)
+    np.testing.assert_allclose(told, inside, rtol=1e-6)
+    assert raw < inside - 0.1

@@ -326,6 +326,28 @@ def test_nested_embeddings_have_an_intersection():
             assert (high <= above + 1e-5).all()
 
 
+def test_networks_of_the_intersection_are_in_the_box_of_every_task():
+    """By the boxes of the model; those of a task network are made of any embedding, so also of the intersection."""
+    tasks = 5
+    nested, free = (made_of(universal, tasks=tasks) for universal in (True, False))
+
+    def one(key):
+        generator = drawn(nested, key)["generator"]
+        place = {"centre": 3 * jax.random.normal(key, (tasks, M)), "radius": jnp.zeros((tasks, M))}
+        generator = {**generator, "embedding": place}
+        centres = embedded(generator, True)
+        middle, near = hypernetwork.intersection(centres, jnp.full_like(centres, GAMMA / M))
+        shared = {**generator, "embedding": {"centre": middle[None], "radius": jnp.log(near)[None]}}
+        every = nested.boxes(generator, jnp.arange(tasks), jnp.ones(tasks))
+        return every, free.boxes(shared, jnp.array([0]), jnp.sum(near)[None] / GAMMA)
+
+    every, own = jax.device_get(toys.quick(jax.vmap(one))(jax.random.split(jax.random.key(8), 20)))
+    (low, high), (below, above) = ((centre - radius, centre + radius) for centre, radius in (own, every))
+    assert (low >= below - slack((below, above))).all()
+    assert (high <= above + slack((below, above))).all()
+    assert (own[1] > 0.2 * every[1]).mean() > 0.9
+
+
 @pytest.mark.parametrize("start", ["fan", "published"])
 def test_how_a_run_starts(start):
     """'fan': the networks of all tasks are near one that the target's own start drew; 'published': 1 / sqrt(K)."""

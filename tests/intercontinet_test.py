@@ -94,6 +94,14 @@ def test_losses_and_running_means():
             np.testing.assert_allclose(states[i + 1].memory[name], want, rtol=1e-5, atol=1e-7)
 
 
+def test_running_means_begin_anew_with_every_task():
+    state = method()[3](first()[0][-1], toys.stack([toys.classes(0)] * 2), jax.random.key(0))
+    (_, after), (told,) = walk(state, 1, steps=1)
+    for name in ("right", "robust"):
+        assert after.memory[name] == told[name]
+    assert abs(state.memory["right"] - told["right"]) > 0.01
+
+
 @pytest.mark.parametrize("project", [True, False])
 def test_boxes_nest_over_tasks(project):
     """By construction; with the ledger, bit for bit."""

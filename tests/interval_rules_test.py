@@ -32,6 +32,64 @@ def test_comparisons_are_decided_where_all_points_agree(name, plain):
     np.testing.assert_array_equal(high, found.any((1, 2)))
 
 
+BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+KINDS = {"any sign": False, "nonnegative": True}
+
+
+@pytest.mark.parametrize("plain", ["neither", "left", "right"])
+@pytest.mark.parametrize("signs", [(a, b) for a in KINDS for b in KINDS], ids=", ".join)
+@pytest.mark.parametrize("name", BINARY)
+def test_arithmetic_is_bounded_outward(name, signs, plain):
+    """Every branch of signs against float64, no tolerance; and little more than that."""
+    rng = np.random.default_rng(0)
+    known = [KINDS[sign] for sign in signs]
+    size = rng.uniform(1, 2, (2, 1000)) * 10.0 ** rng.integers(-9, 2, (2, 1000))
+    size = size * np.where(np.array(known)[:, None], 1, rng.choice([-1, 1], (2, 1000)))
+    size[:, 0] = 1, 1e-9
+    ends = np.sort([size, size * rng.choice([1, 1.5], (2, 1000))], axis=0).astype("f").transpose(1, 0, 2)
+    fixed = [side == plain for side in ("left", "right")]
+    given = [x[0] if one else Interval(*x) for x, one in zip(ends, fixed, strict=True)]
+
+    def function(*values):
+        return getattr(jax.lax, name)(*(jnp.abs(x) if one else x for x, one in zip(values, known, strict=True)))
+
+    low, high = (np.asarray(end, "d") for end in bounds(function, outward=True)(*given))
+    left, right = (x[:1] if one else x for x, one in zip(ends.astype("d"), fixed, strict=True))
+    corners = np.stack([BINARY[name](a, b) for a in left for b in right])
+    assert (low <= corners).all()
+    assert (corners <= high).all()
+    room = 1e-6 * np.abs(corners).max(0) + 1e-30
+    assert (low >= corners.min(0) - room).all()
+    assert (high <= corners.max(0) + room).all()
+
+
+SHIFTED = {
+    "sub": lambda y: y - 1,
+    "sub of two": lambda y: y - 2 * y[::-1],
+    "neg": lambda y: -y,
+    "log": lambda y: jnp.log(y + 0.1),
+    "add": lambda y: y + jnp.float32(-1),
+    "mul": lambda y: y * jnp.float32(-1),
+    "div": lambda y: y / jnp.float32(-1),
+    "min": lambda y: jnp.minimum(y, -0.5),
+    "clamp": lambda y: jnp.clip(y, -1, -0.5),
+    "select_n": lambda y: jnp.where(y > 0.5, -1.0, y),
+    "pad": lambda y: jnp.pad(y, ((0, 0), (0, 1)), constant_values=-1)[:, 1:],
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_what_may_have_become_negative_is_not_taken_for_nonnegative(name):
+    """Of plain numbers behind a ReLU; a product with weights of any sign then needs both of their ends."""
+    rng, shifted = np.random.default_rng(0), SHIFTED[name]
+    x, w = rng.normal(size=(4, 3)).astype("f"), Interval(-jnp.ones((3, 2)), jnp.ones((3, 2)))
+    every = np.asarray(shifted(jax.nn.relu(x))) @ rng.choice([-1, 1], (50, 3, 2))
+    for outward in (False, True):
+        low, high = jax.device_get(bounds(lambda x, w: shifted(jax.nn.relu(x)) @ w, outward=outward)(x, w))
+        assert (low - 1e-5 <= every).all()
+        assert (every <= high + 1e-5).all()
+
+
 @pytest.mark.parametrize(
     ("function", "shapes", "terms"),
     [

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
@@ -177,6 +178,22 @@ def test_bounds_hold_every_network_of_the_box(family, seed, radius):
     if radius == 0.0 and family != "layer_norm":
         assert (nearest.upper - nearest.lower <= slack).all()
         assert (outward.upper - outward.lower <= 1e-3 * (1 + np.abs(exact).max())).all()
+
+
+@pytest.mark.parametrize("plain", ["weights", "inputs"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bounds_hold_where_weights_or_inputs_are_plain(family, plain):
+    rng, function = np.random.default_rng(0), toys.quick(bounds(FAMILIES[family][0], outward=True))
+    for radius in (1e-6, 0.3, 3.0):
+        given = list(box(rng, family, radius))
+        side = ("weights", "inputs").index(plain)
+        points = jax.tree.map(lambda x: x.lower, given[side], is_leaf=is_interval)
+        given[side] = jax.tree.map(lambda x: Interval(x, x), points)
+        exact = FAMILIES[family][1](*sampled(rng, tuple(given)))
+        given[side] = points
+        low, high = jax.device_get(function(*given))
+        assert (low <= exact).all()  # no tolerance
+        assert (exact <= high).all()
 
 
 @pytest.mark.parametrize("family", ["residual", "convolution"])  # XLA's tanh is not monotone to the last bit
