@@ -268,15 +268,14 @@ def test_a_task_in_one_scan_is_a_task_step_by_step():
 
 
 def test_looking_ahead_is_two_steps():
-    """The first is that of all losses but R, with what the optimiser remembers."""
+    """The first is that of all losses but R, with what the optimiser remembers; other embeddings stay in it, too."""
     lr = 0.2
     tx, rows = optax.sgd(lr, momentum=0.9), toys.classes(7, task=2)
     ahead, alone = (Run(False, tx=tx, spread=0.5, **options) for options in ({"lookahead": True}, {"beta": 0.0}))
     _, states = learned(False)
     noisy = jax.tree.map(lambda w: w + 0.05 * jnp.cos(100 * w), states[2].params["generator"])
-    before = jax.tree.map(jnp.zeros_like, noisy) | {
-        "head": jax.tree.map(lambda w: 0.2 * jnp.sin(90 * w), noisy["head"])
-    }
+    before = jax.tree.map(jnp.zeros_like, noisy)
+    before |= {part: jax.tree.map(lambda w: 0.2 * jnp.sin(90 * w), noisy[part]) for part in ("head", "embedding")}
     warm = tx.update(before, tx.init(noisy), noisy)[1]
     state = dataclasses.replace(at(states[2], 2, generator=noisy), opt_state=warm)
     bare = dataclasses.replace(state, memory={"age": state.memory["age"]})

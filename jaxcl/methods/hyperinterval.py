@@ -148,7 +148,8 @@ def _method(setting: Setting, made: Boxed, options: Options) -> Method:
             kept, batch = selection.parted(memory["selection"], batch, options.aside, named(key, "aside"))
         losses = _losses(setting, made, options, params, state.memory, gamma, share, task, key)
         if options.lookahead and options.beta:
-            values, grads = _ahead(setting, losses, params["generator"], state.opt_state, batch)
+            old = params["generator"]
+            values, grads = _ahead(setting, losses, old, state.opt_state, batch, lambda g: made.keep(g, old, task))
         else:
             values, grads = grad.value_and_grad(losses, params["generator"], batch)
         updates, opt_state = setting.tx.update(grads, state.opt_state, params["generator"])
@@ -315,7 +316,12 @@ def _chosen(before: jax.Array, task: jax.Array, sample: int | None, key: Key) ->
 
 
 def _ahead(
-    setting: Setting, losses: Callable[[Params, Batch], grad.Losses], params: Params, opt_state: Any, batch: Batch
+    setting: Setting,
+    losses: Callable[[Params, Batch], grad.Losses],
+    params: Params,
+    opt_state: Any,
+    batch: Batch,
+    keep: Callable[[Params], Params],
 ) -> tuple[grad.Losses, Params]:
     """Returns losses and gradient with R taken after the step that the other losses alone would make."""
 
@@ -327,7 +333,7 @@ def _ahead(
 
     values, grads = grad.value_and_grad(others, params, batch)
     updates, _ = setting.tx.update(grads, opt_state, params)
-    more, pulled = grad.value_and_grad(pull, optax.apply_updates(params, updates), batch)
+    more, pulled = grad.value_and_grad(pull, keep(optax.apply_updates(params, updates)), batch)
     return values | more, tree.add(grads, pulled)
 
 
