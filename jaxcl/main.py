@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Mapping
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +147,18 @@ def main(argv: list[str]) -> int:
     return (sweep.run if "variants" in config else train.run)(config, workdir)
 
 
+def unsaid(record: LogRecord) -> bool:
+    """Returns whether a log record is to be shown: not what a thread of Orbax raises, which is said when it is met."""
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
 def cli(run: Callable[[list[str]], int] = main) -> None:
     """Entry point: user errors are one line and status 2, Ctrl-C is status 130; neither prints a traceback."""
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         print(f"{USAGE}\n\n{flags.FLAGS.get_help()}")
         sys.exit(0)
     logging.set_verbosity(logging.ERROR)
+    logging.get_absl_logger().addFilter(unsaid)
     try:
         sys.exit(run(sys.argv))
     except UserError as error:

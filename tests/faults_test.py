@@ -7,6 +7,8 @@ too (resume_test), a signal to one of several processes (train_processes_test).
 import dataclasses
 import errno
 import functools
+import subprocess
+import sys
 import time
 
 import jax
@@ -73,6 +75,24 @@ def test_a_full_disk_ends_the_attempt_and_the_checkpoint_before_is_whole(folder,
     assert run(folder, tmp_path / "run") == 0
     assert causes(tmp_path / "run") == ["not saved", "finished"]
     assert small.outcome(tmp_path / "run") == straight
+
+
+@pytest.mark.parametrize(
+    ("most", "own", "begin", "status"), [(100, False, "error: checkpoint 3 in ", 1), (20, True, "error: /", 2)]
+)
+def test_what_cannot_be_written_is_said_in_one_line(folder, straight, tmp_path, most, own, begin, status):
+    """Files may not become larger than that many KB: a checkpoint, or rows of a corpus that is prepared."""
+    path = small.write(small.config(tmp_path if own else folder, mesh={"data": 1}), tmp_path / "config.py")
+    command = f"ulimit -f {most}; exec {sys.executable} -m jaxcl.main --config={path} --workdir={tmp_path / 'run'}"
+    off = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    found = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=processes.environment() | off, check=False
+    )
+    assert found.returncode == status, found.stderr
+    assert "Traceback" not in found.stderr
+    (line,) = [line for line in found.stderr.splitlines() if not line.startswith("step ")]
+    assert line.startswith(begin)
+    assert "was not written" in line or "File too large" in line
 
 
 def test_a_slow_disk_costs_time_alone(folder, straight, tmp_path):

@@ -198,7 +198,7 @@ def test_demonstrations_a_reference_and_an_adapter_in_one_run():
         ({"rollout__demonstrations": True}, r"config\.rollout\.demonstrations=True: nothing learns from them"),
         ({"rollout__workers": 0}, r"config\.rollout\.workers=0"),
         ({"objective": "grpo(kl=0.1)"}, r"config\.objective kl=0\.1: .*add reference to config\.method"),
-        ({"policy": "soft(temperature=nan)"}, r"config\.policy='soft\(temperature=nan\)': write one name"),
+        ({"policy": "soft(temperature=nan)"}, r"config\.policy\.temperature=nan: must be a finite number"),
         ({"rollout__tags": ["think"]}, r"config\.rollout\.tags=.*of text"),
         ({"rollout__group": 0}, r"config\.rollout\.group=0: must be at least 1"),
         ({"rollout__thoughts": 14}, r"config\.model\.max_length=16: rows of 18 tokens"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,21 +54,35 @@ class Writer:
                 self.out = array_record_module.ArrayRecordWriter(self._path(), _WRITE)
                 self.room = ROWS_PER_FILE
             data = row.tobytes()
-            self.out.write(zlib.crc32(data).to_bytes(4, "little") + data)
+            with self._named():
+                self.out.write(zlib.crc32(data).to_bytes(4, "little") + data)
             self.files[-1]["rows"] += 1
             self.room -= 1
 
     def close(self) -> list[dict[str, Any]]:
-        """Finishes and returns name, rows and bytes of every file."""
+        """Finishes and returns name, rows and bytes of every file.
+
+        Raises:
+          OSError: the file could not be written, such as on a full disk; also by `write`.
+        """
         self._finish()
         return self.files
 
     def _path(self) -> str:
         return os.path.join(self.folder, self.files[-1]["name"])
 
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turns what the library raises if it cannot write into an error of the file."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(errno.EIO, " ".join(str(error).split(";")[0].split()), self._path()) from error
+
     def _finish(self) -> None:
         if self.out is not None:
-            self.out.close()
+            with self._named():
+                self.out.close()
             self.files[-1]["bytes"] = os.path.getsize(self._path())
             self.out = None
 
