@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxcl.kernels import boxes as products
 from jaxcl.models import boxed as boxes
@@ -116,6 +118,47 @@ def test_boxes_hold_corners_and_interiors(universal, form):
         assert (networks <= ends[1] + slack(ends)).all()
         filled.append(np.mean((networks.max(0) - networks.min(0)) / (ends[1] - ends[0] + 1e-9)))
     assert np.mean(filled) > (0.2 if form == "tight" else 0.05)  # and are not boundless
+
+
+@functools.cache
+def enclosing(universal, place, hidden, gamma):
+    """Returns a model with embeddings of that size, and its compiled enclosure with bounds of logits."""
+    made = made_of(universal, embedding=place, hidden=hidden, gamma=gamma)
+
+    def enclose(params, task, rows):
+        found = hypernetwork.enclosure(made, params, task)
+        return found, boxes.logits(made, params, found, rows, outward=True)
+
+    return made, toys.quick(enclose)
+
+
+@settings(max_examples=200)
+@given(
+    st.booleans(),
+    st.sampled_from([(1, (4,)), (5, (6, 3)), (32, (7,))]),
+    st.sampled_from([0.0, 1e-6, 0.1, 10.0]),
+    st.integers(0, 2**31 - 1),
+)
+def test_no_network_is_outside_an_enclosure_by_rounding(universal, sizes, gamma, seed):
+    """Float64 networks at corners and inside, and their logits, without tolerance."""
+    made, enclose = enclosing(universal, *sizes, gamma)
+    rng, params = np.random.default_rng(seed), made.model.init(jax.random.key(seed))
+    draw = [np.float32(rng.normal(size=x.shape) * 10.0 ** rng.uniform(-2, 2)) for x in jax.tree.leaves(params)]
+    drawn = jax.tree.unflatten(jax.tree.structure(params), draw)
+    params = {**drawn, boxes.LEDGER: {**params[boxes.LEDGER], "current": jnp.ones(())}}
+    rows = toys.classes(seed % 1000, task=1)
+    found, outputs = enclose(params, jnp.int32(1), rows)
+    generator = oracle.wide(params["generator"])
+    networks = oracle.point(generator, oracle.sampled(rng, *oracle.embedded(generator, 1, gamma, universal), 40))
+    assert (networks >= np.asarray(found.lower, np.float64)).all()
+    assert (networks <= np.asarray(found.upper, np.float64)).all()
+    inputs = np.asarray(rows.inputs, np.float64)
+    logits = np.stack([oracle.logits(vector, inputs, SIZES) for vector in networks])
+    assert (logits >= np.asarray(outputs.lower, np.float64)[None]).all()
+    assert (logits <= np.asarray(outputs.upper, np.float64)[None]).all()
+    lower, upper = oracle.box(generator, *oracle.embedded(generator, 1, gamma, universal))
+    size = np.abs(networks).max() + np.abs(generator["head"]["weight"]).sum(1).max() * 1e-3
+    assert np.abs(np.asarray(found.upper, np.float64) - upper).max() <= 1e-3 * max(size, upper.max() - lower.min())
 
 
 @pytest.mark.parametrize("universal", KINDS)

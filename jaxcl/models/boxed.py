@@ -74,6 +74,7 @@ class Boxed(NamedTuple):
     keep: Callable[[Params, Params, jax.Array], Params]  # (generator, that before a step, task): the others' own parts
     network: Callable[[Params, jax.Array], Params]  # (params, weights [N, ...]) -> parameters of the target
     layer: Callable[[Params, jax.Array], Layer] | None = None  # (generator, task), where weights depend on each other
+    enclosed: Callable[[Params, jax.Array], Interval] | None = None  # (generator, task), rounded outward
 
 
 def make(
@@ -94,7 +95,7 @@ def make(
       tasks: T.
       universal: whether one network serves all tasks.
       fixed: patterns of the target's parameters that have no boxes.
-      **functions: `boxes`, `tight`, `begin`, `keep` and perhaps `layer` of `Boxed`.
+      **functions: `boxes`, `tight`, `begin`, `keep` and perhaps `layer` and `enclosed` of `Boxed`.
 
     Raises:
       UserError: T below 1, or parameters of the target that are not float32.

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jaxcl.kernels import boxes as products
 from jaxcl.models import boxed
 from jaxcl.models.boxed import Boxed, Layer
+from jaxcl.models.interval import Interval, bounds
 from jaxcl.random import named
 from jaxcl.schema import UserError
 from jaxcl.types import Key, Model, Params
@@ -97,8 +98,29 @@ def make(
     return boxed.make(target, init, axes, tasks, universal, fixed, **functions)
 
 
+def enclosure(made: Boxed, params: Params, task: jax.Array) -> Interval:
+    """Returns a box that holds all networks that a hypernetwork makes of the embedding of a task, rounded outward.
+
+    In exact arithmetic: none is outside by an error of rounding. What `boxed.box` finds is computed to nearest, which
+    costs no promise, since a promise is for the numbers that the ledger keeps. The ledger takes no part here.
+
+    Args:
+      made: the model, of a hypernetwork.
+      params: of it.
+      task: int32 [].
+
+    Raises:
+      UserError: boxes without a hypernetwork; parameters of another model; there is no such task, as for `boxed.box`.
+    """
+    if made.enclosed is None:
+        raise UserError("enclosure: these boxes have no hypernetwork; config.adapter='hypernetwork' makes one")
+    boxed.check_task(made.tasks, task)
+    boxed.check_ledger(made, params)
+    return made.enclosed(params["generator"], boxed.shown(made, params, task))
+
+
 def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dict[str, Callable[..., Any]]:
-    """Returns `boxes`, `tight`, `begin`, `keep` and `layer` of `jaxcl.models.boxed.Boxed`."""
+    """Returns `boxes`, `tight`, `begin`, `keep`, `layer` and `enclosed` of `jaxcl.models.boxed.Boxed`."""
 
     def embed(generator: Params, which: jax.Array) -> tuple[jax.Array, jax.Array]:
         free, spread = (generator["embedding"][part][which] for part in ("centre", "radius"))  # [S, M]
@@ -141,7 +163,29 @@ def _functions(tasks: int, universal: bool, embedding: int, gamma: float) -> dic
         new, kept = generator["embedding"], old["embedding"]
         return _with(generator, **{part: jnp.where(own, new[part], kept[part]) for part in new})
 
-    return {"boxes": wide, "tight": tight, "begin": begin, "keep": keep, "layer": layer}
+    def enclosed(generator: Params, task: jax.Array) -> Interval:
+        centre, radius = embed(generator, task[None])
+        return _enclosed(generator, centre[0], radius[0])
+
+    functions = {"boxes": wide, "tight": tight, "begin": begin, "keep": keep, "layer": layer}
+    return {**functions, "enclosed": enclosed}
+
+
+def _enclosed(generator: Params, centre: jax.Array, radius: jax.Array) -> Interval:
+    """Returns all weights over a box of the embedding, [N], rounded outward.
+
+    Centre and radius are computed to nearest, and widened by what that may hide.
+    """
+    limits = jnp.finfo(jnp.float32)
+    near = (8 + centre.size) * (float(limits.eps) * (jnp.abs(centre) + radius) + float(limits.tiny))
+
+    def weights(place: jax.Array) -> jax.Array:
+        for i in range(len(generator["hidden"])):
+            layer = generator["hidden"][f"layer_{i}"]
+            place = jax.nn.relu(place @ layer["kernel"] + layer["bias"])
+        return generator["head"]["weight"] @ place + generator["head"]["bias"]
+
+    return bounds(weights, outward=True)(Interval(centre - radius - near, centre + radius + near))
 
 
 def intersection(centre: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
