@@ -47,8 +47,8 @@ class Spread:
 
 def empty(features: int, classes: int) -> Spread:
     """Returns what is known of no rows."""
-    zeros = pair.zeros(classes, features)
-    return Spread(zeros.high, zeros, zeros, pair.zeros(classes))
+    shape = classes, features
+    return Spread(pair.zeros(*shape).high, pair.zeros(*shape), pair.zeros(*shape), pair.zeros(classes))
 
 
 def add(s: Spread, x: jax.Array, labels: jax.Array, weights: jax.Array) -> Spread:
