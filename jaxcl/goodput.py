@@ -154,8 +154,6 @@ def attempts(folder: Path) -> list[Attempt]:
             last = found[-1]
             beats = [*last.beats, (at, step, spent["step"])] if last.ready is not None else last.beats
             found[-1] = last._replace(over=at, beats=beats, spent=spent, cause=line.get("cause", "killed"))
-    if not found:
-        raise UserError(f"{path}: has no start of a run; it is damaged, or the run has not begun")
     return found
 
 
@@ -261,6 +259,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     found = {name: summary(Path(name)) for name in options.runs}
+    for name, one in found.items():
+        if not one["attempts"]:
+            raise UserError(f"{Path(name) / FILE}: has no start of a run; it is damaged, or the run has not begun")
     if options.json:
         print(json.dumps(found, indent=1))
         return
