@@ -65,6 +65,10 @@ HOSTILE = [
 ]
 
 
+def hears_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Cloud:
     """A folder with a scenario, fake tools, and the few real ones that the scripts need."""
 
@@ -122,9 +126,12 @@ class Cloud:
         return subprocess.run(command, env=self.env(**more), cwd=self.tree, check=False, **options)
 
     def start(self, script, *args, session=False, **more):
-        """Starts a script, in a session of its own if asked for, and returns at once."""
+        """Starts a script, in a session of its own if asked for, and returns at once.
+
+        It hears Ctrl-C, which tests that were started in the background would have it ignore.
+        """
         command = [str(self.tree / "tpu" / script), *args]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": hears_interrupts}
         return subprocess.Popen(command, env=self.env(**more), cwd=self.tree, start_new_session=session, **pipes)
 
     def calls(self, tool):

@@ -166,16 +166,9 @@ def _add_all_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tup
 def _add_labels(cross: Pair, counts: Pair, rows: _Block, sign: float) -> tuple[Pair, Pair]:
     x, labels, weights = rows
     column = pair.of(weights[:, None])
-    sums = pair.by_label(_turned(cross), pair.product(x, column.high), labels, sign)
-    return _turned(sums), _column(pair.by_label(Pair(*(n[:, None] for n in counts)), column, labels, sign))
-
-
-def _turned(x: Pair) -> Pair:
-    return Pair(x.high.T, x.low.T)
-
-
-def _column(x: Pair) -> Pair:
-    return Pair(x.high[:, 0], x.low[:, 0])
+    cross = pair.by_label(cross, pair.product(x, column.high), labels, sign, turned=True)
+    counts = pair.by_label(Pair(*(part[:, None] for part in counts)), column, labels, sign)
+    return cross, Pair(*(part[:, 0] for part in counts))
 
 
 def check(

@@ -174,17 +174,19 @@ def contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), **full)
 
 
-def by_label(into: Pair, values: Pair, labels: jax.Array, sign: float = 1.0) -> Pair:
+def by_label(into: Pair, values: Pair, labels: jax.Array, sign: float = 1.0, *, turned: bool = False) -> Pair:
     """Returns `into` + sign * the sums of rows by label, to about 2^-42 of the largest; of at most 128 rows.
 
     Args:
-      into: [C, n].
+      into: [C, n], or [n, C] if it is `turned`.
       values: [b, n].
       labels: int32 [b] in 0..C - 1; other rows count nowhere.
       sign: 1, or -1.
+      turned: see `into`.
     """
     for piece in pieces(values, 0):  # the sums of slices are exact
-        into = plus(into, sign * jax.ops.segment_sum(piece, labels, into.high.shape[0]))
+        found = jax.ops.segment_sum(piece, labels, into.high.shape[int(turned)])
+        into = plus(into, sign * (found.T if turned else found))
     return into
 
 
