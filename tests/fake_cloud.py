@@ -65,8 +65,8 @@ HOSTILE = [
 ]
 
 
-def hears_interrupts():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A program that becomes another one, which an interrupt ends.
+HEARS = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 class Cloud:
@@ -130,8 +130,8 @@ class Cloud:
 
         It hears Ctrl-C, which tests that were started in the background would have it ignore.
         """
-        command = [str(self.tree / "tpu" / script), *args]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": hears_interrupts}
+        command = [sys.executable, "-I", "-S", "-c", HEARS, str(self.tree / "tpu" / script), *args]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, env=self.env(**more), cwd=self.tree, start_new_session=session, **pipes)
 
     def calls(self, tool):
